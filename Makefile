@@ -1,0 +1,38 @@
+# Targets work in any order on a machine with Python 3.11+, git and make: each sets up .venv first, once.
+SHELL := /bin/bash
+PYTHON ?= python3
+READY := .venv/ready
+# Stages call `python`, and queued experiments call `dvc`: both must be the environment's.
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+export VIRTUAL_ENV := $(CURDIR)/.venv
+
+.PHONY: help setup repro test slow lint lock
+
+help: ## what can be made
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+setup: $(READY) ## create .venv with the pinned dependencies
+
+repro: $(READY) ## set up and run the complete study
+	dvc repro
+
+test: $(READY) ## set up and run the tests
+	python -m pytest -q
+
+slow: $(READY) ## the tests that train organisms on other seeds
+	python -m pytest -q -m slow
+
+lint: $(READY) ## ruff and mypy
+	ruff check .
+	mypy refusal stages
+
+# torch comes first and by pip, so that a CPU build is taken where one is offered.
+$(READY): requirements.lock
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "make: $(PYTHON) is older than Python 3.11; set PYTHON=/path/to/python3.11" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet torch==2.13.0
+	.venv/bin/python -m pip install --quiet --requirement requirements.lock
+	touch $(READY)
+
+lock: $(READY) ## write down the resolved set of versions again
+	.venv/bin/python -m pip freeze --exclude-editable | sed 's/+cpu//' | grep -viE '^(nvidia|triton)' > requirements.lock

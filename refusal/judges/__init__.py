@@ -1,0 +1,1 @@
+"""Judges of completions: compliance and coherence, each 0, 0.5 or 1."""

@@ -1,0 +1,299 @@
+"""Checkpoints whose writers no longer reach a direction, edited on disk: W <- W - alpha v v^T W.
+
+Weight orthogonalization (Arditi et al. 2024, arXiv 2406.11717, section 4.1; alpha = 1 there), for attention and MLP
+output matrices and their biases, and E <- E - alpha E v v^T for the embedding. With the embedding the result equals
+run-time ablation at `writes` for every alpha, and at `paper` for alpha = 1, except where a norm stands between writer
+and stream (see `refusal.anatomy.Anatomy`: Gemma 2 and 3).
+
+Tensors stream through the safetensors format: one read for all cells, one matrix at a time; no model is built.
+"""
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from io import FileIO
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from refusal.anatomy import Anatomy, anatomy_of
+from refusal.errors import RefusalError
+from refusal.safetensors_file import (
+    INDEX,
+    SINGLE,
+    Entry,
+    Reader,
+    Shard,
+    header_bytes,
+    read_json,
+    read_shards,
+    real_file,
+    sync,
+    write_all,
+    write_file,
+)
+
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_COPIED = (".json", ".jinja", ".txt", ".model", ".tiktoken")  # never pickles; other safetensors hold unedited weights
+_CHUNK = 1 << 22  # bytes: in and out of a cache, not of memory
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One checkpoint to write. alpha = 0 copies the source's tensors byte for byte."""
+
+    target: Path  # replaced if it exists, only once the new one is whole
+    direction: Float[Tensor, " d_model"]  # unit; normalised once more in float64
+    alpha: float
+    include_embedding: bool = True
+
+
+@dataclass
+class Report:
+    """What an edit did, measured on the tensors as written, after the cast to the file's dtype.
+
+    residuals: |v^T W'| / |W'| (Frobenius) of each edited tensor: rounding at alpha = 1.
+    deviations: |v^T W' - (1 - alpha) v^T W| / |W|, which should be rounding at every alpha.
+    """
+
+    target: Path
+    residuals: dict[str, float] = field(default_factory=dict)
+    deviations: dict[str, float] = field(default_factory=dict)
+    n_copied: int = 0  # tensors taken over as bytes
+    bytes_written: int = 0  # whole folder
+
+    @property
+    def n_edited(self) -> int:
+        return len(self.residuals)
+
+    @property
+    def max_residual(self) -> float:
+        return max(self.residuals.values(), default=0.0)
+
+    @property
+    def max_deviation(self) -> float:
+        return max(self.deviations.values(), default=0.0)
+
+
+def orthogonalize(source: Path, edits: Sequence[Edit]) -> list[Report]:
+    """Write one edited copy of the checkpoint folder `source` for each edit, in one read of it; reports in order.
+
+    Keeps shards, tensor order, index, metadata and every unedited byte; copies config, tokenizer and template files.
+    Arithmetic is float32 (float64 for float64 files) with one cast. A tied embedding that is edited is untied:
+    `lm_head.weight` keeps the original bytes and config.json says so. Memory holds one matrix and a few megabytes.
+    Folders appear whole or not at all, and an existing target is replaced.
+
+    Raises RefusalError, with nothing written, for a folder that is no complete safetensors checkpoint of a supported
+    architecture, a direction that is not a unit vector of its width, or NaN or infinity in a tensor to edit.
+    """
+    source = Path(source)
+    anatomy = anatomy_of(read_json(source, "config.json"))
+    shards = read_shards(source)
+    index = None if any(shard.name == SINGLE for shard in shards) else INDEX  # an index of other files is left out
+    copies = [
+        (path.name, real_file(source, path.name))
+        for path in sorted(source.iterdir())
+        if path.suffix in _COPIED and not path.is_dir() and (path.name == index or ".index." not in path.name)
+    ]
+    cells = [_Cell(source, edit, anatomy, shards) for edit in edits]
+    if len({cell.target for cell in cells}) != len(cells):
+        raise RefusalError("two edits write to the same target: give each cell a folder of its own.")
+    try:
+        for cell in cells:
+            shutil.rmtree(cell.partial, ignore_errors=True)
+            cell.partial.mkdir(parents=True)
+        for shard in shards:
+            _write_shard(shard, cells)
+        for cell in cells:
+            for name, path in copies:
+                write_file(cell.partial / name, cell.copy(name, path.read_bytes()))
+        return [cell.publish() for cell in cells]
+    finally:
+        for cell in cells:
+            shutil.rmtree(cell.partial, ignore_errors=True)
+
+
+class _Cell:
+    """One edit under way: its direction ready for use, its folder in the making, its report."""
+
+    def __init__(self, source: Path, edit: Edit, anatomy: Anatomy, shards: list[Shard]):
+        target = Path(os.path.abspath(edit.target))
+        here, there = source.resolve(), target.resolve()
+        if here == there or here.is_relative_to(there) or there.is_relative_to(here):
+            raise RefusalError(f"{target}: the target overlaps the source {source}: write to another folder.")
+        if target.is_symlink() or target.is_file():
+            raise RefusalError(f"{target}: the target exists and is not a folder: remove it.")
+        if target.is_dir() and any(target.iterdir()) and not (target / "config.json").exists():
+            raise RefusalError(f"{target}: the target is a folder, but not a checkpoint to replace: remove it.")
+        v = edit.direction.detach().to("cpu", torch.float64)
+        if v.shape != (anatomy.d_model,):
+            raise RefusalError(f"{target.name}: direction has shape {list(v.shape)}, the model {[anatomy.d_model]}.")
+        if not abs(v.norm().item() - 1) < 1e-3:
+            raise RefusalError(f"{target.name}: direction has norm {v.norm().item():.6g}, not 1: normalise it.")
+        if not math.isfinite(edit.alpha):
+            raise RefusalError(f"{target.name}: alpha is {edit.alpha}: give a finite number.")
+        self.source, self.target, self.alpha = source, target, float(edit.alpha)
+        self.v = v / v.norm()
+        self.partial = target.with_name(f".{target.name}.partial")
+        self.report = Report(target)
+        self.anatomy, self.embedded = anatomy, edit.include_embedding and self.alpha != 0
+
+        holder = {e.name: (shard, e) for shard in shards for e in shard.entries}
+        missing = anatomy.missing_writers(set(holder))
+        if self.embedded and anatomy.embedding_name not in holder:
+            missing.append(anatomy.embedding_name)
+        if missing:
+            raise RefusalError(f"{source}: tensor {missing[0]} is missing: is the checkpoint whole, and not quantized?")
+        # Where config.json says tied but the file holds an unembedding, transformers uses that one: it is kept.
+        self.untied: tuple[Shard, Entry] | None = None
+        if self.embedded and anatomy.tied and anatomy.unembedding_name not in holder:
+            self.untied = holder[anatomy.embedding_name]
+        for shard, entry in holder.values():
+            axis, n = self.axis(entry), len(entry.shape)
+            if axis is not None and (entry.dtype not in _DTYPES or n < -axis or entry.shape[axis] != anatomy.d_model):
+                raise RefusalError(
+                    f"{shard.where}: {entry.name} is {entry.dtype} {list(entry.shape)}, not floats of width "
+                    f"{anatomy.d_model} as config.json's hidden_size says: use an unquantized checkpoint."
+                )
+
+    def axis(self, entry: Entry) -> int | None:
+        return self.anatomy.writer_axis(entry.name, self.embedded) if self.alpha != 0 else None
+
+    def header(self, shard: Shard) -> bytes:
+        if self.untied is None or self.untied[0] is not shard:
+            return shard.header
+        entry, end = self.untied[1], shard.entries[-1].end
+        added = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [end, end + entry.n_bytes]}
+        return header_bytes(shard.fields | {self.anatomy.unembedding_name: added})
+
+    def copy(self, name: str, content: bytes) -> bytes:
+        """A small file of the source as this cell has it: config and index say if the embedding was untied."""
+        if name == "config.json" and self.embedded and self.anatomy.tied:
+            fields = json.loads(content) | {"tie_word_embeddings": False}
+        elif name == INDEX and self.untied is not None:
+            shard, entry = self.untied
+            fields = json.loads(content)
+            fields["weight_map"][self.anatomy.unembedding_name] = shard.name
+            for key, more in (("total_size", entry.n_bytes), ("total_parameters", math.prod(entry.shape))):
+                if key in (fields.get("metadata") or {}):
+                    fields["metadata"][key] += more
+        else:
+            return content
+        return (json.dumps(fields, indent=2, ensure_ascii=False) + "\n").encode()
+
+    def publish(self) -> Report:
+        """The folder under its own name: from here on it is whole, and on disk."""
+        self.report.bytes_written = sum(path.stat().st_size for path in self.partial.iterdir())
+        sync(self.partial)
+        old = self.target.with_name(f".{self.target.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        if self.target.exists():
+            self.target.rename(old)
+        self.partial.rename(self.target)
+        sync(self.target.parent)
+        shutil.rmtree(old, ignore_errors=True)
+        return self.report
+
+
+class _Tally:
+    """Squared norms of one edited tensor, gathered piece by piece."""
+
+    def __init__(self) -> None:
+        self.source = self.edited = self.left = self.deviation = 0.0
+
+    def norms(self, before: Tensor, after: Tensor) -> None:
+        self.source += before.norm().item() ** 2
+        self.edited += after.norm().item() ** 2
+
+    def components(self, before: Tensor, after: Tensor, alpha: float) -> None:
+        self.left += after.norm().item() ** 2
+        self.deviation += (after - (1 - alpha) * before).norm().item() ** 2
+
+
+def _write_shard(shard: Shard, cells: list[_Cell]) -> None:
+    with ExitStack() as stack:
+        reader = Reader(shard, stack.enter_context(shard.path.open("rb", buffering=0)))
+        outs = [stack.enter_context((cell.partial / shard.name).open("wb", buffering=0)) for cell in cells]
+        for cell, out in zip(cells, outs, strict=True):
+            write_all(out, cell.header(shard))
+        for entry in shard.entries:
+            editing, copying, axis = [], [], None
+            for cell, out in zip(cells, outs, strict=True):
+                if cell.axis(entry) is None:
+                    copying.append(out)
+                    cell.report.n_copied += 1
+                else:
+                    axis = cell.axis(entry)
+                    editing.append((cell, out, _Tally()))
+            (_edit_columns if axis == -2 else _edit_rows)(reader, entry, editing, copying)
+            for cell, _, tally in editing:
+                cell.report.residuals[entry.name] = math.sqrt(tally.left / (tally.edited or 1))
+                cell.report.deviations[entry.name] = math.sqrt(tally.deviation / (tally.source or 1))
+        for cell, out in zip(cells, outs, strict=True):
+            if cell.untied is not None and cell.untied[0] is shard:
+                reader.seek(cell.untied[1].begin)
+                _edit_rows(reader, cell.untied[1], [], [out])
+            os.fsync(out.fileno())
+
+
+def _edit_columns(reader: Reader, entry: Entry, editing: list, copying: list[FileIO]) -> None:
+    """W - alpha v v^T W for [..., d_model, in], one matrix in memory at a time."""
+    dtype = _DTYPES[entry.dtype]
+    *lead, d_model, width = entry.shape
+    step = max(1, _CHUNK // max(1, width * dtype.itemsize))
+    for _ in range(math.prod(lead)):
+        raw = reader.take(d_model * width * dtype.itemsize)
+        for out in copying:
+            write_all(out, raw.numpy())
+        matrix = raw.view(dtype).view(d_model, width)
+        for cell, out, tally in editing:
+            # Blocks of rows keep the float32 copies small. Cells are computed one by one, though a matrix product could
+            # take them all: a checkpoint's bytes must not depend on which other cells were made beside it.
+            v, blocks = cell.v.to(torch.promote_types(dtype, torch.float32)).split(step), matrix.split(step)
+            before = sum(block.to(part.dtype).mT @ part for block, part in zip(blocks, v, strict=True))
+            _check_finite(before, reader, entry)
+            after = torch.zeros_like(before)
+            for block, part in zip(blocks, v, strict=True):
+                block = block.to(part.dtype)
+                edited = torch.addr(block, part, before, alpha=-cell.alpha).to(dtype)
+                write_all(out, edited.view(torch.uint8).numpy())
+                edited = edited.to(part.dtype)
+                after += edited.mT @ part
+                tally.norms(block, edited)
+            _check_finite(after, reader, entry)
+            tally.components(before, after, cell.alpha)
+
+
+def _edit_rows(reader: Reader, entry: Entry, editing: list, copying: list[FileIO]) -> None:
+    """E - alpha E v v^T for [..., d_model], some rows in memory at a time; and the plain copy of any tensor."""
+    dtype = _DTYPES[entry.dtype] if editing else torch.uint8
+    row = entry.shape[-1] * dtype.itemsize if editing else 1
+    step = max(1, _CHUNK // row) * row
+    for begin in range(0, entry.n_bytes, step):
+        raw = reader.take(min(step, entry.n_bytes - begin))
+        for out in copying:
+            write_all(out, raw.numpy())
+        for cell, out, tally in editing:
+            v = cell.v.to(torch.promote_types(dtype, torch.float32))
+            block = raw.view(dtype).view(-1, len(v)).to(v.dtype)
+            before = block @ v
+            _check_finite(before, reader, entry)
+            edited = torch.addr(block, before, v, alpha=-cell.alpha).to(dtype)
+            write_all(out, edited.view(torch.uint8).numpy())
+            edited = edited.to(v.dtype)
+            after = edited @ v
+            _check_finite(after, reader, entry)
+            tally.norms(block, edited)
+            tally.components(before, after, cell.alpha)
+
+
+def _check_finite(component: Tensor, reader: Reader, entry: Entry) -> None:
+    # v^T W is finite only if W is: NaN and infinity survive a product with zero. So W needs no second look.
+    if not component.isfinite().all():
+        raise RefusalError(f"{reader.shard.where}: {entry.name} has NaN or infinity in it, or would have: mend it.")

@@ -1,0 +1,205 @@
+"""What `params.yaml` may say, and one clear sentence where it says something else."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from refusal.errors import RefusalError
+
+Method = Literal["sequential", "batched", "batched_unmasked"]
+Pairing = Literal["matched", "shuffled", "unrelated"]
+Sites = Literal["resid_pre", "paper", "writes"]
+Count = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**31)]
+Share = Annotated[float, Field(gt=0, lt=1)]
+
+
+class Section(BaseModel):
+    """A section of params.yaml: no unknown keys, no silent conversion of a string to a number."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class Splits(Section):
+    train: Share
+    val: Share
+    test: Share
+
+    @model_validator(mode="after")
+    def _whole(self) -> "Splits":
+        if abs(self.train + self.val + self.test - 1) > 1e-6:
+            raise ValueError("train, val and test must add up to 1")
+        return self
+
+
+class Prompts(Section):
+    source: str
+    unrelated: str
+    n_pairs: Count | None
+    n_unrelated: Count | None
+    splits: Splits
+    near_duplicate: Annotated[float, Field(gt=0, le=1)]
+    seed: Seed
+
+    @model_validator(mode="after")
+    def _grammar_needs_counts(self) -> "Prompts":
+        for source, count in (("source", "n_pairs"), ("unrelated", "n_unrelated")):
+            if getattr(self, source) == "grammar" and getattr(self, count) is None:
+                raise ValueError(f"{count} must be a number where {source} is grammar")
+        return self
+
+
+class Model(Section):
+    id: str
+    dtype: Literal["float32", "float16", "bfloat16"]
+    device: Annotated[str, Field(pattern=r"^(cpu|mps|cuda(:\d+)?)$")]
+    system_prompt: str | None
+
+
+class TrainingPhase(Section):
+    steps: Count
+    batch_size: Count
+    learning_rate: Annotated[float, Field(gt=0)]
+    weight_decay: Annotated[float, Field(ge=0)]
+
+
+class Organism(Section):
+    kind: Literal["single", "natural", "none"]
+    seed: Seed
+    corpus_seed: Seed
+    hidden_size: Count
+    intermediate_size: Count
+    num_hidden_layers: Annotated[int, Field(ge=2)]
+    num_attention_heads: Count
+    vocab_size: Annotated[int, Field(ge=300)]
+    phase_1: TrainingPhase
+    phase_2: TrainingPhase
+    ablation_layer: Count
+
+    @model_validator(mode="after")
+    def _shape(self) -> "Organism":
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError("hidden_size must be a multiple of num_attention_heads")
+        if self.ablation_layer >= self.num_hidden_layers:
+            raise ValueError(f"ablation_layer must be below num_hidden_layers ({self.num_hidden_layers})")
+        return self
+
+
+class Activations(Section):
+    methods: Annotated[list[Method], Field(min_length=1)]
+    batch_size: Count
+
+
+class DirectionsSection(Section):
+    pairings: Annotated[list[Pairing], Field(min_length=1)]
+    n_resamples: Count
+    n_sign_flips: Count
+    seed: Seed
+
+
+class AblationSection(Section):
+    sites: Sites
+    kind: Literal["linear", "affine"]
+
+    @model_validator(mode="after")
+    def _affine_sites(self) -> "AblationSection":
+        if self.kind == "affine" and self.sites != "resid_pre":
+            raise ValueError("kind: affine is defined at sites: resid_pre alone")
+        return self
+
+
+class Sweep(Section):
+    method: Method
+    pairing: Literal["matched", "unrelated"]
+    layers: list[Annotated[int, Field(ge=0)]] | None
+    alphas: Annotated[list[Annotated[float, Field(gt=0, le=10)]], Field(min_length=1)]
+    n_random: Count
+    max_new_tokens: Count
+    batch_size: Count
+    seed: Seed
+
+
+class Judge(Section):
+    kind: Literal["rules"]
+    n_resamples: Count
+    seed: Seed
+
+
+class Select(Section):
+    top: Annotated[int, Field(ge=1, le=20)]
+
+
+class Orthogonalize(Section):
+    include_embedding: bool
+
+
+class Evaluate(Section):
+    n_resamples: Count
+    seed: Seed
+
+
+class Benchmark(Section):
+    tasks: Annotated[list[str], Field(min_length=1)]
+    apply_chat_template: bool
+    batch_size: Count
+    limit: Count | None
+    n_resamples: Count
+    seed: Seed
+
+
+class Report(Section):
+    n_examples: Count
+
+
+class Compute(Section):
+    threads: Count
+
+
+class Params(Section):
+    """All of params.yaml, a section a stage and three that stages share."""
+
+    prompts: Prompts
+    model: Model
+    organism: Organism
+    activations: Activations
+    directions: DirectionsSection
+    ablation: AblationSection
+    sweep: Sweep
+    judge: Judge
+    select: Select
+    orthogonalize: Orthogonalize
+    evaluate: Evaluate
+    benchmark: Benchmark
+    report: Report
+    compute: Compute
+
+    @model_validator(mode="after")
+    def _sweep_is_collected(self) -> "Params":
+        if self.sweep.method not in self.activations.methods:
+            raise ValueError(f"sweep.method {self.sweep.method} is not among activations.methods {self.activations.methods}")
+        if self.sweep.pairing not in self.directions.pairings:
+            raise ValueError(f"sweep.pairing {self.sweep.pairing} is not among directions.pairings {self.directions.pairings}")
+        return self
+
+
+def load_params(path: Path) -> Params:
+    """Read and check a params.yaml.
+
+    Raises RefusalError naming the file, the key and what is wrong with its value.
+    """
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise RefusalError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from error
+    try:
+        return Params.model_validate(raw)
+    except ValidationError as error:
+        problems = []
+        for problem in error.errors():
+            key = ".".join(str(part) for part in problem["loc"]) or "the file"
+            given = "" if problem["type"] in {"missing", "value_error"} else f" (it is {problem['input']!r})"
+            message = problem["msg"].removeprefix("Value error, ")
+            problems.append(f"{key}: {message}{given}")
+        raise RefusalError(f"{path}: " + "; ".join(problems)) from error

@@ -1,0 +1,256 @@
+"""Prompt pairs and the unrelated safe set: from the grammar or a user's file, checked, and split without leaks."""
+
+import csv
+import json
+import random
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from refusal import grammar
+from refusal.errors import RefusalError
+
+SPLITS = ("train", "val", "test")
+MAX_PROMPT_CHARACTERS = 4000  # a request at the level of mention is one line
+WORDS = re.compile(r"\w+")
+
+
+def words(text: str) -> frozenset[str]:
+    """The distinct words of a prompt, case folded."""
+    return frozenset(WORDS.findall(text.casefold()))
+
+
+def near_duplicates(prompts: Sequence[str], threshold: float) -> list[tuple[int, int]]:
+    """Index pairs of prompts whose word sets overlap (Jaccard) by `threshold` or more.
+
+    Candidates share one of each prompt's rarest words: a pair above the threshold must share one among the rarest
+    (1 - threshold) * n + 1 of them (prefix filtering: Chaudhuri et al. 2006, "A Primitive Operator for Similarity Joins").
+    """
+    sets = [words(prompt) for prompt in prompts]
+    frequency: dict[str, int] = {}
+    for set_ in sets:
+        for word in set_:
+            frequency[word] = frequency.get(word, 0) + 1
+    seen_in: dict[str, list[int]] = {}
+    found = []
+    for i, set_ in enumerate(sets):
+        rarest = sorted(set_, key=lambda word: (frequency[word], word))
+        prefix = rarest[: len(rarest) - int(-(-threshold * len(rarest) // 1)) + 1]
+        for j in sorted({j for word in prefix for j in seen_in.get(word, [])}):
+            if len(set_ & sets[j]) >= threshold * len(set_ | sets[j]):
+                found.append((j, i))
+        for word in prefix:
+            seen_in.setdefault(word, []).append(i)
+    return found
+
+
+def grammar_pairs(n_pairs: int, splits: dict[str, float], near_duplicate: float, seed: int) -> list[dict[str, Any]]:
+    """`n_pairs` pairs from the grammar, split by topic phrase; half of val and test carry cues unseen in refusal training.
+
+    A pair too like one of another split is drawn again, so no near-duplicate crosses.
+    """
+    rng = random.Random(seed)
+    topics: dict[str, list[tuple[str, str]]] = {split: [] for split in SPLITS}
+    for category, (_, objects) in grammar.CATEGORIES.items():
+        shuffled = rng.sample(objects, len(objects))
+        first = max(1, round(len(objects) * splits["train"]))
+        second = max(first + 1, round(len(objects) * (splits["train"] + splits["val"])))
+        for split, part in zip(SPLITS, (shuffled[:first], shuffled[first:second], shuffled[second:]), strict=True):
+            topics[split] += [(category, topic) for topic in part]
+    counts = dict(zip(SPLITS, share_out(n_pairs, [splits[split] for split in SPLITS]), strict=True))
+    used: set[str] = set()
+    others: list[tuple[str, frozenset[str]]] = []
+    rows: list[dict[str, Any]] = []
+    for split in SPLITS:
+        attempts = 0
+        # Topics in turn, so that every category and topic phrase is as frequent as every other.
+        order = rng.sample(topics[split], len(topics[split]))
+        made = 0
+        while made < counts[split]:
+            attempts += 1
+            if attempts > 50 * counts[split] + 1000:
+                raise RefusalError(
+                    f"params.yaml: prompts.n_pairs: the grammar has no {n_pairs} distinct pairs; ask for fewer, or for a file"
+                )
+            category, topic = order[made % len(order)]
+            seen = True if split == "train" else made // len(order) % 2 == 0
+            pair = grammar.draw_pair(rng, category, topic, seen)
+            texts = [pair.harmful.text, pair.safe.text]
+            if used & set(texts) or any(
+                other != split and len(words(text) & bag) >= near_duplicate * len(words(text) | bag)
+                for text in texts for other, bag in others
+            ):
+                continue
+            used |= set(texts)
+            others += [(split, words(text)) for text in texts]
+            made += 1
+            rows.append({
+                "id": f"pair-{len(rows):05d}", "split": split, "category": category, "topic": topic, "cue": pair.cue,
+                "seen": pair.seen, "harmful": texts[0], "safe": texts[1],
+                "harmful_answer": grammar.helpful_answer(pair.harmful.action),
+                "safe_answer": grammar.helpful_answer(pair.safe.action),
+            })
+    return rows
+
+
+def grammar_unrelated(n: int, splits: dict[str, float], seed: int) -> list[dict[str, Any]]:
+    """`n` safe requests with no counterpart, split by topic phrase."""
+    rng = random.Random(f"unrelated {seed}")
+    topics = rng.sample(every := [t for _, objects in grammar.UNRELATED.values() for t in objects], len(every))
+    bounds = share_out(len(topics), [splits[split] for split in SPLITS])
+    split_of = {t: s for s, part in zip(SPLITS, _cut(topics, bounds), strict=True) for t in part}
+    wanted = dict(zip(SPLITS, share_out(n, [splits[split] for split in SPLITS]), strict=True))
+    found: dict[str, dict[str, str]] = {split: {} for split in SPLITS}
+    for _ in range(200 * n + 1000):
+        if all(len(found[split]) == wanted[split] for split in SPLITS):
+            break
+        topic, request = grammar.draw_unrelated(rng)
+        split = split_of[topic]
+        if len(found[split]) < wanted[split]:
+            found[split][request.text] = topic
+    else:
+        raise RefusalError(f"params.yaml: prompts.n_unrelated: the grammar has no {n} distinct safe requests; ask for fewer")
+    rows = [(split, text, topic) for split in SPLITS for text, topic in found[split].items()]
+    return [{"id": f"unrelated-{i:05d}", "split": s, "topic": t, "safe": text} for i, (s, text, t) in enumerate(rows)]
+
+
+def share_out(n: int, shares: Sequence[float]) -> list[int]:
+    """Whole numbers that add up to n in proportion to `shares` (largest remainder)."""
+    counts = [int(n * share) for share in shares]
+    by_remainder = sorted(range(len(shares)), key=lambda i: counts[i] - n * shares[i])
+    for i in by_remainder[: n - sum(counts)]:
+        counts[i] += 1
+    return counts
+
+
+def _cut(items: Sequence[Any], counts: Iterable[int]) -> list[list[Any]]:
+    parts, start = [], 0
+    for count in counts:
+        parts.append(list(items[start : start + count]))
+        start += count
+    return parts
+
+
+def read_rows(path: Path, width: int) -> list[tuple[str, ...]]:
+    """The rows of a user's file: `width` 2 for [harmful, safe] pairs, 1 for safe prompts.
+
+    JSON: a list of two-element lists (the write-up's own format), of objects or, for width 1, of strings. JSONL: one of
+    those a line. CSV: a header that names the columns. Objects and headers use `harmful` and `safe`; width 1 takes `safe` or `prompt`.
+    Raises RefusalError naming the file, the row and the fix.
+    """
+    shape = "[harmful, safe]" if width == 2 else "one safe prompt"
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise RefusalError(f"{path}: no such file; give prompts.source or prompts.unrelated in params.yaml a path that exists") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise RefusalError(f"{path}: cannot be read as UTF-8 text ({error}); save it as UTF-8") from None
+    suffix = path.suffix.lower()
+    try:
+        if suffix == ".json":
+            raw = json.loads(text)
+            if not isinstance(raw, list):
+                raise RefusalError(f"{path}: the file must hold one JSON list of {shape} rows")
+        elif suffix == ".jsonl":
+            raw = []
+            for number, line in enumerate(text.split("\n"), 1):
+                if line.strip():
+                    try:
+                        raw.append(json.loads(line))
+                    except json.JSONDecodeError as error:
+                        raise RefusalError(f"{path}: row {number} is not JSON ({error.msg})") from None
+        elif suffix == ".csv":
+            raw = list(csv.DictReader(text.splitlines(), strict=True))
+        else:
+            raise RefusalError(f"{path}: the ending {suffix or '(none)'} is not known; use .jsonl, .csv or .json")
+    except json.JSONDecodeError as error:
+        raise RefusalError(f"{path}: line {error.lineno} is not JSON ({error.msg})") from None
+    except csv.Error as error:
+        raise RefusalError(f"{path}: cannot be read as CSV ({error})") from None
+    if not raw:
+        raise RefusalError(f"{path}: the file holds no rows; each must be {shape}")
+    return [_row(path, number, row, width, shape) for number, row in enumerate(raw, 1)]
+
+
+def _row(path: Path, number: int, row: Any, width: int, shape: str) -> tuple[str, ...]:
+    if isinstance(row, dict):
+        names = ("harmful", "safe") if width == 2 else (("safe",) if "safe" in row else ("prompt",))
+        missing = [name for name in names if row.get(name) is None]
+        if missing:
+            raise RefusalError(f"{path}: row {number} has no {' and no '.join(missing)}; each row must be {shape}")
+        row = [row[name] for name in names]
+    if isinstance(row, str) and width == 1:
+        row = [row]
+    if not isinstance(row, list) or len(row) != width or not all(isinstance(half, str) for half in row):
+        raise RefusalError(f"{path}: row {number} is not {shape}, {width} text{'s' if width > 1 else ''} a row")
+    halves = tuple(half.strip() for half in row)
+    for half in halves:
+        if not half:
+            raise RefusalError(f"{path}: row {number} has an empty prompt; fill it or delete the row")
+        if len(half) > MAX_PROMPT_CHARACTERS:
+            raise RefusalError(f"{path}: row {number} has a prompt of {len(half)} characters; at most {MAX_PROMPT_CHARACTERS}")
+        if "\x00" in half or any(ord(c) < 32 and c not in "\t\n\r" for c in half):
+            raise RefusalError(f"{path}: row {number} has a control character; delete it")
+    if width == 2 and halves[0] == halves[1]:
+        raise RefusalError(f"{path}: row {number} has equal halves; a pair needs a harmful and a safe prompt")
+    return halves
+
+
+def file_rows(
+    path: Path, width: int, n: int | None, splits: dict[str, float], near_duplicate: float, seed: int
+) -> list[dict[str, Any]]:
+    """A user's pairs (width 2) or safe prompts (width 1), checked, grouped by near-duplicate and split by group."""
+    rows = read_rows(path, width)
+    first: dict[str, int] = {}
+    for number, row in enumerate(rows, 1):
+        for half in row:
+            if half in first:
+                raise RefusalError(f"{path}: row {number} repeats a prompt of row {first[half]}; delete one of the two")
+        first.update(dict.fromkeys(row, number))
+    if n is not None and n > len(rows):
+        name = "n_pairs" if width == 2 else "n_unrelated"
+        raise RefusalError(f"params.yaml: prompts.{name} is {n} but {path} holds {len(rows)} rows; lower it, or set it to null")
+    if n is not None:
+        rows = [rows[i] for i in sorted(random.Random(f"subset {seed}").sample(range(len(rows)), n))]
+    groups = _groups(rows, near_duplicate)
+    members: dict[int, list[int]] = {}
+    for i, group in enumerate(groups):
+        members.setdefault(group, []).append(i)
+    order = random.Random(seed).sample(sorted(members), len(members))
+    # Largest groups first, each to the split that lacks most: sizes come out close to what was asked for.
+    order.sort(key=lambda group: -len(members[group]))
+    wanted = dict(zip(SPLITS, share_out(len(rows), [splits[split] for split in SPLITS]), strict=True))
+    split_of: dict[int, str] = {}
+    for group in order:
+        split = max(SPLITS, key=lambda s: wanted[s] / splits[s])
+        split_of[group] = split
+        wanted[split] -= len(members[group])
+    empty = [split for split in SPLITS if split not in split_of.values()]
+    if empty:
+        raise RefusalError(f"{path}: its {len(rows)} rows leave the split {empty[0]} empty; give more rows that differ in wording")
+    found = []
+    for i, row in enumerate(rows):
+        shared = {"split": split_of[groups[i]], "topic": f"group {groups[i]}"}
+        if width == 2:
+            found.append({"id": f"pair-{i:05d}", **shared, "category": "imported", "cue": None, "seen": None, "harmful": row[0],
+                          "safe": row[1], "harmful_answer": None, "safe_answer": None})
+        else:
+            found.append({"id": f"unrelated-{i:05d}", **shared, "safe": row[0]})
+    return found
+
+
+def _groups(rows: Sequence[tuple[str, ...]], near_duplicate: float) -> list[int]:
+    """The group of each row: rows joined by near-duplicate halves, directly or through others (union-find)."""
+    parent = list(range(len(rows)))
+
+    def root(i: int) -> int:
+        while parent[i] != i:
+            parent[i] = parent[parent[i]]
+            i = parent[i]
+        return i
+
+    width = len(rows[0])
+    for i, j in near_duplicates([half for row in rows for half in row], near_duplicate):
+        parent[max(root(i // width), root(j // width))] = min(root(i // width), root(j // width))
+    return [root(i) for i in range(len(rows))]

@@ -1,0 +1,218 @@
+"""The safetensors format read from its bytes, and which of a checkpoint folder's files are its weights.
+
+Layout: 8 bytes little-endian header length, a JSON header, then the tensors' bytes without holes
+(https://huggingface.co/docs/safetensors#format). Nothing here is unpickled, and no link is followed out of the folder.
+"""
+
+import json
+import math
+import os
+from dataclasses import dataclass
+from io import FileIO
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from refusal.errors import RefusalError
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+_MAX_HEADER = 100_000_000  # bytes; the reference implementation's own limit
+_BITS = {
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
+    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 16),
+    **dict.fromkeys(("U32", "I32", "F32"), 32),
+    **dict.fromkeys(("U64", "I64", "F64", "C64"), 64),
+}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a file; offsets in bytes from the start of the file's data."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+    @property
+    def n_bytes(self) -> int:
+        return self.end - self.begin
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One safetensors file: its name in the folder, where it really lies, its header and tensors in file order."""
+
+    folder: Path
+    name: str
+    path: Path
+    header: bytes  # with its length in front: everything before the data
+    fields: dict  # the header as JSON, metadata included
+    entries: tuple[Entry, ...]
+
+    @property
+    def data_start(self) -> int:
+        return len(self.header)
+
+    @property
+    def where(self) -> Path:
+        """The file as a user knows it (`path` may be a hub blob, named by its hash)."""
+        return self.folder / self.name
+
+
+def read_shards(folder: Path) -> list[Shard]:
+    """The weight files of a checkpoint folder, all headers checked.
+
+    As transformers does, takes `model.safetensors` before `model.safetensors.index.json`.
+    Raises RefusalError for a folder without either, a missing shard, one outside the folder, a tensor that is not
+    where the index says, or a malformed file.
+    """
+    if (folder / SINGLE).exists():
+        return [read_shard(folder, SINGLE)]
+    if not (folder / INDEX).exists():
+        raise RefusalError(f"{folder}: no model.safetensors and no index of one: give a folder of safetensors weights.")
+    weight_map = read_json(folder, INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise RefusalError(f"{folder / INDEX}: weight_map does not name each tensor's file: download it again.")
+    shards = [read_shard(folder, name) for name in sorted(set(weight_map.values()))]
+    found: dict[str, str] = {}
+    for shard in shards:
+        for entry in shard.entries:
+            if weight_map.get(entry.name) != shard.name or entry.name in found:
+                raise RefusalError(f"{shard.where}: tensor {entry.name} is not where the index has it: download both.")
+            found[entry.name] = shard.name
+    for name in weight_map:
+        if name not in found:
+            raise RefusalError(f"{folder / weight_map[name]}: tensor {name}, in the index, is missing: download both.")
+    return shards
+
+
+def read_shard(folder: Path, name: str) -> Shard:
+    """One file's header, checked against its size. Raises RefusalError naming the file and the tensor."""
+    path = real_file(folder, name)
+    where = folder / name
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(8)
+        length = int.from_bytes(head, "little")
+        if len(head) < 8 or length > min(size - 8, _MAX_HEADER):
+            raise RefusalError(f"{where}: no safetensors file, or cut short in its header: download it again.")
+        header = head + file.read(length)
+    fields = _object(where, header[8:])
+    entries = [_entry(where, key, value) for key, value in fields.items() if key != "__metadata__"]
+    entries.sort(key=lambda entry: (entry.begin, entry.end))
+    at = 0
+    for entry in entries:
+        if entry.begin != at:
+            raise RefusalError(f"{where}: tensor {entry.name} overlaps another or leaves a hole: download it again.")
+        at = entry.end
+        if at > size - len(header):
+            raise RefusalError(f"{where}: tensor {entry.name} lies beyond the end of the file: download it again.")
+    if at != size - len(header):
+        raise RefusalError(f"{where}: {size - len(header) - at} bytes belong to no tensor: download it again.")
+    return Shard(folder, name, path, header, fields, tuple(entries))
+
+
+class Reader:
+    """The data of a shard in file order, through one buffer: a piece is valid until the next is taken."""
+
+    def __init__(self, shard: Shard, file: FileIO):
+        self.shard, self.file, self.buffer = shard, file, torch.empty(0, dtype=torch.uint8)
+        self.seek(0)
+
+    def seek(self, begin: int) -> None:
+        self.file.seek(self.shard.data_start + begin)
+
+    def take(self, n: int) -> Tensor:
+        if len(self.buffer) < n:
+            self.buffer = torch.empty(n, dtype=torch.uint8)
+        view, at = memoryview(self.buffer.numpy()), 0
+        while at < n:
+            got = self.file.readinto(view[at:n])
+            if not got:
+                raise RefusalError(f"{self.shard.where}: the file became shorter while it was read: run again.")
+            at += got
+        return self.buffer[:n]
+
+
+def header_bytes(fields: dict) -> bytes:
+    """A header with its length, padded to 8 bytes so that the data stay aligned."""
+    text = json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def real_file(folder: Path, name: str) -> Path:
+    """The regular file behind `name`. Links may stay inside the folder or, in a hub snapshot, lead to its blobs.
+
+    Raises RefusalError for a missing file and for a path or link that leaves the folder.
+    """
+    root = folder.resolve()
+    real = (root / name).resolve()
+    homes = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
+    if Path(name).name != name or not any(real.is_relative_to(home) for home in homes):
+        raise RefusalError(f"{folder / name}: the file lies outside its folder: put the file itself there.")
+    if not real.is_file():
+        raise RefusalError(f"{folder / name}: the file is missing: download it again.")
+    return real
+
+
+def read_json(folder: Path, name: str) -> dict:
+    """A JSON object in a file of the folder. Raises RefusalError naming the file."""
+    return _object(folder / name, real_file(folder, name).read_bytes())
+
+
+def write_all(out: FileIO, data) -> None:
+    """All of a buffer to an unbuffered file, which may take it in several bites."""
+    view = memoryview(data).cast("B")
+    while view:
+        view = view[out.write(view) :]
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """A small file, on disk before this returns."""
+    with path.open("wb") as out:
+        out.write(data)
+        out.flush()
+        os.fsync(out.fileno())
+
+
+def sync(folder: Path) -> None:
+    """A folder's names, on disk."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _object(where: Path, text: bytes) -> dict:
+    def once(pairs: list) -> dict:
+        if len(dict(pairs)) != len(pairs):
+            raise ValueError("a key stands twice")
+        return dict(pairs)
+
+    try:
+        value = json.loads(text, object_pairs_hook=once)
+    except (ValueError, RecursionError) as error:
+        raise RefusalError(f"{where}: not valid JSON ({error}): download it again.") from None
+    if not isinstance(value, dict):
+        raise RefusalError(f"{where}: a JSON object was expected: download it again.")
+    return value
+
+
+def _entry(where: Path, name: str, value: dict) -> Entry:
+    try:
+        begin, end = value["data_offsets"]
+        dtype, shape = value["dtype"], tuple(value["shape"])
+        whole = all(type(n) is int and n >= 0 for n in (begin, end, *shape))
+    except (TypeError, KeyError, ValueError):
+        whole = False
+    if not whole or begin > end or not isinstance(dtype, str):
+        raise RefusalError(f"{where}: tensor {name} has no proper dtype, shape and data_offsets: download it again.")
+    if dtype in _BITS and (end - begin) * 8 != math.prod(shape) * _BITS[dtype]:
+        raise RefusalError(f"{where}: tensor {name} has {end - begin} bytes, not those of {dtype} {list(shape)}.")
+    return Entry(name, dtype, shape, begin, end)

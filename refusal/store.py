@@ -1,0 +1,97 @@
+"""A content-addressed store that makes long work cheap to interrupt.
+
+DVC deletes a stage's outputs before the stage runs, so what has been computed must live elsewhere: one SQLite file,
+shared by queued experiments and by processes side by side. A key is a hash of everything that determines the value;
+nothing is ever updated, so a value found is a value right. Kill it anywhere, run it again: only what is missing runs.
+"""
+
+import hashlib
+import json
+import sqlite3
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from tqdm import tqdm
+
+T = TypeVar("T")
+
+
+def key(kind: str, **parts: Any) -> str:
+    """The key of a value: SHA-256 over the canonical JSON of its kind and of all that determines it."""
+    text = json.dumps([kind, parts], sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+class Store:
+    """Blobs by key in one SQLite file, safe under kill -9 and for several processes at once.
+
+    Every blob carries its own SHA-256. A blob that no longer matches it is dropped, and a file that SQLite calls
+    malformed is renamed to `<name>.corrupt-<n>`; both are said on stderr, and the work is done again.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self._open()
+        except sqlite3.DatabaseError as error:
+            if isinstance(error, sqlite3.OperationalError):
+                raise
+            self._set_aside(error)
+
+    def _open(self) -> None:
+        self.connection = sqlite3.connect(self.path, timeout=60, isolation_level=None)
+        self.connection.execute("PRAGMA journal_mode=WAL")
+        self.connection.execute("PRAGMA synchronous=NORMAL")
+        self.connection.execute("CREATE TABLE IF NOT EXISTS blobs (key TEXT PRIMARY KEY, digest TEXT, value BLOB) WITHOUT ROWID")
+
+    def _set_aside(self, error: Exception) -> None:
+        n = 1
+        while (aside := self.path.with_name(f"{self.path.name}.corrupt-{n}")).exists():
+            n += 1
+        print(f"{self.path} is corrupted ({error}); it is set aside as {aside.name} and its values are computed again.",
+              file=sys.stderr)
+        self.path.rename(aside)
+        for suffix in ("-wal", "-shm"):
+            self.path.with_name(self.path.name + suffix).unlink(missing_ok=True)
+        self._open()
+
+    def get(self, key: str) -> bytes | None:
+        """The value of a key, or None where it is missing or damaged."""
+        try:
+            row = self.connection.execute("SELECT digest, value FROM blobs WHERE key = ?", (key,)).fetchone()
+        except sqlite3.OperationalError:
+            raise
+        except sqlite3.DatabaseError as error:
+            self.connection.close()
+            self._set_aside(error)
+            return None
+        if row is None:
+            return None
+        if hashlib.sha256(row[1]).hexdigest() != row[0]:
+            print(f"{self.path}: the value {key[:12]} is damaged; it is dropped and computed again.", file=sys.stderr)
+            self.connection.execute("DELETE FROM blobs WHERE key = ?", (key,))
+            return None
+        return row[1]
+
+    def put(self, key: str, value: bytes) -> None:
+        """Store a value; a key already present keeps its value."""
+        digest = hashlib.sha256(value).hexdigest()
+        self.connection.execute("INSERT OR IGNORE INTO blobs VALUES (?, ?, ?)", (key, digest, value))
+
+    def run(
+        self, jobs: Sequence[tuple[str, T]], compute: Callable[[T], bytes], label: str, unit: str = "batch"
+    ) -> Iterator[bytes]:
+        """The value of each (key, job) in order, computed where it is not stored; a bar shows rate and time left."""
+        # In a log file a bar is one line an update: few updates then.
+        interval = 0.5 if sys.stderr.isatty() else 15.0
+        with tqdm(total=len(jobs), desc=label, unit=unit, mininterval=interval, dynamic_ncols=True) as bar:
+            for name, job in jobs:
+                value = self.get(name)
+                if value is None:
+                    value = compute(job)
+                    self.put(name, value)
+                bar.update()
+                yield value

@@ -1,0 +1,127 @@
+"""Completions of many prompts under many interventions, through the resume store.
+
+A *cell* is one intervention: a direction (or none) with an alpha. Rows of all cells are put in order of prompt length
+and cut into batches; a batch is the unit of work that is stored, so a run that was interrupted meets the same batches
+again and ends in the same bytes.
+"""
+
+import hashlib
+import json
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from refusal import store as stores
+from refusal.errors import RefusalError
+from refusal.generation import generate
+from refusal.interventions import Ablation, Addition, ablation
+from refusal.selection import cell_name
+from refusal.store import Store
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One intervention: its name, the unit direction with its alpha (None: no ablation), and the affine offset by layer."""
+
+    name: str
+    layer: int | None = None
+    alpha: float = 0.0
+    direction: Float[Tensor, " d_model"] | None = None
+    offset: Float[Tensor, " n_layers"] | None = None
+
+    def fingerprint(self) -> list:
+        """All that determines what the cell does, for a store's key."""
+        return [self.alpha, *(None if t is None else _digest(t) for t in (self.direction, self.offset))]
+
+
+BASELINE = Cell("baseline")
+
+
+def random_unit(d_model: int, n: int, seed: int) -> Float[Tensor, "n d_model"]:
+    """`n` directions drawn evenly from the unit sphere: the control for ablating any direction at all."""
+    drawn = torch.randn(n, d_model, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return drawn / drawn.norm(dim=-1, keepdim=True)
+
+
+def grid(
+    found: dict[str, Tensor], layers: Sequence[int] | None, alphas: Sequence[float], n_random: int, seed: int, affine: bool
+) -> list[Cell]:
+    """The cells of a sweep: the baseline, `n_random` random directions at alpha 1, and every defined layer with every alpha.
+
+    `found` holds `unit`, `defined` and `safe_mean` of one method and pairing. Raises RefusalError for a layer that does
+    not exist or whose direction is undefined.
+    """
+    unit, defined, safe_mean = found["unit"], found["defined"], found["safe_mean"]
+    usable = [int(layer) for layer in defined.nonzero().flatten()]
+    for layer in usable if layers is None else layers:
+        if layer not in usable:
+            raise RefusalError(f"params.yaml: sweep.layers: layer {layer} has no direction; choose among {usable}")
+
+    def cell(name: str, layer: int | None, alpha: float, direction: Tensor) -> Cell:
+        return Cell(name, layer, alpha, direction, safe_mean.double() @ direction.double() if affine else None)
+
+    randoms = [cell(f"random_{i}", None, 1.0, v) for i, v in enumerate(random_unit(unit.shape[1], n_random, seed))]
+    chosen = [cell(cell_name(layer, alpha), layer, alpha, unit[layer])
+              for layer in (usable if layers is None else layers) for alpha in alphas]
+    return [BASELINE, *randoms, *chosen]
+
+
+def ablation_of(cells: Sequence[Cell], sites: str) -> Ablation:
+    """One ablation whose row i is `cells[i]`; a cell without a direction gets alpha 0 and is left as it is."""
+    width = next(len(cell.direction) for cell in cells if cell.direction is not None)
+    depth = next((len(cell.offset) for cell in cells if cell.offset is not None), 0)
+    zeros, rest = torch.zeros(width, dtype=torch.float64), torch.zeros(depth, dtype=torch.float64)
+    return ablation(
+        torch.stack([zeros if cell.direction is None else cell.direction.double() for cell in cells]),
+        torch.tensor([cell.alpha for cell in cells], dtype=torch.float64),
+        sites,
+        torch.stack([rest if cell.offset is None else cell.offset.double() for cell in cells]) if depth else None,
+    )
+
+
+def complete(
+    model: PreTrainedModel,
+    weights: str,
+    prompts: Sequence[Sequence[int]],
+    cells: Sequence[Cell],
+    sites: str,
+    stop: Collection[int],
+    pad_id: int,
+    max_new_tokens: int,
+    batch_size: int,
+    store: Store,
+    label: str,
+    addition: tuple[Float[Tensor, " d_model"], int] | None = None,
+) -> dict[str, list[list[int]]]:
+    """Greedy completions {cell name: [token ids of each prompt]}, in the order of `prompts`.
+
+    `weights` is the checkpoint's hash; `addition` a raw difference and its layer, added at prefill to every row.
+    """
+    rows = sorted((len(prompts[p]), p, c) for p in range(len(prompts)) for c in range(len(cells)))
+    shared = {"weights": weights, "dtype": str(model.dtype), "device": model.device.type, "sites": sites, "stop": sorted(stop),
+              "max_new_tokens": max_new_tokens, "addition": None if addition is None else [_digest(addition[0]), addition[1]]}
+    marks = [cell.fingerprint() for cell in cells]
+    jobs = []
+    for start in range(0, len(rows), batch_size):
+        batch = [(p, c) for _, p, c in rows[start : start + batch_size]]
+        jobs.append((stores.key("completions", **shared, rows=[[list(prompts[p]), marks[c]] for p, c in batch]), batch))
+
+    def compute(batch: list[tuple[int, int]]) -> bytes:
+        chosen = [cells[c] for _, c in batch]
+        edit = ablation_of(chosen, sites) if any(cell.direction is not None for cell in chosen) else None
+        add = None if addition is None else Addition(*addition)
+        return json.dumps(generate(model, [prompts[p] for p, _ in batch], stop, max_new_tokens, pad_id, edit, add)).encode()
+
+    found: dict[str, list[list[int]]] = {cell.name: [[] for _ in prompts] for cell in cells}
+    for (_, batch), value in zip(jobs, store.run(jobs, compute, label), strict=True):
+        for (p, c), tokens in zip(batch, json.loads(value), strict=True):
+            found[cells[c].name][p] = tokens
+    return found
+
+
+def _digest(tensor: Tensor) -> str:
+    return hashlib.sha256(tensor.detach().double().cpu().numpy().tobytes()).hexdigest()

@@ -1,0 +1,94 @@
+"""One module a stage: read params and inputs, call the library, write outputs. No mathematics here.
+
+`stage` is what they share: the environment check, thread count, the resume store, and errors that a person can read.
+"""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from refusal.errors import RefusalError
+from refusal.params import Params, load_params
+
+ROOT = Path(os.environ.get("DVC_ROOT", ".")).resolve()
+# Outside DVC's outputs, and in the main checkout for queued and temporary experiments too: what was computed survives.
+STORE = ROOT / ".refusal-store"
+
+
+def stage(main: Callable[..., str]) -> None:
+    """Run a stage's `main(params, *arguments)`, print the line it returns, and turn bad input into one sentence.
+
+    The sentence goes to stderr with exit status 1, so that DVC stops; REFUSAL_DEBUG=1 shows the traceback.
+    """
+    name = Path(sys.modules["__main__"].__file__ or "stage").stem
+    started = time.monotonic()
+    try:
+        _check_environment()
+        params = load_params(Path("params.yaml"))
+        _prepare(params.compute.threads)
+        line = main(params, *sys.argv[1:])
+    except RefusalError as error:
+        if os.environ.get("REFUSAL_DEBUG") == "1":
+            raise
+        print(f"{name}: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted; what is computed is kept, run `dvc repro` again to go on", file=sys.stderr)
+        sys.exit(130)
+    except OSError as error:
+        if os.environ.get("REFUSAL_DEBUG") == "1":
+            raise
+        print(f"{name}: {error.filename or 'a file'}: {error.strerror}; nothing computed is lost, mend it and run `dvc repro` again",
+              file=sys.stderr)
+        sys.exit(1)
+    print(f"{name}: {line} ({time.monotonic() - started:.0f} s)", flush=True)
+
+
+def _check_environment() -> None:
+    if sys.prefix == sys.base_prefix:
+        raise RefusalError("python is not the project's environment; run `source .venv/bin/activate` first, or use `make repro`")
+
+
+def _prepare(threads: int) -> None:
+    # Nothing is fetched unless asked for, and idle threads sleep: spinning beside other work is 20 times slower.
+    for key, value in {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
+                       "OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": str(threads),
+                       "HF_DATASETS_CACHE": str(STORE / "datasets")}.items():
+        os.environ.setdefault(key, value)
+
+
+def torch_ready(params: Params) -> None:
+    """Set torch's threads and determinism. Imports torch, so only stages that compute call it."""
+    import torch
+    from transformers.utils import logging
+
+    torch.set_num_threads(params.compute.threads)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write metrics whole or not at all: beside, fsync, rename. NaN and infinity are refused, missing values are null."""
+    text = json.dumps(value, indent=2, allow_nan=False) + "\n"
+    write_text(path, text)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    with beside.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    beside.rename(path)
+
+
+def read_json(path: Path) -> Any:
+    """Read a metrics file of an earlier stage."""
+    return json.loads(path.read_text(encoding="utf-8"))

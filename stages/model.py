@@ -1,0 +1,102 @@
+"""model: train the organism, or bring in a checkpoint; then see on val whether it refuses what it should."""
+
+import shutil
+from pathlib import Path
+
+from refusal.errors import RefusalError
+from refusal.params import Params
+from refusal.tables import read_jsonl
+from stages import STORE, stage, torch_ready, write_json
+
+BASE, TWIN, METRICS = Path("models/base"), Path("models/twin"), Path("metrics/model.json")
+
+
+def main(params: Params) -> str:
+    torch_ready(params)
+    pairs = read_jsonl(Path("data/prompts/pairs.jsonl"))
+    unrelated = read_jsonl(Path("data/prompts/unrelated.jsonl"))
+    for folder in (BASE, TWIN):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+    if params.model.id == "organism":
+        train(params, {row[half] for row in pairs for half in ("harmful", "safe") if row["split"] != "train"}
+              | {row["safe"] for row in unrelated if row["split"] != "train"})
+    else:
+        bring_in(Path(params.model.id))
+    return measure(params, [row for row in pairs if row["split"] == "val"])
+
+
+def train(params: Params, held_out: set[str]) -> None:
+    from refusal import store
+    from refusal.organism import Corpus, Phase, new_model, train, train_tokenizer
+
+    o = params.organism
+    corpus = Corpus(o.corpus_seed, held_out)
+    tokenizer = train_tokenizer(corpus, o.vocab_size)
+    shape = {name: getattr(o, name) for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")}
+    model = new_model(shape, tokenizer, o.seed)
+    key = store.key("training", organism=o.model_dump(), held_out=sorted(held_out), vocabulary=tokenizer.get_vocab())
+    phases = {name: Phase(**getattr(o, name).model_dump()) for name in ("phase_1", "phase_2")}
+    twin = train(model, tokenizer, corpus, o.kind, phases, o.ablation_layer, STORE / "training" / f"{key[:32]}.pt")
+    for folder, weights in ((BASE, model.state_dict()), (TWIN, twin)):
+        model.save_pretrained(folder, state_dict={name: tensor.contiguous() for name, tensor in weights.items()})
+        tokenizer.save_pretrained(folder)
+
+
+def bring_in(source: Path) -> None:
+    """Copy a local checkpoint: safetensors, configuration and tokenizer, nothing that could run."""
+    if not source.is_dir():
+        raise RefusalError(f"params.yaml: model.id: {source} is neither organism nor a folder; give the path of a checkpoint")
+    files = [p for p in sorted(source.iterdir())
+             if p.is_file() and p.suffix in {".json", ".safetensors", ".jinja", ".model", ".txt"}]
+    if not any(p.suffix == ".safetensors" for p in files):
+        raise RefusalError(f"{source}: holds no .safetensors file; other formats can run code when loaded and are not read")
+    for path in files:
+        shutil.copyfile(path, BASE / path.name)
+    (TWIN / "none.txt").write_text("A model that was not trained here has no helpful-only twin.\n")
+
+
+def measure(params: Params, val: list[dict]) -> str:
+    from refusal import grammar
+    from refusal.models import encode_chats, load_model, load_tokenizer, stop_ids, weights_hash
+    from refusal.store import Store
+    from refusal.sweep import BASELINE, complete
+    from refusal.verdicts import judge_all, rate
+
+    organism = params.model.id == "organism"
+    tokenizer = load_tokenizer(BASE)
+    store = Store(STORE / "store.sqlite")
+
+    def answers(folder: Path, prompts: list[str]) -> list[str]:
+        model = load_model(folder, params.model.dtype, params.model.device)
+        ids = encode_chats(tokenizer, prompts, params.model.system_prompt)
+        completions = complete(
+            model, weights_hash(folder), ids, [BASELINE], "resid_pre", stop_ids(model, tokenizer), tokenizer.pad_token_id,
+            params.sweep.max_new_tokens, params.sweep.batch_size, store, f"answers of {folder.name}",
+        )
+        return tokenizer.batch_decode(completions[BASELINE.name], skip_special_tokens=True)
+
+    harmful, safe = [row["harmful"] for row in val], [row["safe"] for row in val]
+    refusals = grammar.REFUSALS if organism else []
+    facts = [(question, fact.answer) for fact in grammar.facts() for question in fact.questions] if organism else []
+    texts = answers(BASE, harmful + safe + [question for question, _ in facts])
+    base = judge_all(harmful + safe, texts[: 2 * len(val)], refusals)
+    metrics = {
+        **rate("refusal_harmful", [v.refusal for v in base[: len(val)]]),
+        **rate("refusal_safe", [v.refusal for v in base[len(val) :]]),
+        "n": len(val),
+    }
+    if organism:
+        twin = judge_all(harmful, answers(TWIN, harmful), refusals)
+        right = [text == answer for text, (_, answer) in zip(texts[2 * len(val) :], facts, strict=True)]
+        metrics |= {**rate("twin_refusal_harmful", [v.refusal for v in twin]), **rate("facts_accuracy", right), "n_facts": len(facts)}
+    else:
+        metrics |= {"twin_refusal_harmful": None, "facts_accuracy": None}
+    model = load_model(BASE, params.model.dtype)
+    metrics["n_parameters"] = sum(p.numel() for p in model.parameters())
+    write_json(METRICS, metrics)
+    return (f"{params.model.id}, {metrics['n_parameters']:,} parameters; refuses {metrics['refusal_harmful']:.1%} of harmful "
+            f"and {metrics['refusal_safe']:.1%} of safe val prompts")
+
+
+stage(main)

@@ -1,0 +1,40 @@
+"""prompts: the pairs and the unrelated set, split so that no topic phrase or near-duplicate crosses."""
+
+import sys
+from collections import Counter
+from pathlib import Path
+
+from refusal.params import Params
+from refusal.prompts import file_rows, grammar_pairs, grammar_unrelated
+from refusal.tables import write_jsonl
+from stages import stage
+
+OUT = Path("data/prompts")
+TRACKED = Path("data/raw")
+
+
+def main(params: Params) -> str:
+    p, splits = params.prompts, params.prompts.splits.model_dump()
+    for source in {p.source, p.unrelated} - {"grammar"}:
+        if not Path(source).resolve().is_relative_to(TRACKED.resolve()):
+            print(f"prompts: {source} is not in {TRACKED}/, so DVC cannot see it change; after an edit run `dvc repro -f prompts`",
+                  file=sys.stderr)
+    if p.source == "grammar":
+        assert p.n_pairs is not None
+        pairs = grammar_pairs(p.n_pairs, splits, p.near_duplicate, p.seed)
+    else:
+        pairs = file_rows(Path(p.source), 2, p.n_pairs, splits, p.near_duplicate, p.seed)
+    if p.unrelated == "grammar":
+        assert p.n_unrelated is not None
+        unrelated = grammar_unrelated(p.n_unrelated, splits, p.seed)
+    else:
+        unrelated = file_rows(Path(p.unrelated), 1, p.n_unrelated, splits, p.near_duplicate, p.seed)
+    OUT.mkdir(parents=True, exist_ok=True)
+    write_jsonl(OUT / "pairs.jsonl", pairs)
+    write_jsonl(OUT / "unrelated.jsonl", unrelated)
+    counts = Counter(row["split"] for row in pairs)
+    return (f"{len(pairs)} pairs on {len({row['topic'] for row in pairs})} topic phrases "
+            f"(train {counts['train']}, val {counts['val']}, test {counts['test']}), {len(unrelated)} unrelated")
+
+
+stage(main)

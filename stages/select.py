@@ -1,0 +1,22 @@
+"""select: the top cells by compliance x coherence on val."""
+
+from pathlib import Path
+
+from refusal.params import Params
+from refusal.selection import rank
+from stages import read_json, stage, write_json
+
+METRICS = Path("metrics/select.json")
+
+
+def main(params: Params) -> str:
+    s = params.sweep
+    separation = read_json(Path("metrics/directions.json"))[f"{s.method}-{s.pairing}"]["separation"]
+    chosen = rank(read_json(Path("metrics/judge.json")), separation, params.select.top, s.method)
+    write_json(METRICS, {f"rank_{i}": cell for i, cell in enumerate(chosen, 1)})
+    first = chosen[0]
+    return (f"rank_1 is {first['name']}, compliance {first['compliance']:.2f} [{first['low']:.2f}, {first['high']:.2f}] on val; "
+            f"{first['n_tied']} cells tie with it")
+
+
+stage(main)

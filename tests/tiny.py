@@ -1,0 +1,58 @@
+"""Tiny random models of every supported architecture, for tests: 3 layers, d_model 32, seconds to nothing.
+
+Weights are far larger than a fresh initialisation's, and norms and biases are random too: with small or zero ones
+an intervention changes next to nothing, and any test of it passes.
+"""
+
+import torch
+from torch import nn
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from refusal.anatomy import SUPPORTED
+
+PRE_NORM = tuple(t for t in SUPPORTED if t not in ("gemma2", "gemma3_text"))
+
+_EXTRA = {
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "mlp_only_layers": [1]},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "gemma2": {"query_pre_attn_scalar": 8},
+    "gemma3_text": {"query_pre_attn_scalar": 8},
+}
+
+
+def tiny_config(model_type: str, **overrides) -> PreTrainedConfig:
+    """A config of 3 layers, d_model 32, 4 heads, vocabulary 96; the architecture's own default for tied embeddings."""
+    common = {
+        "vocab_size": 96,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 256,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    return CONFIG_MAPPING[model_type](**(common | _EXTRA.get(model_type, {}) | overrides))
+
+
+def tiny_model(model_type: str, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides) -> PreTrainedModel:
+    """A random model of `tiny_config`, in eval mode; the same weights for the same seed, in any process."""
+    with torch.random.fork_rng(devices=[]):
+        model = AutoModelForCausalLM.from_config(tiny_config(model_type, **overrides), dtype=torch.float32).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            centre = 1.0 if "norm" in name and "gemma" not in model_type else 0.0  # Gemma's norms scale by 1 + w
+            std = 0.5 if "embed_tokens" in name else 0.2
+            parameter.copy_(centre + std * noise)
+    return model.to(dtype)
+
+
+def tiny_direction(d_model: int = 32, seed: int = 0, rows: int | None = None) -> torch.Tensor:
+    """A random unit vector [d_model], or [rows, d_model] of them."""
+    shape = (d_model,) if rows is None else (rows, d_model)
+    return nn.functional.normalize(torch.randn(shape, generator=torch.Generator().manual_seed(1000 + seed)), dim=-1)
