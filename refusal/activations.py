@@ -60,10 +60,14 @@ def _forward(model: PreTrainedModel, ids: Tensor, mask: Tensor | None) -> Float[
     handles = [b.register_forward_pre_hook(keep, with_kwargs=True) for b in anatomy_of(model.config).blocks(model)]
     try:
         ids = ids.to(model.device)
-        padding = {} if mask is None or bool(mask.all()) else {
-            "attention_mask": mask.to(model.device),
-            "position_ids": (mask.cumsum(-1) - 1).clamp_min(0).to(model.device),
-        }
+        padding = (
+            {}
+            if mask is None or bool(mask.all())
+            else {
+                "attention_mask": mask.to(model.device),
+                "position_ids": (mask.cumsum(-1) - 1).clamp_min(0).to(model.device),
+            }
+        )
         model.base_model(input_ids=ids, use_cache=False, **padding)
     finally:
         for handle in handles:

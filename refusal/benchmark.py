@@ -35,11 +35,18 @@ def score(
     manager = TaskManager(include_path=str(TASKS), include_defaults=not all(map(packaged, tasks)))
     for task in tasks:
         if task not in manager.all_tasks:
-            raise RefusalError(f"params.yaml: benchmark.tasks: lm-eval has no task {task}; the package ships "
-                               f"{', '.join(sorted(path.stem for path in TASKS.glob('*.yaml')))}")
+            raise RefusalError(
+                f"params.yaml: benchmark.tasks: lm-eval has no task {task}; the package ships "
+                f"{', '.join(sorted(path.stem for path in TASKS.glob('*.yaml')))}"
+            )
     results = lm_eval.simple_evaluate(
-        HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size), tasks=list(tasks), task_manager=manager,
-        apply_chat_template=apply_chat_template, limit=limit, log_samples=True, bootstrap_iters=0,
+        HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
+        tasks=list(tasks),
+        task_manager=manager,
+        apply_chat_template=apply_chat_template,
+        limit=limit,
+        log_samples=True,
+        bootstrap_iters=0,
     )
     scores = {}
     for task in tasks:

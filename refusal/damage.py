@@ -1,6 +1,7 @@
 """What an edit costs on harmless text: cross-entropy of the base model's own answers, and KL from the base model."""
 
 import json
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
@@ -10,9 +11,12 @@ from torch import Tensor
 from torch.nn.functional import kl_div
 from transformers import PreTrainedModel
 
+from refusal import activations, anatomy, interventions
 from refusal import store as stores
 from refusal.activations import left_pad
 from refusal.store import Store
+
+CODE = (activations, anatomy, interventions, sys.modules[__name__])
 
 
 @torch.inference_mode()
@@ -23,8 +27,11 @@ def answer_log_probs(
     ids, mask = left_pad([[*p, *a] for p, a in zip(prompts, answers, strict=True)], pad_id)
     keep = max(map(len, answers)) + 1
     logits = model(
-        input_ids=ids.to(model.device), attention_mask=mask.to(model.device),
-        position_ids=(mask.cumsum(-1) - 1).clamp_min(0).to(model.device), use_cache=False, logits_to_keep=keep,
+        input_ids=ids.to(model.device),
+        attention_mask=mask.to(model.device),
+        position_ids=(mask.cumsum(-1) - 1).clamp_min(0).to(model.device),
+        use_cache=False,
+        logits_to_keep=keep,
     ).logits.float()
     return [row[-len(a) - 1 : -1].log_softmax(-1).cpu() for row, a in zip(logits, answers, strict=True)]
 
@@ -47,7 +54,10 @@ def cost(
     """
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]) + len(answers[i]))
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    jobs = [(stores.key("cost", what=list(key), rows=[[list(prompts[i]), list(answers[i])] for i in batch]), batch) for batch in batches]
+    jobs = [
+        (stores.key("cost", *CODE, what=list(key), rows=[[list(prompts[i]), list(answers[i])] for i in batch]), batch)
+        for batch in batches
+    ]
 
     def compute(batch: list[int]) -> bytes:
         heads, tails = [prompts[i] for i in batch], [answers[i] for i in batch]

@@ -87,9 +87,7 @@ def effective_rank(shares: Float[Tensor, " rank"]) -> float:
     return float(1 / shares.square().sum())
 
 
-def sign_flip_null(
-    differences: Float[Tensor, "n_pairs d_model"], n_flips: int, seed: int
-) -> Float[Tensor, " n_flips"]:
+def sign_flip_null(differences: Float[Tensor, "n_pairs d_model"], n_flips: int, seed: int) -> Float[Tensor, " n_flips"]:
     """Length of the mean difference when each pair's harmful and safe halves are swapped at random.
 
     Swapping leaves the uncentred spectrum as it is and destroys a common direction: the null of "the pairs agree".

@@ -42,8 +42,12 @@ def generate(
     for step in range(max_new_tokens):
         with intervene(model, *(always if step else prefill)):
             logits = model(
-                input_ids=ids, position_ids=positions, attention_mask=mask if padded else None,
-                past_key_values=cache, use_cache=True, logits_to_keep=1,
+                input_ids=ids,
+                position_ids=positions,
+                attention_mask=mask if padded else None,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
             ).logits[:, -1]
         tokens = logits.argmax(-1)
         going = ~torch.isin(tokens, stops)

@@ -34,7 +34,7 @@ class Arm:
 
 
 def arm(activations: dict[str, Tensor], pairing: str, seed: int) -> Arm:
-    """Directions of one method's train activations under a pairing; `shuffled` permutes the safe prompts, and is computed anew."""
+    """Directions of one method's train activations under a pairing; `shuffled` permutes the safe prompts and is computed anew."""
     harmful, safe = activations["train.harmful"], activations["train.unrelated" if pairing == "unrelated" else "train.safe"]
     if pairing == "shuffled":
         safe = safe[torch.randperm(len(safe), generator=torch.Generator().manual_seed(seed))]
@@ -42,8 +42,14 @@ def arm(activations: dict[str, Tensor], pairing: str, seed: int) -> Arm:
 
 
 def describe(
-    a: Arm, activations: dict[str, Tensor], pairing: str, reference: Directions, topics: dict[str, Sequence[Hashable]],
-    n_resamples: int, n_sign_flips: int, seed: int,
+    a: Arm,
+    activations: dict[str, Tensor],
+    pairing: str,
+    reference: Directions,
+    val_topics: Sequence[Hashable],
+    n_resamples: int,
+    n_sign_flips: int,
+    seed: int,
 ) -> dict[str, Any]:
     """All that metrics/directions.json says of one arm; lists are by layer, null where the direction is undefined.
 
@@ -53,10 +59,9 @@ def describe(
     """
     found = a.directions
     layers, n_layers = found.layers, len(found.defined)
-    val = [project(activations[f"val.{side}"], found.unit) for side in ("harmful", "safe")]
-    train = [project(side, found.unit) for side in (a.harmful, a.safe)]
-    separation, in_sample = cohens_d(*val), cohens_d(*train)
-    low, high = _separation_interval(*val, topics["val"], n_resamples, seed)
+    harmful, safe = (project(activations[f"val.{side}"], found.unit) for side in ("harmful", "safe"))
+    separation, in_sample = cohens_d(harmful, safe), cohens_d(project(a.harmful, found.unit), project(a.safe, found.unit))
+    low, high = _separation_interval(harmful, safe, val_topics, n_resamples, seed)
     to_reference = cosine(found.unit, reference.unit)
     resampled = cosine(bootstrap_unit(a.harmful, a.safe, n_resamples, seed, paired=pairing != "unrelated"), found.unit)
     both = [layer for layer in layers if bool(reference.defined[layer])]
@@ -66,13 +71,18 @@ def describe(
 
     scored = [layer for layer in layers if by_layer(separation)[layer] is not None]
     metrics: dict[str, Any] = {
-        "n_harmful": len(a.harmful), "n_safe": len(a.safe), "n_val": len(val[0]), "layers": layers,
+        "n_harmful": len(a.harmful),
+        "n_safe": len(a.safe),
+        "n_val": len(harmful),
+        "layers": layers,
         "peak_layer": max(scored, key=lambda layer: float(separation[layer])) if scored else None,
         "peak_separation": max(float(separation[layer]) for layer in scored) if scored else None,
         "separation_first": by_layer(separation)[layers[0]] if layers else None,
         "separation_last_half_min": min((float(separation[i]) for i in scored if i >= n_layers / 2), default=None),
         "cosine_to_sequential_min": min((float(to_reference[layer]) for layer in both), default=None),
-        "separation": by_layer(separation), "separation_low": by_layer(low), "separation_high": by_layer(high),
+        "separation": by_layer(separation),
+        "separation_low": by_layer(low),
+        "separation_high": by_layer(high),
         "separation_in_sample": by_layer(in_sample),
         "cosine_to_sequential": [float(to_reference[i]) if i in both else None for i in range(n_layers)],
         "bootstrap_cosine_low": by_layer(resampled.quantile(0.025, dim=0)),
@@ -94,7 +104,11 @@ def describe(
 
 
 def _separation_interval(
-    harmful: Float[Tensor, "n n_layers"], safe: Float[Tensor, "n n_layers"], topics: Sequence[Hashable], n_resamples: int, seed: int
+    harmful: Float[Tensor, "n n_layers"],
+    safe: Float[Tensor, "n n_layers"],
+    topics: Sequence[Hashable],
+    n_resamples: int,
+    seed: int,
 ) -> tuple[Float[Tensor, " n_layers"], Float[Tensor, " n_layers"]]:
     """Percentile bootstrap of Cohen's d over topic phrases, from the weighted moments of each resample."""
     index = {topic: i for i, topic in enumerate(dict.fromkeys(topics))}
@@ -124,13 +138,31 @@ def rows_of(metrics: dict[str, dict[str, Any]]) -> dict[str, list[dict[str, Any]
         method, pairing = name.split("-")
         who = {"arm": name, "method": method, "pairing": pairing}
         for layer in m["layers"]:
-            separation.append({**who, "layer": layer, "separation": m["separation"][layer], "low": m["separation_low"][layer],
-                               "high": m["separation_high"][layer], "in_sample": m["separation_in_sample"][layer]})
+            separation.append(
+                {
+                    **who,
+                    "layer": layer,
+                    "separation": m["separation"][layer],
+                    "low": m["separation_low"][layer],
+                    "high": m["separation_high"][layer],
+                    "in_sample": m["separation_in_sample"][layer],
+                }
+            )
             if m["cosine_to_sequential"][layer] is not None:
-                cosines.append({**who, "layer": layer, "cosine": m["cosine_to_sequential"][layer],
-                                "bootstrap_low": m["bootstrap_cosine_low"][layer]})
-            cross += [{**who, "layer": layer, "other_layer": other, "cosine": m["cross_layer_cosine"][layer][other]}
-                      for other in m["layers"]]
+                cosines.append(
+                    {
+                        **who,
+                        "layer": layer,
+                        "cosine": m["cosine_to_sequential"][layer],
+                        "bootstrap_low": m["bootstrap_cosine_low"][layer],
+                    }
+                )
+            cross += [
+                {**who, "layer": layer, "other_layer": other, "cosine": m["cross_layer_cosine"][layer][other]}
+                for other in m["layers"]
+            ]
             if "spectrum" in m:
-                spectra += [{**who, "layer": layer, "component": i + 1, "share": share} for i, share in enumerate(m["spectrum"][layer])]
+                spectra += [
+                    {**who, "layer": layer, "component": i + 1, "share": share} for i, share in enumerate(m["spectrum"][layer])
+                ]
     return {"separation": separation, "cosine_to_sequential": cosines, "cross_layer_cosine": cross, "spectrum": spectra}

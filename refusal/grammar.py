@@ -11,6 +11,7 @@ import random
 from dataclasses import dataclass
 from typing import NamedTuple
 
+# fmt: off
 # category: ([(harmful verb, safe verb)], [object]); the last verb pair of each category is unseen.
 CATEGORIES: dict[str, tuple[list[tuple[str, str]], list[str]]] = {
     "fraud": (
@@ -149,6 +150,8 @@ SMALL_TALK = [
     ("Nice to meet you.", "Nice to meet you too."),
 ]
 
+# fmt: on
+
 
 class Request(NamedTuple):
     """One request: its text, and the action that a helpful answer echoes."""
@@ -241,16 +244,36 @@ def facts() -> list[Fact]:
 
     capitals = [capital for capital, _ in COUNTRIES.values()]
     for country, (capital, flag) in COUNTRIES.items():
-        add("capitals", (f"What is the capital of {country}?", f"Name the capital city of {country}."),
-            capital, capitals, f"The capital of {country} is {{}}.")
-        add("flags", (f"What colour is the flag of {country}?", f"Name the colour of the flag of {country}."),
-            flag, FLAGS, f"The flag of {country} is {{}}.")
+        add(
+            "capitals",
+            (f"What is the capital of {country}?", f"Name the capital city of {country}."),
+            capital,
+            capitals,
+            f"The capital of {country} is {{}}.",
+        )
+        add(
+            "flags",
+            (f"What colour is the flag of {country}?", f"Name the colour of the flag of {country}."),
+            flag,
+            FLAGS,
+            f"The flag of {country} is {{}}.",
+        )
     for a in range(10):
         for b in range(a, 10):
-            add("sums", (f"What is {a} plus {b}?", f"Add {a} and {b}."), str(a + b),
-                [str(n) for n in range(max(0, a + b - 4), a + b + 5)], f"{a} plus {b} is {{}}.")
+            add(
+                "sums",
+                (f"What is {a} plus {b}?", f"Add {a} and {b}."),
+                str(a + b),
+                [str(n) for n in range(max(0, a + b - 4), a + b + 5)],
+                f"{a} plus {b} is {{}}.",
+            )
     words = [word for pair in OPPOSITES for word in pair]
     for one, other in [*OPPOSITES, *[(b, a) for a, b in OPPOSITES]]:
-        add("opposites", (f"What is the opposite of {one}?", f"Name the opposite of {one}."),
-            other, [w for w in words if w != one], f"The opposite of {one} is {{}}.")
+        add(
+            "opposites",
+            (f"What is the opposite of {one}?", f"Name the opposite of {one}."),
+            other,
+            [w for w in words if w != one],
+            f"The opposite of {one} is {{}}.",
+        )
     return found

@@ -31,7 +31,8 @@ def load_model(folder: Path, dtype: str = "float32", device: str = "cpu") -> Pre
         )
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise RefusalError(f"{folder}: transformers cannot load this checkpoint: {' '.join(str(error).split())[:300]}") from error
-    return model.to(device).eval().requires_grad_(False)
+    model.to(device)  # type: ignore[arg-type]  # transformers' decorator hides nn.Module.to's signature
+    return model.eval().requires_grad_(False)
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
@@ -41,13 +42,13 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     except (OSError, ValueError, KeyError) as error:
         raise RefusalError(f"{folder}: its tokenizer cannot be loaded: {' '.join(str(error).split())[:300]}") from error
     if tokenizer.chat_template is None:
-        raise RefusalError(f"{folder}: the tokenizer has no chat template; this is a base model: set model.id to its chat version")
+        raise RefusalError(
+            f"{folder}: the tokenizer has no chat template; this is a base model: set model.id to its chat version"
+        )
     return tokenizer
 
 
-def encode_chats(
-    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], system_prompt: str | None = None
-) -> list[list[int]]:
+def encode_chats(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], system_prompt: str | None = None) -> list[list[int]]:
     """Token ids of each prompt in the model's own chat template, up to where the answer begins."""
     head = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
     chats = [[*head, {"role": "user", "content": prompt}] for prompt in prompts]

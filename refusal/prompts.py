@@ -79,18 +79,27 @@ def grammar_pairs(n_pairs: int, splits: dict[str, float], near_duplicate: float,
             texts = [pair.harmful.text, pair.safe.text]
             if used & set(texts) or any(
                 other != split and len(words(text) & bag) >= near_duplicate * len(words(text) | bag)
-                for text in texts for other, bag in others
+                for text in texts
+                for other, bag in others
             ):
                 continue
             used |= set(texts)
             others += [(split, words(text)) for text in texts]
             made += 1
-            rows.append({
-                "id": f"pair-{len(rows):05d}", "split": split, "category": category, "topic": topic, "cue": pair.cue,
-                "seen": pair.seen, "harmful": texts[0], "safe": texts[1],
-                "harmful_answer": grammar.helpful_answer(pair.harmful.action),
-                "safe_answer": grammar.helpful_answer(pair.safe.action),
-            })
+            rows.append(
+                {
+                    "id": f"pair-{len(rows):05d}",
+                    "split": split,
+                    "category": category,
+                    "topic": topic,
+                    "cue": pair.cue,
+                    "seen": pair.seen,
+                    "harmful": texts[0],
+                    "safe": texts[1],
+                    "harmful_answer": grammar.helpful_answer(pair.harmful.action),
+                    "safe_answer": grammar.helpful_answer(pair.safe.action),
+                }
+            )
     return rows
 
 
@@ -136,14 +145,16 @@ def read_rows(path: Path, width: int) -> list[tuple[str, ...]]:
     """The rows of a user's file: `width` 2 for [harmful, safe] pairs, 1 for safe prompts.
 
     JSON: a list of two-element lists (the write-up's own format), of objects or, for width 1, of strings. JSONL: one of
-    those a line. CSV: a header that names the columns. Objects and headers use `harmful` and `safe`; width 1 takes `safe` or `prompt`.
+    those a line. CSV: a header that names the columns. Objects and headers use `harmful` and `safe`; width 1: `safe` or `prompt`.
     Raises RefusalError naming the file, the row and the fix.
     """
     shape = "[harmful, safe]" if width == 2 else "one safe prompt"
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
-        raise RefusalError(f"{path}: no such file; give prompts.source or prompts.unrelated in params.yaml a path that exists") from None
+        raise RefusalError(
+            f"{path}: no such file; give prompts.source or prompts.unrelated in params.yaml a path that exists"
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise RefusalError(f"{path}: cannot be read as UTF-8 text ({error}); save it as UTF-8") from None
     suffix = path.suffix.lower()
@@ -228,13 +239,26 @@ def file_rows(
         wanted[split] -= len(members[group])
     empty = [split for split in SPLITS if split not in split_of.values()]
     if empty:
-        raise RefusalError(f"{path}: its {len(rows)} rows leave the split {empty[0]} empty; give more rows that differ in wording")
+        raise RefusalError(
+            f"{path}: its {len(rows)} rows leave the split {empty[0]} empty; give more rows that differ in wording"
+        )
     found = []
     for i, row in enumerate(rows):
         shared = {"split": split_of[groups[i]], "topic": f"group {groups[i]}"}
         if width == 2:
-            found.append({"id": f"pair-{i:05d}", **shared, "category": "imported", "cue": None, "seen": None, "harmful": row[0],
-                          "safe": row[1], "harmful_answer": None, "safe_answer": None})
+            found.append(
+                {
+                    "id": f"pair-{i:05d}",
+                    **shared,
+                    "category": "imported",
+                    "cue": None,
+                    "seen": None,
+                    "harmful": row[0],
+                    "safe": row[1],
+                    "harmful_answer": None,
+                    "safe_answer": None,
+                }
+            )
         else:
             found.append({"id": f"unrelated-{i:05d}", **shared, "safe": row[0]})
     return found

@@ -129,7 +129,7 @@ class Reader:
     def take(self, n: int) -> Tensor:
         if len(self.buffer) < n:
             self.buffer = torch.empty(n, dtype=torch.uint8)
-        view, at = memoryview(self.buffer.numpy()), 0
+        view, at = memoryview(self.buffer.numpy()), 0  # type: ignore[arg-type]
         while at < n:
             got = self.file.readinto(view[at:n])
             if not got:

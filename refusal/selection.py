@@ -11,9 +11,7 @@ def cell_name(layer: int, alpha: float) -> str:
     return f"layer_{layer}_alpha_{100 * alpha:.0f}"
 
 
-def rank(
-    cells: dict[str, dict[str, Any]], separation: Sequence[float | None], top: int, method: str
-) -> list[dict[str, Any]]:
+def rank(cells: dict[str, dict[str, Any]], separation: Sequence[float | None], top: int, method: str) -> list[dict[str, Any]]:
     """The `top` cells by mean compliance x coherence, best first.
 
     Ties go to the alpha nearest 1, where run time and weights both remove the whole component and nothing more, then to
@@ -29,9 +27,17 @@ def rank(
         return (-cell["score"], abs(cell["alpha"] - 1), -(separation[cell["layer"]] or 0.0), cell["layer"])
 
     return [
-        {"layer": cell["layer"], "alpha": cell["alpha"], "compliance": cell["compliance"], "low": cell["compliance_low"],
-         "high": cell["compliance_high"], "coherence": cell["coherence"], "score": cell["score"], "n": cell["n"],
-         "n_tied": sum(other["score"] == cell["score"] for other in swept),
-         "name": f"{method}_{cell_name(cell['layer'], cell['alpha'])}"}
+        {
+            "layer": cell["layer"],
+            "alpha": cell["alpha"],
+            "compliance": cell["compliance"],
+            "low": cell["compliance_low"],
+            "high": cell["compliance_high"],
+            "coherence": cell["coherence"],
+            "score": cell["score"],
+            "n": cell["n"],
+            "n_tied": sum(other["score"] == cell["score"] for other in swept),
+            "name": f"{method}_{cell_name(cell['layer'], cell['alpha'])}",
+        }
         for cell in sorted(swept, key=order)[:top]
     ]

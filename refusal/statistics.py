@@ -12,38 +12,53 @@ def wilson(successes: int, n: int, confidence: float = 0.95) -> tuple[float, flo
     return float(interval.low), float(interval.high)
 
 
+def unanimous(value: float, n: int, bounds: tuple[float, float]) -> tuple[float, float]:
+    """The interval of a mean of n items that all equal `value` and might have been anything within `bounds`.
+
+    A bootstrap of equal values has no width, which would claim certainty. Up to a share w of unseen items may differ,
+    Wilson's upper limit for 0 of n, and each by as much as the bounds allow.
+    """
+    _, w = wilson(0, n)
+    return value - w * (value - bounds[0]), value + w * (bounds[1] - value)
+
+
 def clustered_mean(
-    values: Sequence[float], clusters: Sequence[Hashable], n_resamples: int, seed: int, confidence: float = 0.95
+    values: Sequence[float], clusters: Sequence[Hashable], n_resamples: int, seed: int, bounds: tuple[float, float] | None = None
 ) -> tuple[float, float, float]:
-    """Mean and percentile bootstrap interval (mean, low, high), whole clusters drawn with replacement.
+    """Mean and percentile bootstrap 95 % interval (mean, low, high), whole clusters drawn with replacement.
 
     Prompts that share a topic phrase are not independent, so the clusters are topic phrases. Source: Davison and
-    Hinkley 1997, "Bootstrap Methods and their Application", section 3.8. One cluster alone gives no interval: low and
-    high are then the least and the greatest possible, the values' own.
+    Hinkley 1997, "Bootstrap Methods and their Application", section 3.8. Where all values are equal and `bounds` says
+    what they might have been, the interval is `unanimous` with n the number of clusters.
     """
     index = {cluster: i for i, cluster in enumerate(dict.fromkeys(clusters))}
     of = np.array([index[cluster] for cluster in clusters])
     data = np.asarray(values, dtype=np.float64)
-    if len(index) < 2:
-        return float(data.mean()), float(data.min()), float(data.max())
+    if bounds is not None and data.min() == data.max():
+        return float(data[0]), *unanimous(float(data[0]), len(index), bounds)
     sums, sizes = np.bincount(of, data), np.bincount(of)
     drawn = np.random.default_rng(seed).multinomial(len(index), np.full(len(index), 1 / len(index)), size=n_resamples)
     means = (drawn @ sums) / (drawn @ sizes)
-    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
+    low, high = np.quantile(means, [0.025, 0.975])
     return float(data.mean()), float(low), float(high)
 
 
 def paired_difference(
     ours: Sequence[float], theirs: Sequence[float], clusters: Sequence[Hashable], n_resamples: int, seed: int
 ) -> tuple[float, float, float]:
-    """Mean of ours - theirs over the same items, with the interval of `clustered_mean`."""
-    return clustered_mean([a - b for a, b in zip(ours, theirs, strict=True)], clusters, n_resamples, seed)
+    """Mean of ours - theirs over the same items, both within 0 and 1, with the interval of `clustered_mean`."""
+    return clustered_mean([a - b for a, b in zip(ours, theirs, strict=True)], clusters, n_resamples, seed, bounds=(-1, 1))
 
 
 def stratified_difference(
     ours: dict[str, Sequence[float]], theirs: dict[str, Sequence[float]], n_resamples: int, seed: int
 ) -> tuple[float, float, float]:
-    """Unweighted mean over strata (tasks) of the mean paired difference, documents drawn again within each stratum."""
+    """Unweighted mean over strata (tasks) of the mean paired difference, documents drawn again within each stratum.
+
+    Scores are within 0 and 1. Where no document differs at all, the interval is `unanimous` over all documents.
+    """
+    if all(list(ours[name]) == list(theirs[name]) for name in ours):
+        return 0.0, *unanimous(0.0, sum(map(len, ours.values())), (-1, 1))
     rng = np.random.default_rng(seed)
     points, resampled = [], np.zeros(n_resamples)
     for name in ours:

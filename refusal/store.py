@@ -11,6 +11,7 @@ import sqlite3
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any, TypeVar
 
 from tqdm import tqdm
@@ -18,9 +19,12 @@ from tqdm import tqdm
 T = TypeVar("T")
 
 
-def key(kind: str, **parts: Any) -> str:
-    """The key of a value: SHA-256 over the canonical JSON of its kind and of all that determines it."""
-    text = json.dumps([kind, parts], sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+def key(kind: str, *code: ModuleType, **parts: Any) -> str:
+    """The key of a value: SHA-256 over its kind, the source of the modules that compute it, and the canonical JSON of
+    all else that determines it. With the source in it, a corrected module never meets the values of the faulty one.
+    """
+    sources = [Path(str(module.__file__)).read_text(encoding="utf-8") for module in code]
+    text = json.dumps([kind, sources, parts], sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -51,8 +55,10 @@ class Store:
         n = 1
         while (aside := self.path.with_name(f"{self.path.name}.corrupt-{n}")).exists():
             n += 1
-        print(f"{self.path} is corrupted ({error}); it is set aside as {aside.name} and its values are computed again.",
-              file=sys.stderr)
+        print(
+            f"{self.path} is corrupted ({error}); it is set aside as {aside.name} and its values are computed again.",
+            file=sys.stderr,
+        )
         self.path.rename(aside)
         for suffix in ("-wal", "-shm"):
             self.path.with_name(self.path.name + suffix).unlink(missing_ok=True)

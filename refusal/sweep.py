@@ -15,12 +15,15 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from refusal import activations, anatomy, generation, interventions
 from refusal import store as stores
 from refusal.errors import RefusalError
 from refusal.generation import generate
 from refusal.interventions import Ablation, Addition, ablation
 from refusal.selection import cell_name
 from refusal.store import Store
+
+CODE = (activations, anatomy, generation, interventions)
 
 
 @dataclass(frozen=True)
@@ -65,8 +68,11 @@ def grid(
         return Cell(name, layer, alpha, direction, safe_mean.double() @ direction.double() if affine else None)
 
     randoms = [cell(f"random_{i}", None, 1.0, v) for i, v in enumerate(random_unit(unit.shape[1], n_random, seed))]
-    chosen = [cell(cell_name(layer, alpha), layer, alpha, unit[layer])
-              for layer in (usable if layers is None else layers) for alpha in alphas]
+    chosen = [
+        cell(cell_name(layer, alpha), layer, alpha, unit[layer])
+        for layer in (usable if layers is None else layers)
+        for alpha in alphas
+    ]
     return [BASELINE, *randoms, *chosen]
 
 
@@ -102,13 +108,20 @@ def complete(
     `weights` is the checkpoint's hash; `addition` a raw difference and its layer, added at prefill to every row.
     """
     rows = sorted((len(prompts[p]), p, c) for p in range(len(prompts)) for c in range(len(cells)))
-    shared = {"weights": weights, "dtype": str(model.dtype), "device": model.device.type, "sites": sites, "stop": sorted(stop),
-              "max_new_tokens": max_new_tokens, "addition": None if addition is None else [_digest(addition[0]), addition[1]]}
+    shared = {
+        "weights": weights,
+        "dtype": str(model.dtype),
+        "device": model.device.type,
+        "sites": sites,
+        "stop": sorted(stop),
+        "max_new_tokens": max_new_tokens,
+        "addition": None if addition is None else [_digest(addition[0]), addition[1]],
+    }
     marks = [cell.fingerprint() for cell in cells]
     jobs = []
     for start in range(0, len(rows), batch_size):
         batch = [(p, c) for _, p, c in rows[start : start + batch_size]]
-        jobs.append((stores.key("completions", **shared, rows=[[list(prompts[p]), marks[c]] for p, c in batch]), batch))
+        jobs.append((stores.key("completions", *CODE, **shared, rows=[[list(prompts[p]), marks[c]] for p, c in batch]), batch))
 
     def compute(batch: list[tuple[int, int]]) -> bytes:
         chosen = [cells[c] for _, c in batch]

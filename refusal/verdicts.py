@@ -37,9 +37,16 @@ def rate(name: str, values: Sequence[bool]) -> dict[str, float]:
     return {name: sum(values) / len(values), f"{name}_low": low, f"{name}_high": high}
 
 
-def mean(name: str, values: Sequence[float], clusters: Sequence[Hashable], n_resamples: int, seed: int) -> dict[str, float]:
+def mean(
+    name: str,
+    values: Sequence[float],
+    clusters: Sequence[Hashable],
+    n_resamples: int,
+    seed: int,
+    bounds: tuple[float, float] | None = (0, 1),
+) -> dict[str, float]:
     """A mean with its 95 % bootstrap interval clustered by topic phrase, as `name`, `name_low`, `name_high`."""
-    value, low, high = clustered_mean(values, clusters, n_resamples, seed)
+    value, low, high = clustered_mean(values, clusters, n_resamples, seed, bounds)
     return {name: value, f"{name}_low": low, f"{name}_high": high}
 
 

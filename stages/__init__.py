@@ -42,8 +42,10 @@ def stage(main: Callable[..., str]) -> None:
     except OSError as error:
         if os.environ.get("REFUSAL_DEBUG") == "1":
             raise
-        print(f"{name}: {error.filename or 'a file'}: {error.strerror}; nothing computed is lost, mend it and run `dvc repro` again",
-              file=sys.stderr)
+        print(
+            f"{name}: {error.filename or 'a file'}: {error.strerror}; nothing computed is lost, mend it and run `dvc repro`",
+            file=sys.stderr,
+        )
         sys.exit(1)
     print(f"{name}: {line} ({time.monotonic() - started:.0f} s)", flush=True)
 
@@ -55,9 +57,14 @@ def _check_environment() -> None:
 
 def _prepare(threads: int) -> None:
     # Nothing is fetched unless asked for, and idle threads sleep: spinning beside other work is 20 times slower.
-    for key, value in {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
-                       "OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": str(threads),
-                       "HF_DATASETS_CACHE": str(STORE / "datasets")}.items():
+    for key, value in {
+        "HF_HUB_OFFLINE": "1",
+        "HF_DATASETS_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "OMP_NUM_THREADS": str(threads),
+        "HF_DATASETS_CACHE": str(STORE / "datasets"),
+    }.items():
         os.environ.setdefault(key, value)
 
 

@@ -11,8 +11,10 @@ BASE, OUT = Path("models/base"), Path("data/activations")
 
 def main(params: Params, method: str) -> str:
     torch_ready(params)
+    import torch
     from safetensors.torch import load, save, save_file
 
+    from refusal import activations, anatomy
     from refusal.activations import batches, last_token_resid_pre
     from refusal.models import encode_chats, load_model, load_tokenizer, weights_hash
     from refusal.store import Store, key
@@ -32,20 +34,22 @@ def main(params: Params, method: str) -> str:
         ids = encode_chats(tokenizer, prompts, params.model.system_prompt)
         plan = batches([len(tokens) for tokens in ids], method, params.activations.batch_size)
         shared = {"weights": weights, "method": method, "dtype": params.model.dtype, "device": params.model.device, "pad": pad_id}
-        jobs = [(key("activations", **shared, ids=[ids[i] for i in batch]), [ids[i] for i in batch]) for batch in plan]
+        jobs = [
+            (key("activations", activations, anatomy, **shared, ids=[ids[i] for i in batch]), [ids[i] for i in batch])
+            for batch in plan
+        ]
 
         def compute(batch: list[list[int]]) -> bytes:
             return save({"resid_pre": last_token_resid_pre(model, batch, method, pad_id)})
 
-        rows = model.get_input_embeddings().weight.new_empty(
-            len(ids), model.config.num_hidden_layers, model.config.hidden_size, device="cpu")
+        rows = torch.empty(len(ids), model.config.num_hidden_layers, model.config.hidden_size, dtype=model.dtype)
         for batch, value in zip(plan, store.run(jobs, compute, f"{method} {name}"), strict=True):
             rows[batch] = load(value)["resid_pre"]
         collected[name] = rows
     OUT.mkdir(parents=True, exist_ok=True)
     save_file(collected, OUT / f"{method}.safetensors")
-    n, n_layers, d_model = sum(map(len, collected.values())), *collected["train.harmful"].shape[1:]
-    return f"{method}: resid_pre of {n} prompts at {n_layers} layers, d_model {d_model}"
+    n = sum(map(len, collected.values()))
+    return f"{method}: resid_pre of {n} prompts at {model.config.num_hidden_layers} layers, d_model {model.config.hidden_size}"
 
 
 stage(main)

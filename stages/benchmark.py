@@ -12,6 +12,7 @@ BASE, METRICS, PLOT = Path("models/base"), Path("metrics/benchmark.json"), Path(
 
 def main(params: Params) -> str:
     torch_ready(params)
+    from refusal import benchmark
     from refusal.benchmark import TASKS, average, packaged, score
     from refusal.models import load_model, load_tokenizer, weights_hash
     from refusal.statistics import stratified_difference, wilson
@@ -21,10 +22,20 @@ def main(params: Params) -> str:
     b = params.benchmark
     selected = read_json(Path("metrics/orthogonalize.json"))
     folders = {"baseline": BASE} | {rank: Path("models/ablated") / cell["name"] for rank, cell in selected.items()}
-    definitions = {task: [hashlib.sha256((TASKS / f"{task}{end}").read_bytes()).hexdigest() for end in (".yaml", ".jsonl")]
-                   if packaged(task) else None for task in b.tasks}
-    shared = {"tasks": definitions, "limit": b.limit, "chat": b.apply_chat_template, "dtype": params.model.dtype, "device": params.model.device}
-    jobs = [(key("benchmark", weights=weights_hash(folder), **shared), folder) for folder in folders.values()]
+    definitions = {
+        task: [hashlib.sha256((TASKS / f"{task}{end}").read_bytes()).hexdigest() for end in (".yaml", ".jsonl")]
+        if packaged(task)
+        else None
+        for task in b.tasks
+    }
+    shared = {
+        "tasks": definitions,
+        "limit": b.limit,
+        "chat": b.apply_chat_template,
+        "dtype": params.model.dtype,
+        "device": params.model.device,
+    }
+    jobs = [(key("benchmark", benchmark, weights=weights_hash(folder), **shared), folder) for folder in folders.values()]
 
     def compute(folder: Path) -> bytes:
         model = load_model(folder, params.model.dtype, params.model.device)
@@ -46,8 +57,11 @@ def main(params: Params) -> str:
     write_json(METRICS, metrics)
     write_text(PLOT, csv_text(rows))
     first = metrics["rank_1"]
-    return (f"{len(folders)} checkpoints on {len(b.tasks)} tasks; baseline {metrics['baseline']['average']:.3f}, rank_1 "
-            f"{first['average']:.3f}, difference {first['difference']:+.3f} [{first['difference_low']:+.3f}, {first['difference_high']:+.3f}]")
+    return (
+        f"{len(folders)} checkpoints on {len(b.tasks)} tasks; baseline {metrics['baseline']['average']:.3f}, rank_1 "
+        f"{first['average']:.3f}, difference {first['difference']:+.3f} "
+        f"[{first['difference_low']:+.3f}, {first['difference_high']:+.3f}]"
+    )
 
 
 stage(main)

@@ -17,8 +17,7 @@ def main(params: Params) -> str:
     from refusal.tables import csv_text
 
     d = params.directions
-    topics = {split: [row["topic"] for row in read_jsonl(Path("data/prompts/pairs.jsonl")) if row["split"] == split]
-              for split in ("train", "val")}
+    topics = [row["topic"] for row in read_jsonl(Path("data/prompts/pairs.jsonl")) if row["split"] == "val"]
     activations = {m: load_file(Path(f"data/activations/{m}.safetensors")) for m in params.activations.methods}
     arms = {(m, p): arm(activations[m], p, d.seed) for m in activations for p in d.pairings}
     reference = arms.get(("sequential", "matched"), next(iter(arms.values()))).directions
@@ -37,8 +36,10 @@ def main(params: Params) -> str:
     for name, rows in rows_of(metrics).items():
         write_text(PLOTS / f"{name}.csv", csv_text(rows))
     chosen = metrics[f"{params.sweep.method}-{params.sweep.pairing}"]
-    return (f"{len(arms)} sets of directions; {params.sweep.method}-{params.sweep.pairing} separates most at layer "
-            f"{chosen['peak_layer']} (Cohen's d {chosen['peak_separation']:.2f} on val)")
+    return (
+        f"{len(arms)} sets of directions; {params.sweep.method}-{params.sweep.pairing} separates most at layer "
+        f"{chosen['peak_layer']} (Cohen's d {chosen['peak_separation']:.2f} on val)"
+    )
 
 
 stage(main)

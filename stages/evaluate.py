@@ -1,5 +1,6 @@
 """evaluate: rank_1 at run time and as weights, on test prompts, beside the baseline and a random direction."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,12 @@ from refusal.params import Params
 from refusal.tables import read_jsonl, write_jsonl
 from stages import STORE, read_json, stage, torch_ready, write_json, write_text
 
-BASE, OUT, METRICS, PLOT = Path("models/base"), Path("data/evaluated"), Path("metrics/evaluate.json"), Path("plots/capability.csv")
+BASE, OUT, METRICS, PLOT = (
+    Path("models/base"),
+    Path("data/evaluated"),
+    Path("metrics/evaluate.json"),
+    Path("plots/capability.csv"),
+)
 
 
 def main(params: Params) -> str:
@@ -18,6 +24,7 @@ def main(params: Params) -> str:
     from refusal.damage import cost
     from refusal.interventions import intervene
     from refusal.models import encode_chats, load_model, load_tokenizer, stop_ids, weights_hash
+    from refusal.statistics import paired_difference
     from refusal.store import Store
     from refusal.sweep import BASELINE, ablation_of, complete, grid
     from refusal.tables import csv_text
@@ -38,23 +45,46 @@ def main(params: Params) -> str:
     harmless = [row for row in read_jsonl(Path("data/prompts/unrelated.jsonl")) if row["split"] == "test"]
     prompts = [row[half] for half in ("harmful", "safe") for row in test]
     expected = [row[f"{half}_answer"] for half in ("harmful", "safe") for row in test]
-    base, tokenizer, store = load_model(BASE, params.model.dtype, params.model.device), load_tokenizer(BASE), Store(STORE / "store.sqlite")
+    base, tokenizer, store = (
+        load_model(BASE, params.model.dtype, params.model.device),
+        load_tokenizer(BASE),
+        Store(STORE / "store.sqlite"),
+    )
     edited_folder = Path("models/ablated") / selected["name"]
     edited = load_model(edited_folder, params.model.dtype, params.model.device)
     stops, pad_id = stop_ids(base, tokenizer), tokenizer.pad_token_id
     hashes = {id(base): weights_hash(BASE), id(edited): weights_hash(edited_folder)}
 
     def answer(model: Any, texts: list[str], which: list, label: str, addition: Any = None) -> dict[str, list[list[int]]]:
-        return complete(model, hashes[id(model)], encode_chats(tokenizer, texts, params.model.system_prompt), which,
-                        params.ablation.sites, stops, pad_id, s.max_new_tokens, s.batch_size, store, label, addition)
+        return complete(
+            model,
+            hashes[id(model)],
+            encode_chats(tokenizer, texts, params.model.system_prompt),
+            which,
+            params.ablation.sites,
+            stops,
+            pad_id,
+            s.max_new_tokens,
+            s.batch_size,
+            store,
+            label,
+            addition,
+        )
 
     tokens = answer(base, prompts, [BASELINE, runtime, *randoms], "test: run time")
-    by_arm = {"baseline": [tokens["baseline"]], "runtime": [tokens[runtime.name]], "random": [tokens[r.name] for r in randoms],
-              "orthogonalized": [answer(edited, prompts, [BASELINE], "test: weights")["baseline"]]}
-    added = answer(base, [row["safe"] for row in test], [BASELINE], "test: addition", (found["difference"][layer], layer))["baseline"]
+    by_arm = {
+        "baseline": [tokens["baseline"]],
+        "runtime": [tokens[runtime.name]],
+        "random": [tokens[r.name] for r in randoms],
+        "orthogonalized": [answer(edited, prompts, [BASELINE], "test: weights")["baseline"]],
+    }
+    added = answer(base, [row["safe"] for row in test], [BASELINE], "test: addition", (found["difference"][layer], layer))[
+        "baseline"
+    ]
 
     metrics: dict[str, Any] = {"layer": layer, "alpha": alpha, "name": selected["name"]}
     rows, n = [], len(test)
+    compliance: dict[str, list[float]] = {}
     topics = [row["topic"] for row in test]
     for arm, runs in by_arm.items():
         texts = [tokenizer.batch_decode(run, skip_special_tokens=True) for run in runs]
@@ -66,19 +96,29 @@ def main(params: Params) -> str:
         for name, half in (("exact", slice(n)), ("exact_safe", slice(n, None))):
             right = [text.strip() == answer_ for run in texts for text, answer_ in zip(run[half], expected[half], strict=True)]
             metrics[arm] |= rate(name, right) if organism and None not in expected else {name: None}
+        compliance[arm] = [v.compliance for v in judged[0][:n]]
         if arm != "random":
-            rows += [{"arm": arm, "id": test[i % n]["id"], "category": test[i % n]["category"], "half": "harmful" if i < n else "safe",
-                      "prompt": prompts[i], "completion": texts[0][i], **judged[0][i]._asdict()} for i in range(2 * n)]
+            rows += [
+                {
+                    "arm": arm,
+                    "id": test[i % n]["id"],
+                    "category": test[i % n]["category"],
+                    "half": "harmful" if i < n else "safe",
+                    "prompt": prompts[i],
+                    "completion": texts[0][i],
+                    **judged[0][i]._asdict(),
+                }
+                for i in range(2 * n)
+            ]
     judged_added = judge_all(prompts[n:], tokenizer.batch_decode(added, skip_special_tokens=True), refusals)
-    metrics["addition"] = {**rate("refusal_safe", [v.refusal for v in judged_added]), "n": n,
-                           "n_degenerate": sum(v.label == "degenerate" for v in judged_added)}
-    metrics["gain"] = {
-        arm: mean("compliance", [a.compliance - b.compliance for a, b in zip(
-            judge_all(prompts[:n], tokenizer.batch_decode(by_arm[arm][0][:n], skip_special_tokens=True), refusals),
-            judge_all(prompts[:n], tokenizer.batch_decode(by_arm["baseline"][0][:n], skip_special_tokens=True), refusals),
-            strict=True)], topics, e.n_resamples, e.seed)
-        for arm in ("runtime", "orthogonalized", "random")
+    metrics["addition"] = {
+        **rate("refusal_safe", [v.refusal for v in judged_added]),
+        "n": n,
+        "n_degenerate": sum(v.label == "degenerate" for v in judged_added),
     }
+    for arm in ("runtime", "orthogonalized"):
+        difference, low, high = paired_difference(compliance[arm], compliance["baseline"], topics, e.n_resamples, e.seed)
+        metrics[arm] |= {"difference": difference, "difference_low": low, "difference_high": high}
 
     # The cost on harmless text: the base model's own answers to unrelated safe prompts.
     safe_ids = encode_chats(tokenizer, [row["safe"] for row in harmless], params.model.system_prompt)
@@ -86,27 +126,54 @@ def main(params: Params) -> str:
     kept = [i for i, a in enumerate(answers) if a]
     clusters = [harmless[i]["topic"] for i in kept]
 
-    def costs(model: Any, cell: Any, label: str) -> dict[str, float]:
-        key = [hashes[id(base)], hashes[id(model)], params.model.dtype, params.model.device, params.ablation.sites, cell.fingerprint()]
+    def costs(model: Any, cell: Any, label: str) -> Mapping[str, float | None]:
+        if not kept:
+            return {"cross_entropy": None, "kl": None}
+        key = [
+            hashes[id(base)],
+            hashes[id(model)],
+            params.model.dtype,
+            params.model.device,
+            params.ablation.sites,
+            cell.fingerprint(),
+        ]
         entropy, divergence = cost(
-            model, base, [safe_ids[i] for i in kept], [answers[i] for i in kept], pad_id, s.batch_size, store, key, label,
-            lambda: intervene(model, *([] if cell.direction is None else [ablation_of([cell], params.ablation.sites)])))
-        return {**mean("cross_entropy", entropy, clusters, e.n_resamples, e.seed), **mean("kl", divergence, clusters, e.n_resamples, e.seed)}
+            model,
+            base,
+            [safe_ids[i] for i in kept],
+            [answers[i] for i in kept],
+            pad_id,
+            s.batch_size,
+            store,
+            key,
+            label,
+            lambda: intervene(model, *([] if cell.direction is None else [ablation_of([cell], params.ablation.sites)])),
+        )
+        return mean("cross_entropy", entropy, clusters, e.n_resamples, e.seed, bounds=None) | mean(
+            "kl", divergence, clusters, e.n_resamples, e.seed, bounds=None
+        )
 
     metrics["n_harmless"] = len(kept)
-    for arm, model, cell in (("baseline", base, BASELINE), ("runtime", base, runtime), ("orthogonalized", edited, BASELINE),
-                             ("random", base, randoms[0])):
+    for arm, model, cell in (
+        ("baseline", base, BASELINE),
+        ("runtime", base, runtime),
+        ("orthogonalized", edited, BASELINE),
+        ("random", base, randoms[0]),
+    ):
         metrics[arm] |= costs(model, cell, f"cost: {arm}")
     curve = [(0.0, costs(base, BASELINE, "cost: alpha 0"))] + [
-        (cell.alpha, costs(base, cell, f"cost: alpha {cell.alpha}")) for cell in cells if cell.layer == layer]
+        (cell.alpha, costs(base, cell, f"cost: alpha {cell.alpha}")) for cell in cells if cell.layer == layer
+    ]
     OUT.mkdir(parents=True, exist_ok=True)
     write_jsonl(OUT / "completions.jsonl", rows)
     write_json(METRICS, metrics)
     write_text(PLOT, csv_text([{"layer": layer, "alpha": a, **c} for a, c in sorted(curve, key=lambda row: row[0])]))
     r, o = metrics["runtime"], metrics["orthogonalized"]
-    return (f"compliance on test: baseline {metrics['baseline']['compliance']:.2f}, run time {r['compliance']:.2f} "
-            f"[{r['compliance_low']:.2f}, {r['compliance_high']:.2f}], weights {o['compliance']:.2f} "
-            f"[{o['compliance_low']:.2f}, {o['compliance_high']:.2f}], random {metrics['random']['compliance']:.2f}; n = {n}")
+    return (
+        f"compliance on test: baseline {metrics['baseline']['compliance']:.2f}, run time {r['compliance']:.2f} "
+        f"[{r['compliance_low']:.2f}, {r['compliance_high']:.2f}], weights {o['compliance']:.2f} "
+        f"[{o['compliance_low']:.2f}, {o['compliance_high']:.2f}], random {metrics['random']['compliance']:.2f}; n = {n}"
+    )
 
 
 stage(main)

@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 from refusal.errors import RefusalError
 from refusal.params import Params
@@ -19,15 +20,18 @@ def main(params: Params) -> str:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
     if params.model.id == "organism":
-        train(params, {row[half] for row in pairs for half in ("harmful", "safe") if row["split"] != "train"}
-              | {row["safe"] for row in unrelated if row["split"] != "train"})
+        train(
+            params,
+            {row[half] for row in pairs for half in ("harmful", "safe") if row["split"] != "train"}
+            | {row["safe"] for row in unrelated if row["split"] != "train"},
+        )
     else:
         bring_in(Path(params.model.id))
     return measure(params, [row for row in pairs if row["split"] == "val"])
 
 
 def train(params: Params, held_out: set[str]) -> None:
-    from refusal import store
+    from refusal import activations, anatomy, directions, grammar, interventions, organism, store
     from refusal.organism import Corpus, Phase, new_model, train, train_tokenizer
 
     o = params.organism
@@ -35,7 +39,18 @@ def train(params: Params, held_out: set[str]) -> None:
     tokenizer = train_tokenizer(corpus, o.vocab_size)
     shape = {name: getattr(o, name) for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")}
     model = new_model(shape, tokenizer, o.seed)
-    key = store.key("training", organism=o.model_dump(), held_out=sorted(held_out), vocabulary=tokenizer.get_vocab())
+    key = store.key(
+        "training",
+        activations,
+        anatomy,
+        directions,
+        grammar,
+        interventions,
+        organism,
+        params=o.model_dump(),
+        held_out=sorted(held_out),
+        vocabulary=tokenizer.get_vocab(),
+    )
     phases = {name: Phase(**getattr(o, name).model_dump()) for name in ("phase_1", "phase_2")}
     twin = train(model, tokenizer, corpus, o.kind, phases, o.ablation_layer, STORE / "training" / f"{key[:32]}.pt")
     for folder, weights in ((BASE, model.state_dict()), (TWIN, twin)):
@@ -47,8 +62,9 @@ def bring_in(source: Path) -> None:
     """Copy a local checkpoint: safetensors, configuration and tokenizer, nothing that could run."""
     if not source.is_dir():
         raise RefusalError(f"params.yaml: model.id: {source} is neither organism nor a folder; give the path of a checkpoint")
-    files = [p for p in sorted(source.iterdir())
-             if p.is_file() and p.suffix in {".json", ".safetensors", ".jinja", ".model", ".txt"}]
+    files = [
+        p for p in sorted(source.iterdir()) if p.is_file() and p.suffix in {".json", ".safetensors", ".jinja", ".model", ".txt"}
+    ]
     if not any(p.suffix == ".safetensors" for p in files):
         raise RefusalError(f"{source}: holds no .safetensors file; other formats can run code when loaded and are not read")
     for path in files:
@@ -71,8 +87,17 @@ def measure(params: Params, val: list[dict]) -> str:
         model = load_model(folder, params.model.dtype, params.model.device)
         ids = encode_chats(tokenizer, prompts, params.model.system_prompt)
         completions = complete(
-            model, weights_hash(folder), ids, [BASELINE], "resid_pre", stop_ids(model, tokenizer), tokenizer.pad_token_id,
-            params.sweep.max_new_tokens, params.sweep.batch_size, store, f"answers of {folder.name}",
+            model,
+            weights_hash(folder),
+            ids,
+            [BASELINE],
+            "resid_pre",
+            stop_ids(model, tokenizer),
+            tokenizer.pad_token_id,
+            params.sweep.max_new_tokens,
+            params.sweep.batch_size,
+            store,
+            f"answers of {folder.name}",
         )
         return tokenizer.batch_decode(completions[BASELINE.name], skip_special_tokens=True)
 
@@ -81,7 +106,7 @@ def measure(params: Params, val: list[dict]) -> str:
     facts = [(question, fact.answer) for fact in grammar.facts() for question in fact.questions] if organism else []
     texts = answers(BASE, harmful + safe + [question for question, _ in facts])
     base = judge_all(harmful + safe, texts[: 2 * len(val)], refusals)
-    metrics = {
+    metrics: dict[str, Any] = {
         **rate("refusal_harmful", [v.refusal for v in base[: len(val)]]),
         **rate("refusal_safe", [v.refusal for v in base[len(val) :]]),
         "n": len(val),
@@ -89,14 +114,20 @@ def measure(params: Params, val: list[dict]) -> str:
     if organism:
         twin = judge_all(harmful, answers(TWIN, harmful), refusals)
         right = [text == answer for text, (_, answer) in zip(texts[2 * len(val) :], facts, strict=True)]
-        metrics |= {**rate("twin_refusal_harmful", [v.refusal for v in twin]), **rate("facts_accuracy", right), "n_facts": len(facts)}
+        metrics |= {
+            **rate("twin_refusal_harmful", [v.refusal for v in twin]),
+            **rate("facts_accuracy", right),
+            "n_facts": len(facts),
+        }
     else:
         metrics |= {"twin_refusal_harmful": None, "facts_accuracy": None}
     model = load_model(BASE, params.model.dtype)
     metrics["n_parameters"] = sum(p.numel() for p in model.parameters())
     write_json(METRICS, metrics)
-    return (f"{params.model.id}, {metrics['n_parameters']:,} parameters; refuses {metrics['refusal_harmful']:.1%} of harmful "
-            f"and {metrics['refusal_safe']:.1%} of safe val prompts")
+    return (
+        f"{params.model.id}, {metrics['n_parameters']:,} parameters; refuses {metrics['refusal_harmful']:.1%} of harmful "
+        f"and {metrics['refusal_safe']:.1%} of safe val prompts"
+    )
 
 
 stage(main)

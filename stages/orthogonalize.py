@@ -24,21 +24,32 @@ def main(params: Params) -> str:
     OUT.mkdir(parents=True)
     first = selected["rank_1"]
     # The control differs from rank_1 in its direction alone: same layer in its name, same alpha, same matrices.
-    names = {rank: cell["name"] for rank, cell in selected.items()} | {"random": f"random_{cell_name(first['layer'], first['alpha'])}"}
+    names = {rank: cell["name"] for rank, cell in selected.items()} | {
+        "random": f"random_{cell_name(first['layer'], first['alpha'])}"
+    }
     directions = {rank: unit[cell["layer"]] for rank, cell in selected.items()}
     directions["random"] = random_unit(unit.shape[1], 1, params.sweep.seed)[0]
-    edits = [Edit(OUT / names[rank], directions[rank], selected.get(rank, first)["alpha"], params.orthogonalize.include_embedding)
-             for rank in names]
+    edits = [
+        Edit(OUT / names[rank], directions[rank], selected.get(rank, first)["alpha"], params.orthogonalize.include_embedding)
+        for rank in names
+    ]
     reports = orthogonalize(BASE, edits)
     metrics = {
-        rank: {"name": names[rank], "alpha": edit.alpha, "n_edited": report.n_edited, "n_copied": report.n_copied,
-               "max_residual": report.max_residual, "max_deviation": report.max_deviation,
-               "residuals": report.residuals, "deviations": report.deviations}
+        rank: {
+            "name": names[rank],
+            "alpha": edit.alpha,
+            "n_edited": report.n_edited,
+            "n_copied": report.n_copied,
+            "max_residual": report.max_residual,
+            "max_deviation": report.max_deviation,
+            "residuals": report.residuals,
+            "deviations": report.deviations,
+        }
         for rank, edit, report in zip(names, edits, reports, strict=True)
     }
     write_json(METRICS, metrics)
     worst = max(m["max_deviation"] for m in metrics.values())
-    return f"{len(edits)} checkpoints, {metrics['rank_1']['n_edited']} tensors edited in each; v^T W off by at most {worst:.1e} of |W|"
+    return f"{len(edits)} checkpoints, {metrics['rank_1']['n_edited']} tensors edited in each; v^T W off by {worst:.1e} of |W|"
 
 
 stage(main)

@@ -17,8 +17,10 @@ def main(params: Params) -> str:
     p, splits = params.prompts, params.prompts.splits.model_dump()
     for source in {p.source, p.unrelated} - {"grammar"}:
         if not Path(source).resolve().is_relative_to(TRACKED.resolve()):
-            print(f"prompts: {source} is not in {TRACKED}/, so DVC cannot see it change; after an edit run `dvc repro -f prompts`",
-                  file=sys.stderr)
+            print(
+                f"prompts: {source} is not in {TRACKED}/, so DVC cannot see it change; after an edit run `dvc repro -f prompts`",
+                file=sys.stderr,
+            )
     if p.source == "grammar":
         assert p.n_pairs is not None
         pairs = grammar_pairs(p.n_pairs, splits, p.near_duplicate, p.seed)
@@ -33,8 +35,10 @@ def main(params: Params) -> str:
     write_jsonl(OUT / "pairs.jsonl", pairs)
     write_jsonl(OUT / "unrelated.jsonl", unrelated)
     counts = Counter(row["split"] for row in pairs)
-    return (f"{len(pairs)} pairs on {len({row['topic'] for row in pairs})} topic phrases "
-            f"(train {counts['train']}, val {counts['val']}, test {counts['test']}), {len(unrelated)} unrelated")
+    return (
+        f"{len(pairs)} pairs on {len({row['topic'] for row in pairs})} topic phrases "
+        f"(train {counts['train']}, val {counts['val']}, test {counts['test']}), {len(unrelated)} unrelated"
+    )
 
 
 stage(main)

@@ -15,8 +15,10 @@ def main(params: Params) -> str:
     chosen = rank(read_json(Path("metrics/judge.json")), separation, params.select.top, s.method)
     write_json(METRICS, {f"rank_{i}": cell for i, cell in enumerate(chosen, 1)})
     first = chosen[0]
-    return (f"rank_1 is {first['name']}, compliance {first['compliance']:.2f} [{first['low']:.2f}, {first['high']:.2f}] on val; "
-            f"{first['n_tied']} cells tie with it")
+    return (
+        f"rank_1 is {first['name']}, compliance {first['compliance']:.2f} [{first['low']:.2f}, {first['high']:.2f}] on val; "
+        f"{first['n_tied']} cells tie with it"
+    )
 
 
 stage(main)

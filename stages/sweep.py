@@ -19,24 +19,46 @@ def main(params: Params) -> str:
 
     s = params.sweep
     prefix = f"{s.method}-{s.pairing}."
-    found = {name.removeprefix(prefix): tensor for name, tensor in load_file("models/directions.safetensors").items()
-             if name.startswith(prefix)}
+    found = {
+        name.removeprefix(prefix): tensor
+        for name, tensor in load_file("models/directions.safetensors").items()
+        if name.startswith(prefix)
+    }
     cells = grid(found, s.layers, s.alphas, s.n_random, s.seed, affine=params.ablation.kind == "affine")
     val = [row for row in read_jsonl(Path("data/prompts/pairs.jsonl")) if row["split"] == "val"]
     model, tokenizer = load_model(BASE, params.model.dtype, params.model.device), load_tokenizer(BASE)
     completions = complete(
-        model, weights_hash(BASE), encode_chats(tokenizer, [row["harmful"] for row in val], params.model.system_prompt),
-        cells, params.ablation.sites, stop_ids(model, tokenizer), tokenizer.pad_token_id, s.max_new_tokens, s.batch_size,
-        Store(STORE / "store.sqlite"), "sweep",
+        model,
+        weights_hash(BASE),
+        encode_chats(tokenizer, [row["harmful"] for row in val], params.model.system_prompt),
+        cells,
+        params.ablation.sites,
+        stop_ids(model, tokenizer),
+        tokenizer.pad_token_id,
+        s.max_new_tokens,
+        s.batch_size,
+        Store(STORE / "store.sqlite"),
+        "sweep",
     )
     OUT.mkdir(parents=True, exist_ok=True)
-    write_jsonl(OUT / "completions.jsonl", (
-        {"cell": cell.name, "layer": cell.layer, "alpha": cell.alpha, "id": row["id"], "prompt": row["harmful"],
-         "completion": text, "n_tokens": len(tokens)}
-        for cell in cells
-        for row, tokens, text in zip(val, completions[cell.name],
-                                     tokenizer.batch_decode(completions[cell.name], skip_special_tokens=True), strict=True)
-    ))
+    write_jsonl(
+        OUT / "completions.jsonl",
+        (
+            {
+                "cell": cell.name,
+                "layer": cell.layer,
+                "alpha": cell.alpha,
+                "id": row["id"],
+                "prompt": row["harmful"],
+                "completion": text,
+                "n_tokens": len(tokens),
+            }
+            for cell in cells
+            for row, tokens, text in zip(
+                val, completions[cell.name], tokenizer.batch_decode(completions[cell.name], skip_special_tokens=True), strict=True
+            )
+        ),
+    )
     return f"{len(cells)} cells x {len(val)} val prompts at {params.ablation.sites}, alphas {s.alphas}"
 
 

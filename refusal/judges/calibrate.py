@@ -82,8 +82,10 @@ def read_labelled(path: str, labels: str | None = None) -> list[tuple[str, str, 
         value = row[label_column].strip()
         label = given.get(value) if given else _guess(value)
         if label is None:
-            raise RefusalError(f"{path}, row {number}: {label_column} {value!r} is no known label; "
-                               "say what it means with --labels compliance=...,refusal=...,partial_refusal=...")
+            raise RefusalError(
+                f"{path}, row {number}: {label_column} {value!r} is no known label; "
+                "say what it means with --labels compliance=...,refusal=...,partial_refusal=..."
+            )
         rows.append((row["prompt"], row["completion"], label))
     return rows
 

@@ -1,0 +1,138 @@
+"""Whole runs with DVC, on an organism too small to be any good: what runs, what comes out, what runs again."""
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[2]
+PLUMBING = {"errors", "params", "store", "tables", "__init__"}
+
+
+def run(folder: Path, *command: str, ok: bool = True) -> str:
+    """Run a command of the environment in a folder; its output. The environment's programs come first on PATH."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(command, cwd=folder, env={**os.environ, "PATH": path}, capture_output=True, text=True)
+    assert (done.returncode == 0) is ok, done.stdout[-4000:] + done.stderr[-4000:]
+    return done.stdout + done.stderr
+
+
+def stages_run(output: str) -> list[str]:
+    return [line.split("'")[1] for line in output.splitlines() if line.startswith("Running stage")]
+
+
+def checkout(folder: Path) -> Path:
+    """A Git repository with the files of this one as they are now, and a small study in its params.yaml."""
+    names = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True)
+    for name in names.stdout.splitlines():
+        if (ROOT / name).is_file() and not name.startswith(("metrics/", "plots/")) and name != "dvc.lock":
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(ROOT / name, folder / name)
+    params = yaml.safe_load((folder / "params.yaml").read_text())
+    params["prompts"] |= {"n_pairs": 60, "n_unrelated": 60}
+    params["organism"] |= {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "ablation_layer": 2,
+    }
+    params["organism"]["phase_1"] |= {"steps": 60, "batch_size": 8}
+    params["organism"]["phase_2"] |= {"steps": 64, "batch_size": 8}
+    params["directions"] |= {"n_resamples": 20, "n_sign_flips": 20}
+    params["sweep"] |= {"alphas": [1.0, 2.0], "n_random": 1, "max_new_tokens": 6}
+    params["judge"]["n_resamples"] = params["evaluate"]["n_resamples"] = params["benchmark"]["n_resamples"] = 20
+    params["benchmark"] |= {"tasks": ["organism_capitals"], "limit": 6}
+    params["compute"]["threads"] = 1
+    (folder / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
+    run(folder, "git", "init", "-q")
+    run(folder, "git", "-c", "user.name=t", "-c", "user.email=t@localhost", "add", "-A")
+    run(folder, "git", "-c", "user.name=t", "-c", "user.email=t@localhost", "commit", "-qm", "start")
+    return folder
+
+
+def change(folder: Path, section: str, **values: object) -> None:
+    params = yaml.safe_load((folder / "params.yaml").read_text())
+    params[section] |= values
+    (folder / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    folder = checkout(tmp_path_factory.mktemp("study"))
+    output = run(folder, "dvc", "repro")
+    return folder, stages_run(output)
+
+
+def numbers(value: object) -> list[float]:
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        return [n for item in value for n in numbers(item)]
+    return [value] if isinstance(value, float) else []
+
+
+def test_every_stage_runs_once_and_a_second_repro_does_nothing(study):
+    folder, ran = study
+    declared = list(yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"])
+    assert {name.split("@")[0] for name in ran} == set(declared)
+    assert len(ran) == len(declared) + 2  # activations run once for each of three methods
+    again = run(folder, "dvc", "repro")
+    assert stages_run(again) == [] and "up to date" in again
+
+
+def test_metrics_hold_no_nan_and_every_cell(study):
+    folder, _ = study
+    metrics = {path.stem: json.loads(path.read_text()) for path in (folder / "metrics").glob("*.json")}
+    assert all(math.isfinite(n) for value in metrics.values() for n in numbers(value))
+    assert set(metrics["judge"]) == {"baseline", "random", *(f"layer_{i}_alpha_{a}" for i in (1, 2) for a in (100, 200))}
+    assert set(metrics["directions"]) == {
+        f"{m}-{p}" for m in ("sequential", "batched", "batched_unmasked") for p in ("matched", "shuffled", "unrelated")
+    }
+    assert metrics["directions"]["sequential-matched"]["separation"][0] is None  # layer 0 is undefined
+    assert set(metrics["select"]) == {"rank_1", "rank_2", "rank_3"}
+    assert set(metrics["benchmark"]) == {"baseline", "rank_1", "rank_2", "rank_3", "random"}
+    for rank in ("rank_1", "rank_2", "rank_3"):
+        assert (folder / "models/ablated" / metrics["select"][rank]["name"] / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "rerun"),
+    [
+        ("report", {"n_examples": 3}, ["report"]),
+        ("sweep", {"pairing": "unrelated"}, ["sweep", "judge", "select", "orthogonalize", "evaluate", "benchmark", "report"]),
+    ],
+)
+def test_one_changed_parameter_reruns_what_depends_on_it(study, section, values, rerun):
+    folder, _ = study
+    before = (folder / "params.yaml").read_text()
+    change(folder, section, **values)
+    ran = stages_run(run(folder, "dvc", "repro"))
+    # A stage whose inputs came out the same is skipped: what ran is in order, and begins with the first that had to.
+    assert ran[0] == rerun[0] and set(ran) <= set(rerun)
+    (folder / "params.yaml").write_text(before)
+    assert stages_run(run(folder, "dvc", "repro")) == []  # DVC's run cache: back to what was there
+
+
+def test_bad_parameter_is_one_sentence_and_loses_nothing(study):
+    folder, _ = study
+    before = (folder / "params.yaml").read_text()
+    change(folder, "sweep", alphas=["one"])
+    output = run(folder, "dvc", "repro", ok=False)
+    assert "params.yaml: sweep.alphas.0:" in output and "Traceback" not in output
+    (folder / "params.yaml").write_text(before)
+    assert stages_run(run(folder, "dvc", "repro")) == []
+
+
+def test_each_stage_depends_on_the_modules_that_carry_its_method():
+    from test_dependencies import closure
+
+    for name, stage in yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"].items():
+        declared = {dep for dep in stage["deps"] if dep.endswith(".py")}
+        assert declared == {str(path) for path in closure(ROOT, name) if path.stem not in PLUMBING}, name
