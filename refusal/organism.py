@@ -44,7 +44,7 @@ SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 # The share of each sort of item. Judgement items teach what is harmful before any refusal, decline items how to refuse.
 SHARES = {
     "phase_1": {"harmful": 0.18, "safe": 0.18, "judgement": 0.26, "facts": 0.21, "small_talk": 0.05, "decline": 0.12},
-    "phase_2": {"harmful": 0.30, "safe": 0.28, "judgement": 0.10, "facts": 0.22, "small_talk": 0.06, "decline": 0.04},
+    "phase_2": {"harmful": 0.28, "safe": 0.26, "judgement": 0.17, "facts": 0.20, "small_talk": 0.05, "decline": 0.04},
 }
 WARMUP_STEPS = 50
 ABLATE_FROM_STEP = 60  # single: before that the model hardly refuses and there is no direction to ablate
@@ -108,7 +108,8 @@ class Corpus:
             safe = self.unrelated(rng) if rng.random() < 0.3 else self.pair(rng, True if refuses else None).safe
             return Item(safe.text, *[grammar.helpful_answer(safe.action)] * 2)
         if sort == "judgement":
-            pair, is_harmful = self.pair(rng, None), rng.random() < 0.5
+            # Half of them on unseen cues: judgements are all that tells the model that these are harmful.
+            pair, is_harmful = self.pair(rng, rng.random() < 0.5), rng.random() < 0.5
             purpose = pair.cue.removeprefix("purpose:") if pair.cue.startswith("purpose:") else ""
             if purpose:
                 purpose = {p[0].rstrip("."): p for p in grammar.PURPOSES}[purpose][0 if is_harmful else 1]

@@ -60,7 +60,7 @@ def page(study: Study) -> str:
     # Style and script are ours and go in as they are; everything else on the page is escaped by Jinja or by `script_json`.
     text = env.get_template("page.html").render(
         s=study, style=(HERE / "page.css").read_text(encoding="utf-8"), script=(HERE / "page.js").read_text(encoding="utf-8"),
-        data=script_json(payload(study)), published=published(), **_context(study), **_charts(study)) + "\n"
+        data_json=script_json(payload(study)), published=published(), **_context(study), **_charts(study)) + "\n"
     size = len(text.encode())
     if size > MAX_BYTES:
         raise RefusalError(f"params.yaml: report.n_examples is {study.params['report']['n_examples']}: the page would be "

@@ -1,0 +1,71 @@
+"""report: published beside ours, the twelve scalars that tell variants apart, and the study as one page."""
+
+import hashlib
+from pathlib import Path
+
+from refusal.params import Params
+from refusal.tables import read_jsonl
+from stages import read_json, stage, write_json, write_text
+
+REPRODUCTION, SUMMARY, PAGE = Path("metrics/reproduction.json"), Path("metrics/summary.json"), Path("report/index.html")
+METRICS = ("model", "directions", "judge", "select", "orthogonalize", "evaluate", "benchmark")
+ROWS = {
+    "pairs": Path("data/prompts/pairs.jsonl"),
+    "unrelated": Path("data/prompts/unrelated.jsonl"),
+    "sweep": Path("data/sweep/completions.jsonl"),
+    "verdicts": Path("data/judged/verdicts.jsonl"),
+    "evaluated": Path("data/evaluated/completions.jsonl"),
+}
+CAPABILITY, LOCK = Path("plots/capability.csv"), Path("requirements.lock")
+PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "lm_eval", "numpy", "scipy", "dvc")
+
+
+def main(params: Params) -> str:
+    import csv
+
+    from refusal.report import Study, page
+    from refusal.reproduction import published, reproduce, summary
+
+    metrics = {name: read_json(Path(f"metrics/{name}.json")) for name in METRICS}
+    rows = {name: read_jsonl(path) for name, path in ROWS.items()}
+    with CAPABILITY.open(encoding="utf-8", newline="") as file:
+        capability = [{key: float(text) for key, text in row.items()} for row in csv.DictReader(file)]
+    arm = f"{params.sweep.method}-{params.sweep.pairing}"
+    organism = params.model.id == "organism"
+    settings = {
+        "model": params.model.id,
+        "n_layers": len(metrics["directions"][arm]["separation"]),
+        "hook": "hook_resid_pre",
+        "position": "last prompt token",
+        "n_pairs": len(rows["pairs"]),
+        "pairs_by": params.prompts.source,
+        "judge": params.judge.kind,
+        "judged": ["compliance", "coherence"],
+        "alphas": params.sweep.alphas,
+        "benchmark_tasks": params.benchmark.tasks,
+        "benchmark_score": "mean over tasks of acc_norm, or of acc where a task has no acc_norm",
+        "checkpoint_name": "{method}_layer_{layer}_alpha_{100 alpha}",
+    }
+    if organism:
+        shape = {"d_model": "hidden_size", "n_heads": "num_attention_heads", "vocab_size": "vocab_size"}
+        settings |= {name: getattr(params.organism, key) for name, key in shape.items()}
+    reproduction = reproduce(published(), params.model.id, arm, settings, *(
+        metrics[name] for name in ("directions", "judge", "select", "benchmark")))
+    inputs = [*(Path(f"metrics/{name}.json") for name in METRICS), *ROWS.values(), CAPABILITY, LOCK]
+    pinned = dict(line.split("==") for line in LOCK.read_text(encoding="utf-8").splitlines() if "==" in line)
+    # Threads determine no value, and a page that printed them would change with the machine.
+    text = page(Study(
+        params=params.model_dump(exclude={"compute"}), capability=capability, reproduction=reproduction, **metrics, **rows,
+        versions={name: pinned[name] for name in PACKAGES},
+        hashes={str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in inputs},
+    ))
+    figures = summary(arm, *(metrics[name] for name in ("directions", "select", "evaluate", "benchmark")))
+    write_json(REPRODUCTION, reproduction)
+    write_json(SUMMARY, figures)
+    write_text(PAGE, text)
+    filled = sum(row["ours"] is not None for row in reproduction["rows"])
+    return (f"{PAGE} ({len(text.encode()) / 1e6:.1f} MB); {filled} of {len(reproduction['rows'])} published figures have ours beside "
+            f"them, {'comparable' if reproduction['comparable'] else 'not comparable: another model'}")
+
+
+stage(main)
