@@ -1,6 +1,7 @@
 """Prompt pairs and the unrelated safe set: from the grammar or a user's file, checked, and split without leaks."""
 
 import csv
+import io
 import json
 import random
 import re
@@ -54,9 +55,11 @@ def grammar_pairs(n_pairs: int, splits: dict[str, float], near_duplicate: float,
     topics: dict[str, list[tuple[str, str]]] = {split: [] for split in SPLITS}
     for category, (_, objects) in grammar.CATEGORIES.items():
         shuffled = rng.sample(objects, len(objects))
-        first = max(1, round(len(objects) * splits["train"]))
-        second = max(first + 1, round(len(objects) * (splits["train"] + splits["val"])))
-        for split, part in zip(SPLITS, (shuffled[:first], shuffled[first:second], shuffled[second:]), strict=True):
+        sizes = share_out(len(objects), [splits[split] for split in SPLITS])
+        while 0 in sizes:  # a split needs a topic of each category
+            sizes[sizes.index(max(sizes))] -= 1
+            sizes[sizes.index(0)] += 1
+        for split, part in zip(SPLITS, _cut(shuffled, sizes), strict=True):
             topics[split] += [(category, topic) for topic in part]
     counts = dict(zip(SPLITS, share_out(n_pairs, [splits[split] for split in SPLITS]), strict=True))
     used: set[str] = set()
@@ -163,25 +166,26 @@ def read_rows(path: Path, width: int) -> list[tuple[str, ...]]:
             raw = json.loads(text)
             if not isinstance(raw, list):
                 raise RefusalError(f"{path}: the file must hold one JSON list of {shape} rows")
+            numbered = list(enumerate(raw, 1))
         elif suffix == ".jsonl":
-            raw = []
+            numbered = []
             for number, line in enumerate(text.split("\n"), 1):
                 if line.strip():
                     try:
-                        raw.append(json.loads(line))
+                        numbered.append((number, json.loads(line)))
                     except json.JSONDecodeError as error:
                         raise RefusalError(f"{path}: row {number} is not JSON ({error.msg})") from None
         elif suffix == ".csv":
-            raw = list(csv.DictReader(text.splitlines(), strict=True))
+            numbered = list(enumerate(csv.DictReader(io.StringIO(text, newline=""), strict=True), 1))
         else:
             raise RefusalError(f"{path}: the ending {suffix or '(none)'} is not known; use .jsonl, .csv or .json")
     except json.JSONDecodeError as error:
         raise RefusalError(f"{path}: line {error.lineno} is not JSON ({error.msg})") from None
     except csv.Error as error:
         raise RefusalError(f"{path}: cannot be read as CSV ({error})") from None
-    if not raw:
+    if not numbered:
         raise RefusalError(f"{path}: the file holds no rows; each must be {shape}")
-    return [_row(path, number, row, width, shape) for number, row in enumerate(raw, 1)]
+    return [_row(path, number, row, width, shape) for number, row in numbered]
 
 
 def _row(path: Path, number: int, row: Any, width: int, shape: str) -> tuple[str, ...]:
@@ -201,8 +205,8 @@ def _row(path: Path, number: int, row: Any, width: int, shape: str) -> tuple[str
             raise RefusalError(f"{path}: row {number} has an empty prompt; fill it or delete the row")
         if len(half) > MAX_PROMPT_CHARACTERS:
             raise RefusalError(f"{path}: row {number} has a prompt of {len(half)} characters; at most {MAX_PROMPT_CHARACTERS}")
-        if "\x00" in half or any(ord(c) < 32 and c not in "\t\n\r" for c in half):
-            raise RefusalError(f"{path}: row {number} has a control character; delete it")
+        if any((ord(c) < 32 and c not in "\t\n\r") or 0xD800 <= ord(c) < 0xE000 for c in half):
+            raise RefusalError(f"{path}: row {number} has a control character or half a character; delete it")
     if width == 2 and halves[0] == halves[1]:
         raise RefusalError(f"{path}: row {number} has equal halves; a pair needs a harmful and a safe prompt")
     return halves
@@ -211,7 +215,7 @@ def _row(path: Path, number: int, row: Any, width: int, shape: str) -> tuple[str
 def file_rows(
     path: Path, width: int, n: int | None, splits: dict[str, float], near_duplicate: float, seed: int
 ) -> list[dict[str, Any]]:
-    """A user's pairs (width 2) or safe prompts (width 1), checked, grouped by near-duplicate and split by group."""
+    """A user's pairs (width 2) or safe prompts (width 1), at most `n`, checked, and split by groups of near-duplicates."""
     rows = read_rows(path, width)
     first: dict[str, int] = {}
     for number, row in enumerate(rows, 1):
@@ -219,10 +223,7 @@ def file_rows(
             if half in first:
                 raise RefusalError(f"{path}: row {number} repeats a prompt of row {first[half]}; delete one of the two")
         first.update(dict.fromkeys(row, number))
-    if n is not None and n > len(rows):
-        name = "n_pairs" if width == 2 else "n_unrelated"
-        raise RefusalError(f"params.yaml: prompts.{name} is {n} but {path} holds {len(rows)} rows; lower it, or set it to null")
-    if n is not None:
+    if n is not None and n < len(rows):
         rows = [rows[i] for i in sorted(random.Random(f"subset {seed}").sample(range(len(rows)), n))]
     groups = _groups(rows, near_duplicate)
     members: dict[int, list[int]] = {}
@@ -234,7 +235,7 @@ def file_rows(
     wanted = dict(zip(SPLITS, share_out(len(rows), [splits[split] for split in SPLITS]), strict=True))
     split_of: dict[int, str] = {}
     for group in order:
-        split = max(SPLITS, key=lambda s: wanted[s] / splits[s])
+        split = max(SPLITS, key=lambda s: wanted[s])
         split_of[group] = split
         wanted[split] -= len(members[group])
     empty = [split for split in SPLITS if split not in split_of.values()]

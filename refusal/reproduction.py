@@ -51,8 +51,14 @@ def drop_off(cells: Sequence[Metrics]) -> float | None:
 
 
 def reproduce(
-    theirs: Metrics, model_id: str, arm: str, settings: Metrics,
-    directions: Metrics, judge: Metrics, select: Metrics, benchmark: Metrics,
+    theirs: Metrics,
+    model_id: str,
+    arm: str,
+    settings: Metrics,
+    directions: Metrics,
+    judge: Metrics,
+    select: Metrics,
+    benchmark: Metrics,
 ) -> dict[str, Any]:
     """All that metrics/reproduction.json says: one row for each published figure.
 
@@ -72,11 +78,18 @@ def reproduce(
     undefined = [layer for layer in range(n_layers) if layer not in main["layers"]]
     row("undefined_layer", theirs["undefined_layer"], undefined[0] if len(undefined) == 1 else undefined)
     peak = main["peak_layer"]
-    row("separation.little_or_none_layers", theirs["separation"]["little_or_none_layers"],
-        low_layers(main["separation_in_sample"]), "ours: first layers whose in-sample separation stays below a third of its peak")
-    row("separation.peak_region", theirs["separation"]["peak_region"],
+    row(
+        "separation.little_or_none_layers",
+        theirs["separation"]["little_or_none_layers"],
+        low_layers(main["separation_in_sample"]),
+        "ours: first layers whose in-sample separation stays below a third of its peak",
+    )
+    row(
+        "separation.peak_region",
+        theirs["separation"]["peak_region"],
         None if peak is None else "mid-late" if peak >= n_layers / 2 else "early-mid",
-        f"ours: the half of the stack that holds the val peak, layer {peak} of 0 to {n_layers - 1}")
+        f"ours: the half of the stack that holds the val peak, layer {peak} of 0 to {n_layers - 1}",
+    )
     for method, figure in theirs["vectors"]["in_sample_peak"].items():
         found = directions.get(f"{OUR_METHOD[method]}-matched")
         ours = {layer: value for layer, value in enumerate(found["separation_in_sample"]) if value is not None} if found else {}
@@ -88,24 +101,51 @@ def reproduce(
     unmasked = directions.get("batched_unmasked-matched") if "sequential-matched" in directions else None
     for layer, figure in enumerate(theirs["cosine_sequential_batched"]):
         ours_here = unmasked["cosine_to_sequential"][layer] if unmasked and layer < n_layers else None
-        note = ("sequential and batched_unmasked were not both collected" if unmasked is None else
-                f"our model has layers 0 to {n_layers - 1}" if layer >= n_layers else
-                "no direction where prompts cannot differ" if ours_here is None else None)
+        note = (
+            "sequential and batched_unmasked were not both collected"
+            if unmasked is None
+            else f"our model has layers 0 to {n_layers - 1}"
+            if layer >= n_layers
+            else "no direction where prompts cannot differ"
+            if ours_here is None
+            else None
+        )
         row(f"cosine_sequential_batched.layer_{layer}", figure, ours_here, note)
 
     cells = [cell for cell in judge.values() if cell["layer"] is not None]
-    row("alpha_drop_off", theirs["alpha_drop_off"], drop_off(cells),
+    row(
+        "alpha_drop_off",
+        theirs["alpha_drop_off"],
+        drop_off(cells),
         f"ours: first of the swept alphas ({', '.join(f'{a:g}' for a in sorted({c['alpha'] for c in cells}))}) whose best score "
-        "is below half the best at smaller ones")
+        "is below half the best at smaller ones",
+    )
     row("benchmark.baseline", theirs["benchmark_baseline"], benchmark["baseline"]["average"], _tasks(same))
     for published_arm, top in theirs["arms"].items():
         method, pairing = published_arm.split("-")
         ours_arm = f"{OUR_METHOD[method]}-{pairing}"
         for i, figures in enumerate(top, 1):
-            _rank_rows(row, f"{published_arm}.rank_{i}", figures, theirs["benchmark_baseline"], ours_arm == arm, ours_arm, cells,
-                       select.get(f"rank_{i}"), benchmark.get(f"rank_{i}"), same)
-    return {"source": theirs["source"], "vectors": theirs["vectors"]["source"], "published_model": theirs["settings"]["model"],
-            "model": model_id, "arm": arm, "comparable": same, "rows": rows}
+            _rank_rows(
+                row,
+                f"{published_arm}.rank_{i}",
+                figures,
+                theirs["benchmark_baseline"],
+                ours_arm == arm,
+                ours_arm,
+                cells,
+                select.get(f"rank_{i}"),
+                benchmark.get(f"rank_{i}"),
+                same,
+            )
+    return {
+        "source": theirs["source"],
+        "vectors": theirs["vectors"]["source"],
+        "published_model": theirs["settings"]["model"],
+        "model": model_id,
+        "arm": arm,
+        "comparable": same,
+        "rows": rows,
+    }
 
 
 def _tasks(same: bool) -> str | None:
@@ -113,8 +153,16 @@ def _tasks(same: bool) -> str | None:
 
 
 def _rank_rows(
-    row: Any, name: str, figures: Metrics, baseline: float, swept: bool, ours_arm: str, cells: Sequence[Metrics],
-    selected: Metrics | None, scored: Metrics | None, same: bool,
+    row: Any,
+    name: str,
+    figures: Metrics,
+    baseline: float,
+    swept: bool,
+    ours_arm: str,
+    cells: Sequence[Metrics],
+    selected: Metrics | None,
+    scored: Metrics | None,
+    same: bool,
 ) -> None:
     """One published cell: ours of the same rank, ours at the same layer and alpha, and its checkpoint's benchmark."""
     why = None if swept else f"this run swept another arm; sweep {ours_arm} to fill it"
@@ -123,13 +171,21 @@ def _rank_rows(
     for key in ("layer", "alpha", "compliance", "coherence"):
         row(f"{name}.{key}", figures[key], ranked and ranked[key], why)
     for key in ("compliance", "coherence"):
-        row(f"{name}.same_cell.{key}", figures[key], at and at[key],
-            why or (None if at else f"no cell at layer {figures['layer']}, alpha {figures['alpha']:g}"))
+        row(
+            f"{name}.same_cell.{key}",
+            figures[key],
+            at and at[key],
+            why or (None if at else f"no cell at layer {figures['layer']}, alpha {figures['alpha']:g}"),
+        )
     if figures["benchmark"] is not None:
         ours = scored if swept else None
         row(f"{name}.benchmark", figures["benchmark"], ours and ours["average"], why or _tasks(same))
-        row(f"{name}.benchmark_difference", round(figures["benchmark"] - baseline, 4), ours and ours["difference"],
-            why or _tasks(same))
+        row(
+            f"{name}.benchmark_difference",
+            round(figures["benchmark"] - baseline, 4),
+            ours and ours["difference"],
+            why or _tasks(same),
+        )
 
 
 def summary(arm: str, directions: Metrics, select: Metrics, evaluate: Metrics, benchmark: Metrics) -> dict[str, float | None]:

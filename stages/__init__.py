@@ -8,11 +8,9 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
-
-from refusal.errors import RefusalError
-from refusal.params import Params, load_params
 
 ROOT = Path(os.environ.get("DVC_ROOT", ".")).resolve()
 # Outside DVC's outputs, and in the main checkout for queued and temporary experiments too: what was computed survives.
@@ -27,7 +25,6 @@ def stage(main: Callable[..., str]) -> None:
     name = Path(sys.modules["__main__"].__file__ or "stage").stem
     started = time.monotonic()
     try:
-        _check_environment()
         params = load_params(Path("params.yaml"))
         _prepare(params.compute.threads)
         line = main(params, *sys.argv[1:])
@@ -51,8 +48,25 @@ def stage(main: Callable[..., str]) -> None:
 
 
 def _check_environment() -> None:
-    if sys.prefix == sys.base_prefix:
-        raise RefusalError("python is not the project's environment; run `source .venv/bin/activate` first, or use `make repro`")
+    """Refuse a python that lacks the pinned versions, such as the system's in a shell where .venv is not active."""
+    pins = dict(line.split("==") for line in Path("requirements.lock").read_text().splitlines() if "==" in line)
+    for package in ("torch", "transformers", "pydantic", "numpy"):
+        try:
+            found = version(package).split("+")[0]
+        except PackageNotFoundError:
+            found = "no version"
+        if found != pins[package]:
+            sys.exit(
+                f"{sys.executable} has {found} of {package}, and requirements.lock pins {pins[package]}; "
+                "run `source .venv/bin/activate` first, or use `make repro`"
+            )
+
+
+# Before the library is imported: a foreign python would fail there with a traceback.
+_check_environment()
+
+from refusal.errors import RefusalError  # noqa: E402
+from refusal.params import Params, load_params  # noqa: E402
 
 
 def _prepare(threads: int) -> None:

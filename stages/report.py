@@ -23,7 +23,7 @@ PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "lm_eval", "nu
 def main(params: Params) -> str:
     import csv
 
-    from refusal.report import Study, page
+    from refusal.report.page import Study, page
     from refusal.reproduction import published, reproduce, summary
 
     metrics = {name: read_json(Path(f"metrics/{name}.json")) for name in METRICS}
@@ -49,23 +49,33 @@ def main(params: Params) -> str:
     if organism:
         shape = {"d_model": "hidden_size", "n_heads": "num_attention_heads", "vocab_size": "vocab_size"}
         settings |= {name: getattr(params.organism, key) for name, key in shape.items()}
-    reproduction = reproduce(published(), params.model.id, arm, settings, *(
-        metrics[name] for name in ("directions", "judge", "select", "benchmark")))
+    reproduction = reproduce(
+        published(), params.model.id, arm, settings, *(metrics[name] for name in ("directions", "judge", "select", "benchmark"))
+    )
     inputs = [*(Path(f"metrics/{name}.json") for name in METRICS), *ROWS.values(), CAPABILITY, LOCK]
     pinned = dict(line.split("==") for line in LOCK.read_text(encoding="utf-8").splitlines() if "==" in line)
     # Threads determine no value, and a page that printed them would change with the machine.
-    text = page(Study(
-        params=params.model_dump(exclude={"compute"}), capability=capability, reproduction=reproduction, **metrics, **rows,
-        versions={name: pinned[name] for name in PACKAGES},
-        hashes={str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in inputs},
-    ))
+    text = page(
+        Study(
+            params=params.model_dump(exclude={"compute"}),
+            capability=capability,
+            reproduction=reproduction,
+            **metrics,
+            **rows,
+            versions={name: pinned[name] for name in PACKAGES},
+            hashes={str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in inputs},
+        )
+    )
     figures = summary(arm, *(metrics[name] for name in ("directions", "select", "evaluate", "benchmark")))
     write_json(REPRODUCTION, reproduction)
     write_json(SUMMARY, figures)
     write_text(PAGE, text)
     filled = sum(row["ours"] is not None for row in reproduction["rows"])
-    return (f"{PAGE} ({len(text.encode()) / 1e6:.1f} MB); {filled} of {len(reproduction['rows'])} published figures have ours beside "
-            f"them, {'comparable' if reproduction['comparable'] else 'not comparable: another model'}")
+    verdict = "comparable" if reproduction["comparable"] else "not comparable: another model"
+    return (
+        f"{PAGE}, {len(text.encode()) / 1e6:.1f} MB; {filled} of {len(reproduction['rows'])} published figures have ours beside "
+        f"them, {verdict}"
+    )
 
 
 stage(main)

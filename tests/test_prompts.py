@@ -138,10 +138,13 @@ def test_uneven_splits_are_filled(shares):
     assert counts == {split: round(200 * share) for split, share in shares.items()}
 
 
-@pytest.mark.parametrize("make", [lambda: grammar_pairs(10**6, SHARES, 0.05, 0), lambda: grammar_unrelated(6000, SHARES, 0)])
-def test_more_than_the_grammar_has(monkeypatch, make):
-    with pytest.raises(RefusalError, match=r"^params\.yaml: prompts\.n_(pairs|unrelated): the grammar has no \d+ distinct"):
-        make()
+def test_more_than_the_grammar_has(monkeypatch):
+    with pytest.raises(RefusalError, match=r"^params\.yaml: prompts\.n_pairs: the grammar has no 20 distinct"):
+        grammar_pairs(20, SHARES, 0.05, 0)
+    monkeypatch.setattr("refusal.grammar.UNRELATED", {"music": (["tune"], [f"a {word}" for word in WORDS[:10]])})
+    assert len(grammar_unrelated(300, SHARES, 0)) == 300
+    with pytest.raises(RefusalError, match=r"^params\.yaml: prompts\.n_unrelated: the grammar has no 600 distinct"):
+        grammar_unrelated(600, SHARES, 0)  # 8 stems of 7 asides on 10 topics
 
 
 LETTERS = st.lists(st.text("abcdefgh ", min_size=1).filter(str.strip), max_size=14)
@@ -292,15 +295,14 @@ BAD = {  # (file name, its content or None, n) and what must be said
     "a repeated half": ("a.jsonl", f'{GOOD[0]}\n{GOOD[1]}\n["new", {json.dumps(user_rows(1)[0][1])}]', None, "row 3 repeats .* row 1"),
     "a control character": ("a.jsonl", '["a\\u0000b", "c"]', None, "row 1 has a control character"),
     "another": ("a.jsonl", '["ab", "c\\u001bd"]', None, "row 1 has a control character"),
-    "half a character": ("a.jsonl", f'{GOOD[0]}\n["ab\\ud800", "c"]', None, "row 2 "),
+    "half a character": ("a.jsonl", '["ab\\ud800", "c"]\n' + "\n".join(GOOD), None, "row 1 "),
     "a book": ("a.json", json.dumps([["a", "b" * 5000]]), None, "row 1 has a prompt of 5000 characters; at most 4000"),
     "empty": ("a.csv", "", None, "holds no rows"),
     "empty list": ("a.json", "[]", None, "holds no rows"),
     "header alone": ("a.csv", "harmful,safe\n", None, "holds no rows"),
     "blank lines": ("a.jsonl", "\n\n", None, "holds no rows"),
-    "more than there are": ("a.jsonl", "\n".join(GOOD), 7, r"n_pairs is 7 but .* holds 6 rows"),
     "too few to split": ("a.jsonl", "\n".join(GOOD[:2]), None, "2 rows leave the split (val|test) empty"),
-    "too alike to split": ("a.json", json.dumps(near("k", 4)), None, "4 rows leave the split (val|test) empty"),
+    "too alike to split": ("a.json", json.dumps(near("k", 4)), None, "4 rows leave the split (train|val|test) empty"),
     "row numbers count blank lines": ("a.jsonl", f'{GOOD[0]}\n\n["a", ""]', None, "row 3 has an empty prompt"),
 }
 

@@ -45,8 +45,11 @@ def lines(title: str, x_label: str, y_label: str, series: Sequence[Series], incl
     ys = [v for p in points for v in (p.y, p.low, p.high) if v is not None]
     y_ticks = ticks(min(*ys, *include), max(*ys, *include))
     xs = [p.x for p in points]
-    x_ticks = [float(x) for x in range(int(min(xs)), int(max(xs)) + 1)] if all(float(x).is_integer() for x in xs) else ticks(
-        min(xs), max(xs))
+    x_ticks = (
+        [float(x) for x in range(int(min(xs)), int(max(xs)) + 1)]
+        if all(float(x).is_integer() for x in xs)
+        else ticks(min(xs), max(xs))
+    )
     x_ticks = x_ticks[:: max(1, math.ceil(len(x_ticks) / 12))]
     left, right = min(*xs, x_ticks[0]), max(*xs, x_ticks[-1])
 
@@ -58,15 +61,19 @@ def lines(title: str, x_label: str, y_label: str, series: Sequence[Series], incl
 
     out = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">']
     for y in y_ticks:
-        out.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{py(y)}" y2="{py(y)}"/>'
-                   f'<text class="tick" x="{LEFT - 6}" y="{py(y)}" dy=".32em" text-anchor="end">{y:g}</text>')
+        out.append(
+            f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{py(y)}" y2="{py(y)}"/>'
+            f'<text class="tick" x="{LEFT - 6}" y="{py(y)}" dy=".32em" text-anchor="end">{y:g}</text>'
+        )
     for x in x_ticks:
         out.append(f'<text class="tick" x="{px(x)}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{x:g}</text>')
-    out.append(f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{HEIGHT - BOTTOM}" y2="{HEIGHT - BOTTOM}"/>'
-               f'<text class="label" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 6}" text-anchor="middle">'
-               f"{escape(x_label)}</text>"
-               f'<text class="label" transform="translate(11 {(HEIGHT - BOTTOM + TOP) / 2}) rotate(-90)" text-anchor="middle">'
-               f"{escape(y_label)}</text>")
+    out.append(
+        f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{HEIGHT - BOTTOM}" y2="{HEIGHT - BOTTOM}"/>'
+        f'<text class="label" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 6}" text-anchor="middle">'
+        f"{escape(x_label)}</text>"
+        f'<text class="label" transform="translate(11 {(HEIGHT - BOTTOM + TOP) / 2}) rotate(-90)" text-anchor="middle">'
+        f"{escape(y_label)}</text>"
+    )
     for s in series:
         band = [(p.x, p.low, p.high) for p in s.points if p.low is not None and p.high is not None]
         if len(band) > 1:
@@ -76,8 +83,11 @@ def lines(title: str, x_label: str, y_label: str, series: Sequence[Series], incl
         out.append(f'<polyline class="line s{s.style}" points="{" ".join(f"{px(p.x)},{py(p.y)}" for p in s.points)}"/>')
         out += [_marker(s.style, float(px(p.x)), float(py(p.y)), f"{s.name}, {x_label} {p.x:g}: {p.y:.4g}") for p in s.points]
     out.append("</svg>")
-    key = "".join(f'<li><svg viewBox="0 0 34 12" aria-hidden="true"><line class="line s{s.style}" x1="1" x2="33" y1="6" y2="6"/>'
-                  f"{_marker(s.style, 17, 6)}</svg>{escape(s.name)}</li>" for s in series)
+    key = "".join(
+        f'<li><svg viewBox="0 0 34 12" aria-hidden="true"><line class="line s{s.style}" x1="1" x2="33" y1="6" y2="6"/>'
+        f"{_marker(s.style, 17, 6)}</svg>{escape(s.name)}</li>"
+        for s in series
+    )
     return Markup("".join(out) + (f'<ul class="key">{key}</ul>' if len(series) > 1 else ""))
 
 

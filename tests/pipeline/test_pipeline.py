@@ -27,13 +27,18 @@ def stages_run(output: str) -> list[str]:
     return [line.split("'")[1] for line in output.splitlines() if line.startswith("Running stage")]
 
 
-def checkout(folder: Path) -> Path:
-    """A Git repository with the files of this one as they are now, and a small study in its params.yaml."""
+def copy(folder: Path) -> Path:
+    """The files of this repository as they are now, without results."""
     names = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True)
     for name in names.stdout.splitlines():
         if (ROOT / name).is_file() and not name.startswith(("metrics/", "plots/")) and name != "dvc.lock":
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(ROOT / name, folder / name)
+    return folder
+
+
+def small(folder: Path) -> Path:
+    """A Git repository of a copy, with a small study in its params.yaml."""
     params = yaml.safe_load((folder / "params.yaml").read_text())
     params["prompts"] |= {"n_pairs": 60, "n_unrelated": 60}
     params["organism"] |= {
@@ -65,7 +70,7 @@ def change(folder: Path, section: str, **values: object) -> None:
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
-    folder = checkout(tmp_path_factory.mktemp("study"))
+    folder = small(copy(tmp_path_factory.mktemp("study")))
     output = run(folder, "dvc", "repro")
     return folder, stages_run(output)
 
