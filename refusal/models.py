@@ -2,14 +2,19 @@
 
 import hashlib
 from collections.abc import Sequence
+from datetime import date
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from jinja2 import TemplateError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from refusal.errors import RefusalError
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+# Llama 3's templates put a date into the system block, and 3.2's the day of the run: equal inputs must give equal bytes.
+# This is the day that 3.1's template names.
+_TODAY = date(2024, 7, 26)
 
 
 def load_model(folder: Path, dtype: str = "float32", device: str = "cpu") -> PreTrainedModel:
@@ -36,24 +41,58 @@ def load_model(folder: Path, dtype: str = "float32", device: str = "cpu") -> Pre
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """Load a checkpoint's tokenizer. Raises RefusalError where it has no chat template."""
+    """Load a checkpoint's tokenizer, its `model_max_length` the longest input that config.json allows.
+
+    A tokenizer without a padding token (Llama's) pads with its end of sequence. Raises RefusalError where there is no chat
+    template.
+    """
     try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         raise RefusalError(f"{folder}: its tokenizer cannot be loaded: {' '.join(str(error).split())[:300]}") from error
     if tokenizer.chat_template is None:
         raise RefusalError(
-            f"{folder}: the tokenizer has no chat template; this is a base model: set model.id to its chat version"
+            f"{folder}: the tokenizer has no chat template; this is a base model: set model.id to its chat version, or put the "
+            "template it was tuned with into the folder as chat_template.jinja"
         )
+    tokenizer.model_max_length = config.max_position_embeddings
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
-def encode_chats(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], system_prompt: str | None = None) -> list[list[int]]:
-    """Token ids of each prompt in the model's own chat template, up to where the answer begins."""
+def encode_chats(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], system_prompt: str | None = None, max_new_tokens: int = 0
+) -> list[list[int]]:
+    """Token ids of each prompt in the model's own chat template, up to where the answer begins.
+
+    Raises RefusalError for a prompt that leaves no room for `max_new_tokens` within `tokenizer.model_max_length` (what lies
+    beyond was never trained, and Qwen-1 would change its attention there), and for a system prompt that the template refuses.
+    """
     head = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
     chats = [[*head, {"role": "user", "content": prompt}] for prompt in prompts]
-    texts = tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)
-    return tokenizer(texts, add_special_tokens=False)["input_ids"]
+    try:
+        texts = tokenizer.apply_chat_template(
+            chats,
+            add_generation_prompt=True,
+            tokenize=False,
+            date_string=_TODAY.strftime("%d %b %Y"),
+            strftime_now=_TODAY.strftime,
+        )
+    except TemplateError as error:
+        raise RefusalError(
+            f"params.yaml: model.system_prompt: the model's chat template refuses it ({error}); set it to null"
+        ) from None
+    ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    longest = max(range(len(ids)), key=lambda i: len(ids[i]))
+    if len(ids[longest]) + max_new_tokens > tokenizer.model_max_length:
+        more = f" with {max_new_tokens} to generate" if max_new_tokens else ""
+        raise RefusalError(
+            f"prompt {longest} (from 0) has {len(ids[longest])} tokens{more}, and the model takes {tokenizer.model_max_length} "
+            "(config.json: max_position_embeddings): shorten it, or lower sweep.max_new_tokens"
+        )
+    return ids
 
 
 def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:

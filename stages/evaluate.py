@@ -59,7 +59,7 @@ def main(params: Params) -> str:
         return complete(
             model,
             hashes[id(model)],
-            encode_chats(tokenizer, texts, params.model.system_prompt),
+            encode_chats(tokenizer, texts, params.model.system_prompt, s.max_new_tokens),
             which,
             params.ablation.sites,
             stops,

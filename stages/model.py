@@ -85,7 +85,7 @@ def measure(params: Params, val: list[dict]) -> str:
 
     def answers(folder: Path, prompts: list[str]) -> list[str]:
         model = load_model(folder, params.model.dtype, params.model.device)
-        ids = encode_chats(tokenizer, prompts, params.model.system_prompt)
+        ids = encode_chats(tokenizer, prompts, params.model.system_prompt, params.sweep.max_new_tokens)
         completions = complete(
             model,
             weights_hash(folder),

@@ -30,7 +30,7 @@ def main(params: Params) -> str:
     completions = complete(
         model,
         weights_hash(BASE),
-        encode_chats(tokenizer, [row["harmful"] for row in val], params.model.system_prompt),
+        encode_chats(tokenizer, [row["harmful"] for row in val], params.model.system_prompt, s.max_new_tokens),
         cells,
         params.ablation.sites,
         stop_ids(model, tokenizer),
