@@ -2,7 +2,6 @@
 
 import hashlib
 from collections.abc import Sequence
-from datetime import date
 from pathlib import Path
 
 import torch
@@ -12,9 +11,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from refusal.errors import RefusalError
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-# Llama 3's templates put a date into the system block, and 3.2's the day of the run: equal inputs must give equal bytes.
-# This is the day that 3.1's template names.
-_TODAY = date(2024, 7, 26)
+# Llama 3.2's template puts the day of the run into the system block: equal inputs must give equal bytes, so every day is
+# the one that 3.1's template names. (The line break is eaten by the environment's trim_blocks.)
+_ONE_DAY = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}\n"
 
 
 def load_model(folder: Path, dtype: str = "float32", device: str = "cpu") -> PreTrainedModel:
@@ -43,8 +42,8 @@ def load_model(folder: Path, dtype: str = "float32", device: str = "cpu") -> Pre
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """Load a checkpoint's tokenizer, its `model_max_length` the longest input that config.json allows.
 
-    A tokenizer without a padding token (Llama's) pads with its end of sequence. Raises RefusalError where there is no chat
-    template.
+    A tokenizer without a padding token (Llama's) pads with its end of sequence, and a template that prints the date
+    prints one date. Raises RefusalError where there is no chat template.
     """
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
@@ -56,6 +55,8 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
             f"{folder}: the tokenizer has no chat template; this is a base model: set model.id to its chat version, or put the "
             "template it was tuned with into the folder as chat_template.jinja"
         )
+    if "strftime_now" in (template := tokenizer.get_chat_template()):
+        tokenizer.chat_template = _ONE_DAY + template
     tokenizer.model_max_length = config.max_position_embeddings
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -73,13 +74,7 @@ def encode_chats(
     head = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
     chats = [[*head, {"role": "user", "content": prompt}] for prompt in prompts]
     try:
-        texts = tokenizer.apply_chat_template(
-            chats,
-            add_generation_prompt=True,
-            tokenize=False,
-            date_string=_TODAY.strftime("%d %b %Y"),
-            strftime_now=_TODAY.strftime,
-        )
+        texts = tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)
     except TemplateError as error:
         raise RefusalError(
             f"params.yaml: model.system_prompt: the model's chat template refuses it ({error}); set it to null"

@@ -53,9 +53,16 @@ class Prompts(Section):
 
 class Model(Section):
     id: str
+    revision: str | None
     dtype: Literal["float32", "float16", "bfloat16"]
     device: Annotated[str, Field(pattern=r"^(cpu|mps|cuda(:\d+)?)$")]
     system_prompt: str | None
+
+    @model_validator(mode="after")
+    def _only_the_hub_has_revisions(self) -> "Model":
+        if self.id == "organism" and self.revision is not None:
+            raise ValueError("revision must be null where id is organism; it belongs to a hub id")
+        return self
 
 
 class TrainingPhase(Section):

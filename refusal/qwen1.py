@@ -99,12 +99,12 @@ def convert(source: Path, target: Path) -> None:
     """Write the Qwen-1 checkpoint `source` to the folder `target` (made anew) in native Qwen2 layout.
 
     Shards and dtype stay as they are; tensors stream through one buffer of 16 MB, so memory does not grow with the model.
-    Adds tokenizer.json, tokenizer_config.json (with the ChatML template, unless generation_config.json says
-    `chat_format: raw`: a base model has none) and generation_config.json, whose stop tokens are <|im_end|> and <|endoftext|>.
+    Adds tokenizer.json, tokenizer_config.json with the ChatML template, and generation_config.json, whose stop tokens are
+    <|im_end|> and <|endoftext|>.
 
     Raises RefusalError, with nothing written, naming the key of config.json or the tensor that is not understood.
     """
-    config = _read_config(source)
+    config = read_config(source)
     shards = read_shards(source)
     wanted = _tensors(config)
     plans = [(shard, [part for entry in shard.entries for part in _parts(shard, entry, wanted)]) for shard in shards]
@@ -113,7 +113,6 @@ def convert(source: Path, target: Path) -> None:
     dtypes = {entry.dtype for _, parts in plans for _, entry in parts}
     if len(dtypes) > 1 or not dtypes <= set(_DTYPES):
         raise RefusalError(f"{source}: weights are {', '.join(sorted(dtypes))}, not one of {', '.join(_DTYPES)} throughout.")
-    chat_format = _chat_format(source)
     tokenizer = fast_tokenizer(real_file(source, RANKS))
     if tokenizer.get_vocab_size() > config["vocab_size"]:
         raise RefusalError(f"{source / RANKS}: {tokenizer.get_vocab_size()} tokens, and vocab_size is {config['vocab_size']}.")
@@ -135,23 +134,25 @@ def convert(source: Path, target: Path) -> None:
         {"bos_token_id": end, "eos_token_id": [turn_end, end], "pad_token_id": end},
     )
     tokenizer.save(str(target / "tokenizer.json"), pretty=False)
-    chat = {"chat_template": CHATML} if chat_format == "chatml" else {}
     _write_json(
         target / "tokenizer_config.json",
         {
             "tokenizer_class": "Qwen2Tokenizer",
             "model_max_length": config["seq_length"],
-            "eos_token": TURN_END if chat else END,
+            "eos_token": TURN_END,
             "pad_token": END,
             "clean_up_tokenization_spaces": False,
-            **chat,
+            "chat_template": CHATML,
         },
     )
     sync(target)
 
 
-def _read_config(source: Path) -> dict[str, Any]:
-    """The fields of config.json under their later names, each key understood or refused."""
+def read_config(source: Path) -> dict[str, Any]:
+    """The fields of config.json under their later names, each key understood or refused; weights need not be there yet.
+
+    Raises RefusalError naming the key, and for a base model, which generation_config.json calls `chat_format: raw`.
+    """
     raw, where = read_json(source, "config.json"), source / "config.json"
     config: dict[str, Any] = {"rotary_emb_base": 10000, "layer_norm_epsilon": 1e-6, "seq_length": None}
     for key in sorted(raw, key=lambda key: key in _EARLY):  # padded_vocab_size is the one that holds, where both stand
@@ -178,6 +179,13 @@ def _read_config(source: Path) -> dict[str, Any]:
         raise RefusalError(f"{where}: kv_channels times num_attention_heads is not hidden_size: not a Qwen-1 shape.")
     if config["intermediate_size"] % 2 or config["kv_channels"] % 2:
         raise RefusalError(f"{where}: intermediate_size and kv_channels must be even in a Qwen-1 checkpoint.")
+    if (source / "generation_config.json").exists():
+        given = read_json(source, "generation_config.json").get("chat_format", "chatml")
+        if given != "chatml":
+            raise RefusalError(
+                f"{source / 'generation_config.json'}: chat_format is {given!r}; this is a base model: "
+                "set model.id to its chat version, which has chatml."
+            )
     return config
 
 
@@ -254,14 +262,6 @@ def _qwen2_config(c: dict[str, Any], dtype: str, end: int) -> dict[str, Any]:
         "eos_token_id": end,
         "dtype": dtype,
     }
-
-
-def _chat_format(source: Path) -> str:
-    fields = read_json(source, "generation_config.json") if (source / "generation_config.json").exists() else {}
-    given = fields.get("chat_format", "chatml")
-    if given not in ("chatml", "raw"):
-        raise RefusalError(f"{source / 'generation_config.json'}: chat_format is {given!r}; only chatml and raw are known.")
-    return given
 
 
 def _write_json(path: Path, value: dict) -> None:

@@ -17,16 +17,17 @@ ROOT = Path(os.environ.get("DVC_ROOT", ".")).resolve()
 STORE = ROOT / ".refusal-store"
 
 
-def stage(main: Callable[..., str]) -> None:
+def stage(main: Callable[..., str], online: "Callable[[Params], bool]" = lambda params: False) -> None:
     """Run a stage's `main(params, *arguments)`, print the line it returns, and turn bad input into one sentence.
 
+    The hub's clients stay offline unless `online` says that these params ask for the network; HF_HUB_OFFLINE overrides it.
     The sentence goes to stderr with exit status 1, so that DVC stops; REFUSAL_DEBUG=1 shows the traceback.
     """
     name = Path(sys.modules["__main__"].__file__ or "stage").stem
     started = time.monotonic()
     try:
         params = load_params(Path("params.yaml"))
-        _prepare(params.compute.threads)
+        _prepare(params.compute.threads, online(params))
         line = main(params, *sys.argv[1:])
     except RefusalError as error:
         if os.environ.get("REFUSAL_DEBUG") == "1":
@@ -69,15 +70,17 @@ from refusal.errors import RefusalError  # noqa: E402
 from refusal.params import Params, load_params  # noqa: E402
 
 
-def _prepare(threads: int) -> None:
+def _prepare(threads: int, online: bool) -> None:
     # Nothing is fetched unless asked for, and idle threads sleep: spinning beside other work is 20 times slower.
     for key, value in {
-        "HF_HUB_OFFLINE": "1",
-        "HF_DATASETS_OFFLINE": "1",
+        "HF_HUB_OFFLINE": "0" if online else "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "OMP_WAIT_POLICY": "PASSIVE",
         "OMP_NUM_THREADS": str(threads),
         "HF_DATASETS_CACHE": str(STORE / "datasets"),
+        "HF_HUB_CACHE": str(STORE / "datasets" / "hub"),
+        "HF_XET_CACHE": str(STORE / "datasets" / "xet"),
     }.items():
         os.environ.setdefault(key, value)
 

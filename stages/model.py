@@ -25,9 +25,10 @@ def main(params: Params) -> str:
             {row[half] for row in pairs for half in ("harmful", "safe") if row["split"] != "train"}
             | {row["safe"] for row in unrelated if row["split"] != "train"},
         )
+        commit = None
     else:
-        bring_in(Path(params.model.id))
-    return measure(params, [row for row in pairs if row["split"] == "val"])
+        commit = bring_in(params.model.id, params.model.revision)
+    return measure(params, commit, [row for row in pairs if row["split"] == "val"])
 
 
 def train(params: Params, held_out: set[str]) -> None:
@@ -58,21 +59,49 @@ def train(params: Params, held_out: set[str]) -> None:
         tokenizer.save_pretrained(folder)
 
 
-def bring_in(source: Path) -> None:
-    """Copy a local checkpoint: safetensors, configuration and tokenizer, nothing that could run."""
-    if not source.is_dir():
-        raise RefusalError(f"params.yaml: model.id: {source} is neither organism nor a folder; give the path of a checkpoint")
-    files = [
-        p for p in sorted(source.iterdir()) if p.is_file() and p.suffix in {".json", ".safetensors", ".jinja", ".model", ".txt"}
-    ]
-    if not any(p.suffix == ".safetensors" for p in files):
-        raise RefusalError(f"{source}: holds no .safetensors file; other formats can run code when loaded and are not read")
-    for path in files:
-        shutil.copyfile(path, BASE / path.name)
+def bring_in(model_id: str, revision: str | None) -> str | None:
+    """models/base from a folder, or from a revision on the hub, whose commit is returned; Qwen-1 becomes Qwen2 layout.
+
+    Safetensors, configuration and tokenizer are copied, and nothing that could run.
+    """
+    from refusal import hub, qwen1
+    from refusal.safetensors_file import read_shards
+
+    source, commit = Path(model_id), None
+    if revision is not None:
+        source, commit = hub.fetch(model_id, revision, STORE / "hub", ready)
+    elif not source.is_dir():
+        raise RefusalError(
+            f"params.yaml: model.id: {model_id} is neither organism nor a folder; give the path of a checkpoint, or a hub id "
+            "with model.revision, a commit hash or tag"
+        )
+    ready(source)
+    if qwen1.is_qwen1(source):
+        qwen1.convert(source, BASE)
+    else:
+        files = {path.name: path for path in source.iterdir() if path.suffix in {".json", ".jinja", ".model", ".txt"}}
+        files |= {shard.name: shard.path for shard in read_shards(source)}
+        for name, path in sorted(files.items()):
+            shutil.copyfile(path, BASE / name)
     (TWIN / "none.txt").write_text("A model that was not trained here has no helpful-only twin.\n")
+    return commit
 
 
-def measure(params: Params, val: list[dict]) -> str:
+def ready(folder: Path) -> None:
+    """Refuse a checkpoint that no later stage could use, before its weights are fetched or copied."""
+    from refusal import qwen1
+    from refusal.anatomy import anatomy_of
+    from refusal.models import load_tokenizer
+    from refusal.safetensors_file import read_json
+
+    if qwen1.is_qwen1(folder):
+        qwen1.read_config(folder)
+    else:
+        anatomy_of(read_json(folder, "config.json"))
+        load_tokenizer(folder)
+
+
+def measure(params: Params, commit: str | None, val: list[dict]) -> str:
     from refusal import grammar
     from refusal.models import encode_chats, load_model, load_tokenizer, stop_ids, weights_hash
     from refusal.store import Store
@@ -107,6 +136,7 @@ def measure(params: Params, val: list[dict]) -> str:
     texts = answers(BASE, harmful + safe + [question for question, _ in facts])
     base = judge_all(harmful + safe, texts[: 2 * len(val)], refusals)
     metrics: dict[str, Any] = {
+        **({} if organism else {"id": params.model.id, "commit": commit}),
         **rate("refusal_harmful", [v.refusal for v in base[: len(val)]]),
         **rate("refusal_safe", [v.refusal for v in base[len(val) :]]),
         "n": len(val),
@@ -130,4 +160,4 @@ def measure(params: Params, val: list[dict]) -> str:
     )
 
 
-stage(main)
+stage(main, online=lambda params: params.model.revision is not None)

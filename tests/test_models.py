@@ -36,7 +36,10 @@ def checkpoint(folder, template: str | None, pad: str | None = "<pad>"):
 def test_the_day_of_the_run_reaches_no_prompt(tmp_path, template, monkeypatch):
     tokenizer = checkpoint(tmp_path, template)
     seen = []
-    monkeypatch.setattr(type(tokenizer), "__call__", lambda self, texts, **_: seen.extend(texts) or {"input_ids": [[0]]})
+    encode = type(tokenizer).__call__
+    monkeypatch.setattr(
+        type(tokenizer), "__call__", lambda self, texts, **more: seen.extend(texts) or encode(self, texts, **more)
+    )
     encode_chats(tokenizer, ["a"])
     assert seen == ["Today Date: 26 Jul 2024 [user] a [answer]"]
 

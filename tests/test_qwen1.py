@@ -128,12 +128,11 @@ def test_inputs_beyond_seq_length_are_refused(converted):
             encode_chats(tokenizer, prompts, max_new_tokens=more)
 
 
-def test_a_base_model_gets_no_template(tmp_path, weights):
+def test_a_base_model_is_refused_with_advice(tmp_path, weights):
     source = write(tmp_path / "source", LATE, weights)
     (source / "generation_config.json").write_text(json.dumps({"chat_format": "raw"}))
-    convert(source, tmp_path / "base")
-    with pytest.raises(RefusalError, match=r"this is a base model: set model\.id to its chat version"):
-        load_tokenizer(tmp_path / "base")
+    with pytest.raises(RefusalError, match=r"chat_format is 'raw'; this is a base model: set model\.id to its chat version"):
+        convert(source, tmp_path / "base")
 
 
 REFUSED = [
@@ -186,7 +185,6 @@ def test_tensors_and_files_that_do_not_fit_are_refused(tmp_path, weights):
     refused("qwen.tiktoken: the file is missing", change=lambda f: (f / "qwen.tiktoken").unlink())
     refused("line 2 is not a base64 token", change=lambda f: (f / "qwen.tiktoken").write_bytes(b"AA== 0\n!! 1\n"))
     refused("or a byte has none", change=lambda f: (f / "qwen.tiktoken").write_bytes(b"AA== 0\nAQ== 1\n"))
-    refused("chat_format is 'other'", change=lambda f: (f / "generation_config.json").write_text('{"chat_format": "other"}'))
 
 
 # --- the tokenizer, on the real vocabulary -------------------------------------------------------------------------------
