@@ -1,13 +1,24 @@
 """Capability by lm-eval: scores by document, so that differences between checkpoints are paired."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from refusal.errors import RefusalError
 
+if TYPE_CHECKING:
+    from lm_eval.tasks import TaskManager
+
 TASKS = Path(__file__).parent / "tasks"  # the organism's own tasks, ordinary lm-eval YAML
+SUITES = {
+    "organism": ("organism_capitals", "organism_flags", "organism_opposites", "organism_sums"),
+    # The write-up's seven, as lm-eval defines them; their documents come from the hub.
+    "standard": ("arc_easy", "arc_challenge", "boolq", "hellaswag", "piqa", "truthfulqa_mc1", "winogrande"),
+}
 
 
 def packaged(task: str) -> bool:
@@ -15,47 +26,90 @@ def packaged(task: str) -> bool:
     return (TASKS / f"{task}.yaml").is_file()
 
 
-def score(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    tasks: Sequence[str],
-    batch_size: int,
-    apply_chat_template: bool,
-    limit: int | None,
-) -> dict[str, list[float]]:
-    """{task: score of each document, in order}: acc_norm where the task reports it, acc elsewhere.
+def tasks_of(suite: str | Sequence[str]) -> list[str]:
+    """The tasks that `benchmark.suite` names: a suite's, or those listed."""
+    return list(SUITES[suite] if isinstance(suite, str) else suite)
 
-    Raises RefusalError for a task that lm-eval does not know.
-    """
-    import lm_eval
-    from lm_eval.models.huggingface import HFLM
+
+@cache
+def _manager(folder: Path, with_defaults: bool) -> "TaskManager":
     from lm_eval.tasks import TaskManager
 
     # Indexing the harness's thousands of tasks takes 9 s; the package's own need none of them.
-    manager = TaskManager(include_path=str(TASKS), include_defaults=not all(map(packaged, tasks)))
+    return TaskManager(include_path=str(folder), include_defaults=with_defaults)
+
+
+def _manager_of(task: str, folder: Path) -> "TaskManager":
+    """What finds a task: definitions in `folder` come before lm-eval's own. Raises RefusalError for one unknown to both."""
+    manager = _manager(folder, not (folder / f"{task}.yaml").is_file())
+    if task not in manager.all_tasks:
+        raise RefusalError(
+            f"params.yaml: benchmark.suite: lm-eval has no task {task}; the package ships "
+            f"{', '.join(sorted(path.stem for path in TASKS.glob('*.yaml')))}"
+        )
+    return manager
+
+
+def fetch(tasks: Sequence[str], folder: Path = TASKS) -> None:
+    """Bring in the documents of tasks that are not packaged, so that what is missing is known before a model is loaded.
+
+    Raises RefusalError for an unknown task, and where documents are neither cached nor to be had.
+    """
+    import httpx2
+    from huggingface_hub import constants
+
     for task in tasks:
-        if task not in manager.all_tasks:
+        manager = _manager_of(task, folder)
+        if packaged(task):
+            continue
+        try:
+            manager.load([task])
+        except (OSError, ValueError, httpx2.HTTPError) as error:
+            why = "HF_HUB_OFFLINE is set" if constants.is_offline_mode() else f"{constants.ENDPOINT} did not give them"
             raise RefusalError(
-                f"params.yaml: benchmark.tasks: lm-eval has no task {task}; the package ships "
-                f"{', '.join(sorted(path.stem for path in TASKS.glob('*.yaml')))}"
-            )
+                f"params.yaml: benchmark.suite: the documents of {task} are not on this machine and {why} "
+                f"({' '.join(str(error).split())[:120]}): run once with the network on, or set suite: organism"
+            ) from error
+
+
+def score(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    task: str,
+    batch_size: int,
+    apply_chat_template: bool,
+    limit: int | None,
+    folder: Path = TASKS,
+) -> list[float]:
+    """The score of each document of a task, in order, within 0 and 1: acc_norm where the task reports it, acc elsewhere.
+
+    Raises RefusalError for a task that neither `folder` nor lm-eval has.
+    """
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+
     results = lm_eval.simple_evaluate(
         HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
-        tasks=list(tasks),
-        task_manager=manager,
+        tasks=[task],
+        task_manager=_manager_of(task, folder),
         apply_chat_template=apply_chat_template,
         limit=limit,
         log_samples=True,
         bootstrap_iters=0,
     )
-    scores = {}
-    for task in tasks:
-        rows = sorted(results["samples"][task], key=lambda row: row["doc_id"])
-        metric = "acc_norm" if "acc_norm" in rows[0] else "acc"
-        scores[task] = [float(row[metric]) for row in rows]
-    return scores
+    rows = sorted(results["samples"][task], key=lambda row: row["doc_id"])
+    metric = "acc_norm" if "acc_norm" in rows[0] else "acc"
+    return [float(row[metric]) for row in rows]
 
 
-def average(scores: dict[str, list[float]]) -> float:
+def standard_error(values: Sequence[float]) -> float | None:
+    """The standard error of a mean as lm-eval has it: the sample's standard deviation by the root of n; None for n = 1."""
+    if len(values) < 2:
+        return None
+    mean = sum(values) / len(values)
+    return math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1) / len(values))
+
+
+def average(scores: Mapping[str, Sequence[float]]) -> float:
     """Unweighted mean over tasks, as the write-up averages."""
     return sum(sum(values) / len(values) for values in scores.values()) / len(scores)

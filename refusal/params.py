@@ -148,7 +148,7 @@ class Evaluate(Section):
 
 
 class Benchmark(Section):
-    tasks: Annotated[list[str], Field(min_length=1)]
+    suite: Literal["organism", "standard"] | Annotated[list[str], Field(min_length=1)]
     apply_chat_template: bool
     batch_size: Count
     limit: Count | None

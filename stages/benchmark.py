@@ -2,7 +2,10 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 from refusal.params import Params
 from stages import STORE, read_json, stage, torch_ready, write_json, write_text
@@ -12,45 +15,66 @@ BASE, METRICS, PLOT = Path("models/base"), Path("metrics/benchmark.json"), Path(
 
 def main(params: Params) -> str:
     torch_ready(params)
+    from importlib.metadata import version
+
     from refusal import benchmark
-    from refusal.benchmark import TASKS, average, packaged, score
+    from refusal.benchmark import TASKS, average, fetch, packaged, score, standard_error, tasks_of
     from refusal.models import load_model, load_tokenizer, weights_hash
     from refusal.statistics import stratified_difference, wilson
     from refusal.store import Store, key
     from refusal.tables import csv_text
 
     b = params.benchmark
+    tasks = tasks_of(b.suite)
+    if foreign := [task for task in tasks if not packaged(task)]:
+        cache = STORE / "datasets"
+        print(f"benchmark: the documents of {', '.join(foreign)} come from the hub, once, and are kept in {cache}", flush=True)
+    fetch(tasks)
     selected = read_json(Path("metrics/orthogonalize.json"))
     folders = {"baseline": BASE} | {rank: Path("models/ablated") / cell["name"] for rank, cell in selected.items()}
-    definitions = {
-        task: [hashlib.sha256((TASKS / f"{task}{end}").read_bytes()).hexdigest() for end in (".yaml", ".jsonl")]
-        if packaged(task)
-        else None
-        for task in b.tasks
-    }
     shared = {
-        "tasks": definitions,
         "limit": b.limit,
         "chat": b.apply_chat_template,
         "dtype": params.model.dtype,
         "device": params.model.device,
     }
-    jobs = [(key("benchmark", benchmark, weights=weights_hash(folder), **shared), folder) for folder in folders.values()]
+    definitions = {
+        task: [hashlib.sha256((TASKS / f"{task}{end}").read_bytes()).hexdigest() for end in (".yaml", ".jsonl")]
+        if packaged(task)
+        else version("lm_eval")
+        for task in tasks
+    }
+    # A task of a checkpoint is what is stored: an interrupted run of real models loses one at most.
+    weights = {folder: weights_hash(folder) for folder in folders.values()}
+    jobs = [
+        (key("benchmark", benchmark, weights=weights[folder], task=task, definition=definitions[task], **shared), (folder, task))
+        for folder in folders.values()
+        for task in tasks
+    ]
+    loaded: dict[Path, Any] = {}
 
-    def compute(folder: Path) -> bytes:
-        model = load_model(folder, params.model.dtype, params.model.device)
-        return json.dumps(score(model, load_tokenizer(folder), b.tasks, b.batch_size, b.apply_chat_template, b.limit)).encode()
+    def compute(job: tuple[Path, str]) -> bytes:
+        folder, task = job
+        if folder not in loaded:
+            loaded.clear()
+            loaded[folder] = load_model(folder, params.model.dtype, params.model.device)
+        return json.dumps(
+            score(loaded[folder], load_tokenizer(folder), task, b.batch_size, b.apply_chat_template, b.limit)
+        ).encode()
 
-    values = Store(STORE / "store.sqlite").run(jobs, compute, "benchmark", unit="checkpoint")
-    scores = dict(zip(folders, map(json.loads, values), strict=True))
+    values = Store(STORE / "store.sqlite").run(jobs, compute, "benchmark", unit="task")
+    scores: dict[str, dict[str, Sequence[float]]] = {rank: {} for rank in folders}
+    for (rank, task), value in zip(product(folders, tasks), values, strict=True):
+        scores[rank][task] = json.loads(value)
     metrics, rows = {}, []
     for rank, folder in folders.items():
-        tasks = {}
+        by_task: dict[str, dict[str, Any]] = {}
         for task, documents in scores[rank].items():
             low, high = wilson(int(sum(documents)), len(documents))
-            tasks[task] = {"score": sum(documents) / len(documents), "low": low, "high": high, "n": len(documents)}
-            rows.append({"checkpoint": rank, "name": folder.name, "task": task, **tasks[task]})
-        metrics[rank] = {"name": folder.name, "average": average(scores[rank]), "tasks": tasks}
+            by_task[task] = {"score": sum(documents) / len(documents), "low": low, "high": high, "n": len(documents)}
+            rows.append({"checkpoint": rank, "name": folder.name, "task": task, **by_task[task]})
+            by_task[task] |= {"standard_error": standard_error(documents)}
+        metrics[rank] = {"name": folder.name, "average": average(scores[rank]), "tasks": by_task}
         if rank != "baseline":
             difference, low, high = stratified_difference(scores[rank], scores["baseline"], b.n_resamples, b.seed)
             metrics[rank] |= {"difference": difference, "difference_low": low, "difference_high": high}
@@ -58,10 +82,10 @@ def main(params: Params) -> str:
     write_text(PLOT, csv_text(rows))
     first = metrics["rank_1"]
     return (
-        f"{len(folders)} checkpoints on {len(b.tasks)} tasks; baseline {metrics['baseline']['average']:.3f}, rank_1 "
+        f"{len(folders)} checkpoints on {len(tasks)} tasks; baseline {metrics['baseline']['average']:.3f}, rank_1 "
         f"{first['average']:.3f}, difference {first['difference']:+.3f} "
         f"[{first['difference_low']:+.3f}, {first['difference_high']:+.3f}]"
     )
 
 
-stage(main)
+stage(main, online=lambda params: params.benchmark.suite != "organism")

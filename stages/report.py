@@ -42,7 +42,7 @@ def main(params: Params) -> str:
         "judge": params.judge.kind,
         "judged": ["compliance", "coherence"],
         "alphas": params.sweep.alphas,
-        "benchmark_tasks": params.benchmark.tasks,
+        "benchmark_tasks": list(metrics["benchmark"]["baseline"]["tasks"]),
         "benchmark_score": "mean over tasks of acc_norm, or of acc where a task has no acc_norm",
         "checkpoint_name": "{method}_layer_{layer}_alpha_{100 alpha}",
     }

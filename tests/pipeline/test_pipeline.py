@@ -53,7 +53,7 @@ def small(folder: Path) -> Path:
     params["directions"] |= {"n_resamples": 20, "n_sign_flips": 20}
     params["sweep"] |= {"alphas": [1.0, 2.0], "n_random": 1, "max_new_tokens": 6}
     params["judge"]["n_resamples"] = params["evaluate"]["n_resamples"] = params["benchmark"]["n_resamples"] = 20
-    params["benchmark"] |= {"tasks": ["organism_capitals"], "limit": 6}
+    params["benchmark"] |= {"suite": ["organism_capitals"], "limit": 6}
     params["compute"]["threads"] = 1
     (folder / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
     run(folder, "git", "init", "-q")
