@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from refusal.anatomy import anatomy_of
+from refusal.memory import in_parts
 
 
 def left_pad(ids: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
@@ -52,6 +53,18 @@ def last_token_resid_pre(
 
 
 def _forward(model: PreTrainedModel, ids: Tensor, mask: Tensor | None) -> Float[Tensor, "batch n_layers d_model"]:
+    # Said once for the whole batch: a part of it without padding takes the same path as the rest.
+    padding = (
+        {} if mask is None or bool(mask.all()) else {"attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp_min(0)}
+    )
+
+    def rows(first: int, last: int) -> Tensor:
+        return _forward_rows(model, ids[first:last], {name: value[first:last] for name, value in padding.items()})
+
+    return torch.cat(in_parts(rows, len(ids), "activations"))
+
+
+def _forward_rows(model: PreTrainedModel, ids: Tensor, padding: dict[str, Tensor]) -> Float[Tensor, "batch n_layers d_model"]:
     rows: list[Tensor] = []
 
     def keep(_module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
@@ -59,17 +72,9 @@ def _forward(model: PreTrainedModel, ids: Tensor, mask: Tensor | None) -> Float[
 
     handles = [b.register_forward_pre_hook(keep, with_kwargs=True) for b in anatomy_of(model.config).blocks(model)]
     try:
-        ids = ids.to(model.device)
-        padding = (
-            {}
-            if mask is None or bool(mask.all())
-            else {
-                "attention_mask": mask.to(model.device),
-                "position_ids": (mask.cumsum(-1) - 1).clamp_min(0).to(model.device),
-            }
-        )
-        model.base_model(input_ids=ids, use_cache=False, **padding)
+        inputs = {name: value.to(model.device) for name, value in {"input_ids": ids, **padding}.items()}
+        model.base_model(**inputs, use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
-    return torch.stack(rows, dim=1).cpu()
+    return torch.stack([row.cpu() for row in rows], dim=1)  # layers may lie on several devices

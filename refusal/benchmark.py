@@ -1,6 +1,7 @@
 """Capability by lm-eval: scores by document, so that differences between checkpoints are paired."""
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from refusal.errors import RefusalError
+from refusal.memory import free, is_out_of_memory
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -83,20 +85,31 @@ def score(
 ) -> list[float]:
     """The score of each document of a task, in order, within 0 and 1: acc_norm where the task reports it, acc elsewhere.
 
-    Raises RefusalError for a task that neither `folder` nor lm-eval has.
+    Where memory runs out the batch size is halved, which changes likelihoods by rounding alone. Raises RefusalError for a task
+    that neither `folder` nor lm-eval has.
     """
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
-    results = lm_eval.simple_evaluate(
-        HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
-        tasks=[task],
-        task_manager=_manager_of(task, folder),
-        apply_chat_template=apply_chat_template,
-        limit=limit,
-        log_samples=True,
-        bootstrap_iters=0,
-    )
+    manager = _manager_of(task, folder)
+    while True:
+        try:
+            results = lm_eval.simple_evaluate(
+                HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
+                tasks=[task],
+                task_manager=manager,
+                apply_chat_template=apply_chat_template,
+                limit=limit,
+                log_samples=True,
+                bootstrap_iters=0,
+            )
+            break
+        except RuntimeError as error:
+            if batch_size == 1 or not is_out_of_memory(error):
+                raise
+        batch_size //= 2
+        print(f"benchmark: out of memory on {task}, going on with batches of {batch_size}", file=sys.stderr)
+        free()
     rows = sorted(results["samples"][task], key=lambda row: row["doc_id"])
     metric = "acc_norm" if "acc_norm" in rows[0] else "acc"
     return [float(row[metric]) for row in rows]

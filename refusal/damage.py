@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from refusal import activations, anatomy, interventions
 from refusal import store as stores
 from refusal.activations import left_pad
+from refusal.memory import in_parts
 from refusal.store import Store
 
 CODE = (activations, anatomy, interventions, sys.modules[__name__])
@@ -26,14 +27,20 @@ def answer_log_probs(
     """Log probabilities over the vocabulary at each position that predicts a token of the answer, float32."""
     ids, mask = left_pad([[*p, *a] for p, a in zip(prompts, answers, strict=True)], pad_id)
     keep = max(map(len, answers)) + 1
-    logits = model(
-        input_ids=ids.to(model.device),
-        attention_mask=mask.to(model.device),
-        position_ids=(mask.cumsum(-1) - 1).clamp_min(0).to(model.device),
-        use_cache=False,
-        logits_to_keep=keep,
-    ).logits.float()
-    return [row[-len(a) - 1 : -1].log_softmax(-1).cpu() for row, a in zip(logits, answers, strict=True)]
+    positions = (mask.cumsum(-1) - 1).clamp_min(0)
+
+    def rows(first: int, last: int) -> list[Tensor]:
+        some = slice(first, last)
+        logits = model(
+            input_ids=ids[some].to(model.device),
+            attention_mask=mask[some].to(model.device),
+            position_ids=positions[some].to(model.device),
+            use_cache=False,
+            logits_to_keep=keep,
+        ).logits.float()
+        return [row[-len(a) - 1 : -1].log_softmax(-1).cpu() for row, a in zip(logits, answers[some], strict=True)]
+
+    return [row for part in in_parts(rows, len(ids), "log probabilities") for row in part]
 
 
 def cost(

@@ -7,10 +7,13 @@ run side by side. Rows that have ended leave the batch; only the last position's
 from collections.abc import Collection, Sequence
 
 import torch
+from jaxtyping import Int
+from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from refusal.activations import left_pad
 from refusal.interventions import Ablation, Addition, intervene
+from refusal.memory import in_parts
 
 
 @torch.inference_mode()
@@ -26,16 +29,40 @@ def generate(
     """Greedy completion of each prompt, without its stop token, at most `max_new_tokens` tokens.
 
     `ablation` acts on prompt and completion alike; `addition` acts on the prompt alone (at prefill), since adding at
-    every decoded token makes garbage that substring matching calls refusal.
+    every decoded token makes garbage that substring matching calls refusal. An ablation with a row for each prompt is taken
+    as constructed. Where memory runs out the rows are decoded in parts, padded as they would have been together.
     """
     ids, mask = left_pad(prompts, pad_id)
-    ids, mask = ids.to(model.device), mask.to(model.device)
     padded = not bool(mask.all())
+
+    def rows(first: int, last: int) -> list[list[int]]:
+        whole = last - first == len(prompts)
+        if ablation is not None and len(ablation.basis) > 1 and not whole:
+            ablation.assign(torch.arange(first, last))
+        added = addition
+        if addition is not None and len(addition.vector) > 1 and not whole:
+            added = Addition(addition.vector[first:last, 0], addition.layer)
+        return _decode(model, ids[first:last], mask[first:last], padded, stop, max_new_tokens, ablation, added)
+
+    return [completion for part in in_parts(rows, len(prompts), "generation") for completion in part]
+
+
+def _decode(
+    model: PreTrainedModel,
+    ids: Int[Tensor, "batch seq"],
+    mask: Int[Tensor, "batch seq"],
+    padded: bool,
+    stop: Collection[int],
+    max_new_tokens: int,
+    ablation: Ablation | None,
+    addition: Addition | None,
+) -> list[list[int]]:
+    ids, mask = ids.to(model.device), mask.to(model.device)
     positions = (mask.cumsum(-1) - 1).clamp_min(0)
     stops = torch.tensor(sorted(stop), device=model.device)
     cache = DynamicCache(config=model.config)
-    live = torch.arange(len(prompts), device=model.device)
-    completions: list[list[int]] = [[] for _ in prompts]
+    live = torch.arange(len(ids), device=model.device)
+    completions: list[list[int]] = [[] for _ in ids]
     always = [] if ablation is None else [ablation]
     prefill = always if addition is None else [*always, addition]
 
@@ -58,7 +85,7 @@ def generate(
             break
         if not bool(going.all()):
             keep = going.nonzero().flatten()
-            cache.batch_select_indices(keep)
+            cache.batch_select_indices(keep.cpu())  # an index of any device: layers may lie on several
             live, tokens, positions, mask = live[keep], tokens[keep], positions[keep], mask[keep]
             if ablation is not None:
                 ablation.select(keep)

@@ -19,6 +19,7 @@ _ONE_DAY = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}\n"
 def load_model(folder: Path, dtype: str = "float32", device: str = "cpu") -> PreTrainedModel:
     """Load a causal language model from a local folder of safetensors, in eval mode, gradients off.
 
+    `device` is torch's name of one, or `auto`: accelerate spreads the layers over the devices there are.
     Raises RefusalError where the folder is no checkpoint, or the device is not there.
     """
     if not (folder / "config.json").is_file():
@@ -31,11 +32,17 @@ def load_model(folder: Path, dtype: str = "float32", device: str = "cpu") -> Pre
         raise RefusalError("params.yaml: model.device is mps but torch sees no MPS device; set it to cpu")
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=DTYPES[dtype], local_files_only=True, use_safetensors=True, attn_implementation="sdpa"
+            folder,
+            dtype=DTYPES[dtype],
+            local_files_only=True,
+            use_safetensors=True,
+            attn_implementation="sdpa",
+            device_map="auto" if device == "auto" else None,
         )
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise RefusalError(f"{folder}: transformers cannot load this checkpoint: {' '.join(str(error).split())[:300]}") from error
-    model.to(device)  # type: ignore[arg-type]  # transformers' decorator hides nn.Module.to's signature
+    if device != "auto":
+        model.to(device)  # type: ignore[arg-type]  # transformers' decorator hides nn.Module.to's signature
     return model.eval().requires_grad_(False)
 
 

@@ -55,7 +55,7 @@ class Model(Section):
     id: str
     revision: str | None
     dtype: Literal["float32", "float16", "bfloat16"]
-    device: Annotated[str, Field(pattern=r"^(cpu|mps|cuda(:\d+)?)$")]
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")]
     system_prompt: str | None
 
     @model_validator(mode="after")
