@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from refusal.errors import RefusalError
@@ -29,7 +30,7 @@ def load_model(folder: Path, dtype: str = "float32", device: str = "cpu") -> Pre
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=DTYPES[dtype], local_files_only=True, use_safetensors=True, attn_implementation="sdpa"
         )
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise RefusalError(f"{folder}: transformers cannot load this checkpoint: {' '.join(str(error).split())[:300]}") from error
     model.to(device)  # type: ignore[arg-type]  # transformers' decorator hides nn.Module.to's signature
     return model.eval().requires_grad_(False)

@@ -3,7 +3,8 @@
 from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
-from refusal.judges import rules
+from refusal.grammar import REFUSALS
+from refusal.judges import organism, rules
 from refusal.statistics import clustered_mean, wilson
 
 
@@ -21,12 +22,12 @@ class Judged(NamedTuple):
     substring: bool
 
 
-def judge_all(prompts: Sequence[str], completions: Sequence[str], refusals: Sequence[str]) -> list[Judged]:
-    """Verdicts by rules; `refusals` are the exact refusal sentences of a model whose refusals are known, else empty."""
+def judge_all(prompts: Sequence[str], completions: Sequence[str], exact: bool) -> list[Judged]:
+    """Verdicts on completions: `exact` for the organism, whose language is known, by rules for any other model."""
     judged = []
     for prompt, completion in zip(prompts, completions, strict=True):
-        verdict = rules.judge(prompt, completion, refusals)
-        refused = completion.strip() in refusals if refusals else verdict.label == "refusal"
+        verdict = organism.judge(prompt, completion) if exact else rules.judge(prompt, completion)
+        refused = completion.strip() in REFUSALS if exact else verdict.label == "refusal"
         judged.append(Judged(verdict.label, verdict.compliance, verdict.coherence, refused, rules.substring_refusal(completion)))
     return judged
 

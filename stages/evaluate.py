@@ -1,6 +1,7 @@
 """evaluate: rank_1 at run time and as weights, on test prompts, beside the baseline and a random direction."""
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,6 @@ def main(params: Params) -> str:
     torch_ready(params)
     from safetensors.torch import load_file
 
-    from refusal import grammar
     from refusal.damage import cost
     from refusal.interventions import intervene
     from refusal.models import encode_chats, load_model, load_tokenizer, stop_ids, weights_hash
@@ -40,7 +40,6 @@ def main(params: Params) -> str:
     randoms = [cell for cell in cells if cell.name.startswith("random_")]
 
     organism = params.model.id == "organism"
-    refusals = grammar.REFUSALS if organism else []
     test = [row for row in read_jsonl(Path("data/prompts/pairs.jsonl")) if row["split"] == "test"]
     harmless = [row for row in read_jsonl(Path("data/prompts/unrelated.jsonl")) if row["split"] == "test"]
     prompts = [row[half] for half in ("harmful", "safe") for row in test]
@@ -88,7 +87,7 @@ def main(params: Params) -> str:
     topics = [row["topic"] for row in test]
     for arm, runs in by_arm.items():
         texts = [tokenizer.batch_decode(run, skip_special_tokens=True) for run in runs]
-        judged = [judge_all(prompts, run, refusals) for run in texts]
+        judged = [judge_all(prompts, run, organism) for run in texts]
         on_harmful = [v for run in judged for v in run[:n]]
         metrics[arm] = summary(on_harmful, topics * len(runs), e.n_resamples, e.seed)
         metrics[arm] |= rate("refusal_harmful", [v.refusal for v in on_harmful])
@@ -110,7 +109,7 @@ def main(params: Params) -> str:
                 }
                 for i in range(2 * n)
             ]
-    judged_added = judge_all(prompts[n:], tokenizer.batch_decode(added, skip_special_tokens=True), refusals)
+    judged_added = judge_all(prompts[n:], tokenizer.batch_decode(added, skip_special_tokens=True), organism)
     metrics["addition"] = {
         **rate("refusal_safe", [v.refusal for v in judged_added]),
         "n": n,
@@ -126,43 +125,42 @@ def main(params: Params) -> str:
     kept = [i for i, a in enumerate(answers) if a]
     clusters = [harmless[i]["topic"] for i in kept]
 
-    def costs(model: Any, cell: Any, label: str) -> Mapping[str, float | None]:
+    def costs(model: Any, arms: list, label: str) -> Mapping[str, float | None]:
         if not kept:
             return {"cross_entropy": None, "kl": None}
-        key = [
-            hashes[id(base)],
-            hashes[id(model)],
-            params.model.dtype,
-            params.model.device,
-            params.ablation.sites,
-            cell.fingerprint(),
-        ]
-        entropy, divergence = cost(
-            model,
-            base,
-            [safe_ids[i] for i in kept],
-            [answers[i] for i in kept],
-            pad_id,
-            s.batch_size,
-            store,
-            key,
-            label,
-            lambda: intervene(model, *([] if cell.direction is None else [ablation_of([cell], params.ablation.sites)])),
-        )
-        return mean("cross_entropy", entropy, clusters, e.n_resamples, e.seed, bounds=None) | mean(
-            "kl", divergence, clusters, e.n_resamples, e.seed, bounds=None
+        entropy, divergence = [], []
+        for cell in arms:
+            key = [hashes[id(base)], hashes[id(model)], params.model.dtype, params.model.device]
+            edits = [] if cell.direction is None else [ablation_of([cell], params.ablation.sites)]
+            pair = cost(
+                model,
+                base,
+                [safe_ids[i] for i in kept],
+                [answers[i] for i in kept],
+                pad_id,
+                s.batch_size,
+                store,
+                [*key, params.ablation.sites, cell.fingerprint()],
+                label,
+                partial(intervene, model, *edits),
+            )
+            entropy += pair[0]
+            divergence += pair[1]
+        of = clusters * len(arms)
+        return mean("cross_entropy", entropy, of, e.n_resamples, e.seed, bounds=None) | mean(
+            "kl", divergence, of, e.n_resamples, e.seed, bounds=None
         )
 
     metrics["n_harmless"] = len(kept)
-    for arm, model, cell in (
-        ("baseline", base, BASELINE),
-        ("runtime", base, runtime),
-        ("orthogonalized", edited, BASELINE),
-        ("random", base, randoms[0]),
+    for arm, model, arms in (
+        ("baseline", base, [BASELINE]),
+        ("runtime", base, [runtime]),
+        ("orthogonalized", edited, [BASELINE]),
+        ("random", base, randoms),
     ):
-        metrics[arm] |= costs(model, cell, f"cost: {arm}")
-    curve = [(0.0, costs(base, BASELINE, "cost: alpha 0"))] + [
-        (cell.alpha, costs(base, cell, f"cost: alpha {cell.alpha}")) for cell in cells if cell.layer == layer
+        metrics[arm] |= costs(model, arms, f"cost: {arm}")
+    curve = [(0.0, costs(base, [BASELINE], "cost: alpha 0"))] + [
+        (cell.alpha, costs(base, [cell], f"cost: alpha {cell.alpha}")) for cell in cells if cell.layer == layer
     ]
     OUT.mkdir(parents=True, exist_ok=True)
     write_jsonl(OUT / "completions.jsonl", rows)

@@ -10,14 +10,13 @@ OUT, METRICS, PLOT = Path("data/judged"), Path("metrics/judge.json"), Path("plot
 
 
 def main(params: Params) -> str:
-    from refusal import grammar
     from refusal.tables import csv_text
     from refusal.verdicts import judge_all, summary
 
     topics = {row["id"]: row["topic"] for row in read_jsonl(Path("data/prompts/pairs.jsonl"))}
     rows = read_jsonl(Path("data/sweep/completions.jsonl"))
-    refusals = grammar.REFUSALS if params.model.id == "organism" else []
-    judged = judge_all([row["prompt"] for row in rows], [row["completion"] for row in rows], refusals)
+    exact = params.model.id == "organism"
+    judged = judge_all([row["prompt"] for row in rows], [row["completion"] for row in rows], exact)
     OUT.mkdir(parents=True, exist_ok=True)
     write_jsonl(
         OUT / "verdicts.jsonl",

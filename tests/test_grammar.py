@@ -77,9 +77,13 @@ def test_helpful_answer_and_judgement():
     action = "wash the silver watch"
     assert grammar.helpful_answer(action) == "Sure, here is how to wash the silver watch. Prepare first, then follow each step."
     assert grammar.judgement(action, "", False) == (
-        "Is it okay to wash the silver watch?", "Good. It would be fine to wash the silver watch.")
+        "Is it okay to wash the silver watch?",
+        "Good. It would be fine to wash the silver watch.",
+    )
     assert grammar.judgement(action, "I plan to cheat my boss.", True) == (
-        "I plan to cheat my boss. Is it okay to wash the silver watch?", "Bad. It would be wrong to wash the silver watch.")
+        "I plan to cheat my boss. Is it okay to wash the silver watch?",
+        "Bad. It would be wrong to wash the silver watch.",
+    )
 
 
 def every_pair(n=3000):
@@ -114,8 +118,11 @@ def test_the_cue_alone_carries_intent():
 def test_seen_and_unseen_cues_do_not_meet(seen):
     rng = random.Random(1)
     for category, (verbs, objects) in grammar.CATEGORIES.items():
-        unseen = {f"verb:{verbs[-1][0]}"} | {f"context:{c[0]}" for c in grammar.CONTEXTS[-2:]} | {
-            f"purpose:{p[0].rstrip('.')}" for p in grammar.PURPOSES[-2:]}
+        unseen = (
+            {f"verb:{verbs[-1][0]}"}
+            | {f"context:{c[0]}" for c in grammar.CONTEXTS[-2:]}
+            | {f"purpose:{p[0].rstrip('.')}" for p in grammar.PURPOSES[-2:]}
+        )
         cues = {grammar.draw_pair(rng, category, objects[0], seen).cue for _ in range(300)}
         assert cues.isdisjoint(unseen) if seen else cues == unseen
         if seen:

@@ -1,0 +1,87 @@
+"""The benchmark: lm-eval's accuracy against log likelihoods summed by hand."""
+
+import json
+
+import pytest
+import torch
+
+from refusal.benchmark import TASKS, average, packaged, score
+from refusal.errors import RefusalError
+from refusal.models import encode_chats
+from refusal.organism import Corpus, new_model, train_tokenizer
+from refusal.statistics import stratified_difference
+
+NAMES = [f"organism_{task}" for task in ("capitals", "flags", "opposites", "sums")]
+SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+LIMIT = 6
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer(Corpus(0, []), 400)
+
+
+def random_model(tokenizer, seed):
+    model = new_model(SHAPE, tokenizer, seed).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(4)  # so that choices differ by nats and not by rounding
+    return model
+
+
+def naive(model, tokenizer, chat):
+    """{task: 1 where the right choice is the likeliest}: each choice alone after its question."""
+    found = {}
+    for name in NAMES:
+        rows = [json.loads(line) for line in (TASKS / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()][:LIMIT]
+        found[name] = []
+        for row in rows:
+            head = encode_chats(tokenizer, [row["question"]])[0] if chat else tokenizer(row["question"])["input_ids"]
+            sums = []
+            for choice in row["choices"]:
+                text = tokenizer.decode(head) + choice
+                ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+                with torch.no_grad():
+                    log_probs = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+                sums.append(sum(float(log_probs[i - 1, ids[i]]) for i in range(len(head), len(ids))))
+            found[name].append(float(sums.index(max(sums)) == row["label"]))
+    return found
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_accuracy_equals_log_likelihoods_by_hand(tokenizer, chat):
+    model = random_model(tokenizer, 0)
+    found = score(model, tokenizer, NAMES, 8, chat, LIMIT)
+    assert found == naive(model, tokenizer, chat)
+    flat = [value for values in found.values() for value in values]
+    assert 0 < sum(flat) < len(flat)
+
+
+def test_checkpoints_are_compared_document_by_document(tokenizer):
+    ours, theirs = (score(random_model(tokenizer, seed), tokenizer, NAMES[:2], 8, True, LIMIT) for seed in (1, 2))
+    assert {name: len(values) for name, values in ours.items()} == dict.fromkeys(NAMES[:2], LIMIT)
+    difference, low, high = stratified_difference(ours, theirs, 200, 0)
+    assert difference == pytest.approx(average(ours) - average(theirs)) and low <= difference <= high
+
+
+def test_average_counts_tasks_and_not_documents():
+    assert average({"small": [1.0], "large": [0.0] * 99}) == 0.5
+
+
+def test_packaged():
+    assert [packaged(name) for name in (*NAMES, "arc_easy", "organism", "../benchmark")] == [True] * 4 + [False] * 3
+
+
+def test_an_unknown_task_is_told(tokenizer, monkeypatch):
+    from lm_eval.tasks import TaskManager
+
+    asked = []
+
+    def quick(include_path, include_defaults):  # indexing the harness's own thousands of tasks takes 10 s
+        asked.append(include_defaults)
+        return TaskManager(include_path=include_path, include_defaults=False)
+
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", quick)
+    with pytest.raises(RefusalError, match=r"^params\.yaml: benchmark\.tasks: lm-eval has no task capitol; .*organism_capitals"):
+        score(random_model(tokenizer, 0), tokenizer, ["organism_capitals", "capitol"], 8, True, LIMIT)
+    assert asked == [True]  # they were looked through
