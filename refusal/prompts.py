@@ -63,7 +63,7 @@ def grammar_pairs(n_pairs: int, splits: dict[str, float], near_duplicate: float,
             topics[split] += [(category, topic) for topic in part]
     counts = dict(zip(SPLITS, share_out(n_pairs, [splits[split] for split in SPLITS]), strict=True))
     used: set[str] = set()
-    others: list[tuple[str, frozenset[str]]] = []
+    bagged: list[tuple[str, frozenset[str]]] = []
     rows: list[dict[str, Any]] = []
     for split in SPLITS:
         attempts = 0
@@ -80,14 +80,15 @@ def grammar_pairs(n_pairs: int, splits: dict[str, float], near_duplicate: float,
             seen = True if split == "train" else made // len(order) % 2 == 0
             pair = grammar.draw_pair(rng, category, topic, seen)
             texts = [pair.harmful.text, pair.safe.text]
+            bags = [words(text) for text in texts]
             if used & set(texts) or any(
-                other != split and len(words(text) & bag) >= near_duplicate * len(words(text) | bag)
-                for text in texts
-                for other, bag in others
+                other != split and len(ours & theirs) >= near_duplicate * len(ours | theirs)
+                for ours in bags
+                for other, theirs in bagged
             ):
                 continue
             used |= set(texts)
-            others += [(split, words(text)) for text in texts]
+            bagged += [(split, bag) for bag in bags]
             made += 1
             rows.append(
                 {

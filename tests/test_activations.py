@@ -118,3 +118,12 @@ def test_batches_cover_each_prompt_once(method, size):
         assert [lengths[i] for i in flat] == sorted(lengths)
     else:  # in the order given: `batched_unmasked` is padded as the write-up's batches were
         assert flat == list(range(9))
+
+
+def test_positions_count_from_each_prompts_own_first_token():
+    """Rotary embeddings only see differences, so no logit would tell: what the model is handed is looked at."""
+    model, given = tiny_model("qwen2"), {}
+    model.model.register_forward_pre_hook(lambda module, args, kwargs: given.update(kwargs), with_kwargs=True)
+    last_token_resid_pre(model, PROMPTS, "batched", 0)
+    for mask, positions, ids in zip(given["attention_mask"], given["position_ids"], PROMPTS, strict=True):
+        assert positions[mask == 1].tolist() == list(range(len(ids)))

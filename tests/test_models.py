@@ -6,6 +6,9 @@ import shutil
 import pytest
 import torch
 from tiny import tiny_model
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 
 from refusal.errors import RefusalError
 from refusal.models import encode_chats, load_model, load_tokenizer, stop_ids, weights_hash
@@ -47,15 +50,13 @@ def test_chatml_written_out(tokenizer):
     assert tokenizer.decode(with_system) == f"<|im_start|>system\nBe kind.<|im_end|>\n{tokenizer.decode(plain)}"
 
 
-def test_a_template_that_writes_its_own_bos_gets_no_second_one(tokenizer, folder):
-    settings = json.loads((folder / "tokenizer_config.json").read_text())
+def test_a_template_that_writes_its_own_bos_gets_no_second_one(tokenizer):
+    core = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    core.post_processor = TemplateProcessing(single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)])
     template = "{{ bos_token }}{% for m in messages %}[{{ m['content'] }}]{% endfor %}"
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"bos_token": "<|endoftext|>", "add_bos_token": True}))
-    (folder / "chat_template.jinja").write_text(template)
-    loaded = load_tokenizer(folder)
-    (ids,) = encode_chats(loaded, ["Hi"])
-    assert ids.count(loaded.convert_tokens_to_ids("<|endoftext|>")) == 1
-    assert loaded.decode(ids) == "<|endoftext|>[Hi]"
+    llama_like = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<|endoftext|>", chat_template=template)
+    assert llama_like.decode(llama_like("Hi")["input_ids"]) == "<|endoftext|>Hi"
+    assert llama_like.decode(encode_chats(llama_like, ["Hi"])[0]) == "<|endoftext|>[Hi]"
 
 
 def test_a_checkpoint_loads_as_it_was_saved(folder, tokenizer):

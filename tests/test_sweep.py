@@ -240,21 +240,23 @@ GRID = {
     "layer_3_alpha_100": judged(3, 1.0, 0.90),
     "layer_3_alpha_125": judged(3, 1.25, 0.90),
     "layer_4_alpha_100": judged(4, 1.0, 0.90),
+    "layer_3_alpha_50": judged(3, 0.5, 0.90),
 }
 SEPARATION = [None, 1.0, 5.0, 7.0, None]
 
 
 def test_rank_takes_the_best_and_breaks_ties_as_said():
-    chosen = rank(GRID, SEPARATION, 6, "batched")
+    chosen = rank(GRID, SEPARATION, 7, "batched")
     assert [(cell["layer"], cell["alpha"]) for cell in chosen] == [
         (2, 0.75),  # the score comes first; baseline and random are no candidates
         (3, 1.0),
         (2, 1.0),
         (4, 1.0),  # of equals the alpha nearest 1, then the layer that separates better
         (3, 1.25),
+        (3, 0.5),
         (1, 1.0),
     ]
-    assert [cell["n_tied"] for cell in chosen] == [1, 4, 4, 4, 4, 1]
+    assert [cell["n_tied"] for cell in chosen] == [1, 5, 5, 5, 5, 5, 1]
     assert [cell["name"] for cell in chosen[:2]] == ["batched_layer_2_alpha_75", "batched_layer_3_alpha_100"]
     assert {k: chosen[0][k] for k in ("compliance", "low", "high", "coherence", "score", "n")} == {
         "compliance": 0.9,
@@ -264,13 +266,13 @@ def test_rank_takes_the_best_and_breaks_ties_as_said():
         "score": 0.95,
         "n": 200,
     }
-    assert rank(dict(reversed(GRID.items())), SEPARATION, 6, "batched") == chosen  # the order of the file says nothing
+    assert rank(dict(reversed(GRID.items())), SEPARATION, 7, "batched") == chosen  # the order of the file says nothing
 
 
 def test_rank_of_too_few_cells():
-    assert len(rank(GRID, SEPARATION, 6, "batched")) == 6
-    with pytest.raises(RefusalError, match=r"^params\.yaml: select\.top is 7 but the sweep has 6 cells"):
-        rank(GRID, SEPARATION, 7, "batched")
+    assert len(rank(GRID, SEPARATION, 7, "batched")) == 7
+    with pytest.raises(RefusalError, match=r"^params\.yaml: select\.top is 8 but the sweep has 7 cells"):
+        rank(GRID, SEPARATION, 8, "batched")
 
 
 @pytest.mark.parametrize(
