@@ -111,7 +111,11 @@ def test_the_cue_alone_carries_intent():
         kind, cue = pair.cue.split(":", 1)
         forms = {"verb": grammar.CATEGORIES[pair.category][0], "context": grammar.CONTEXTS, "purpose": grammar.PURPOSES}[kind]
         harmful, safe = next(form for form in forms if form[0].rstrip(".") == cue)
-        assert pair.harmful.text.replace(harmful, "*") == pair.safe.text.replace(safe, "*")
+        without = [
+            re.sub(rf"(?<!\w){re.escape(form)}(?!\w)", "*", request.text)
+            for form, request in ((harmful, pair.harmful), (safe, pair.safe))
+        ]
+        assert without[0] == without[1]
 
 
 @pytest.mark.parametrize("seen", [True, False])
@@ -123,10 +127,10 @@ def test_seen_and_unseen_cues_do_not_meet(seen):
             | {f"context:{c[0]}" for c in grammar.CONTEXTS[-2:]}
             | {f"purpose:{p[0].rstrip('.')}" for p in grammar.PURPOSES[-2:]}
         )
-        cues = {grammar.draw_pair(rng, category, objects[0], seen).cue for _ in range(300)}
+        cues = {grammar.draw_pair(rng, category, objects[0], seen).cue for _ in range(500)}
         assert cues.isdisjoint(unseen) if seen else cues == unseen
         if seen:
-            assert len(cues) == 5 + 8 + 8
+            assert len(cues) == len(verbs) + len(grammar.CONTEXTS) + len(grammar.PURPOSES) - 5
 
 
 def test_words_of_intent_are_not_words_of_the_world():

@@ -253,7 +253,7 @@ def stop_at(monkeypatch):
     return stop
 
 
-@pytest.mark.parametrize("stops", [[3], [7], [12], [14], [19], [23], [7, 4, 3, 9]], ids=str)
+@pytest.mark.parametrize("stops", [[3], [7], [12], [19], [7, 4, 3, 9]], ids=str)
 def test_interrupted_training_ends_in_the_same_bits(tokenizer, tmp_path, short, stop_at, stops):
     stop_at(10**6)
     whole, twin = trained(tokenizer, tmp_path / "whole.pt")
