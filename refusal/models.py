@@ -27,11 +27,22 @@ def load_model(folder: Path, dtype: str = "float32", device: str = "cpu") -> Pre
     if device == "mps" and not torch.backends.mps.is_available():
         raise RefusalError("params.yaml: model.device is mps but torch sees no MPS device; set it to cpu")
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=DTYPES[dtype], local_files_only=True, use_safetensors=True, attn_implementation="sdpa"
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=DTYPES[dtype],
+            local_files_only=True,
+            use_safetensors=True,
+            attn_implementation="sdpa",
+            output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise RefusalError(f"{folder}: transformers cannot load this checkpoint: {' '.join(str(error).split())[:300]}") from error
+    # transformers fills what is missing with random numbers and says so in a log line alone.
+    for what in ("missing_keys", "mismatched_keys"):
+        if loading[what]:
+            raise RefusalError(
+                f"{folder}: config.json and weights disagree on {sorted(map(str, loading[what]))[0]}; fetch it again"
+            )
     model.to(device)  # type: ignore[arg-type]  # transformers' decorator hides nn.Module.to's signature
     return model.eval().requires_grad_(False)
 
@@ -46,6 +57,8 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         raise RefusalError(
             f"{folder}: the tokenizer has no chat template; this is a base model: set model.id to its chat version"
         )
+    if tokenizer.pad_token_id is None:  # Llama has none; any token does, for padding is masked
+        tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 

@@ -37,7 +37,7 @@ class Splits(Section):
 class Prompts(Section):
     source: str
     unrelated: str
-    n_pairs: Count | None
+    n_pairs: Annotated[int, Field(ge=1, le=10_000)] | None
     n_unrelated: Count | None
     splits: Splits
     near_duplicate: Annotated[float, Field(gt=0, le=1)]
@@ -119,6 +119,13 @@ class Sweep(Section):
     max_new_tokens: Count
     batch_size: Count
     seed: Seed
+
+    @model_validator(mode="after")
+    def _cells_differ(self) -> "Sweep":
+        names = [f"{100 * alpha:.0f}" for alpha in self.alphas]  # as a cell's name has them
+        if len(set(names)) < len(names) or len(set(self.layers or [])) < len(self.layers or []):
+            raise ValueError("two alphas (to two decimals) or two layers are the same; delete one")
+        return self
 
 
 class Judge(Section):

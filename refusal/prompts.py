@@ -55,13 +55,9 @@ def grammar_pairs(n_pairs: int, splits: dict[str, float], near_duplicate: float,
     topics: dict[str, list[tuple[str, str]]] = {split: [] for split in SPLITS}
     for category, (_, objects) in grammar.CATEGORIES.items():
         shuffled = rng.sample(objects, len(objects))
-        sizes = share_out(len(objects), [splits[split] for split in SPLITS])
-        while 0 in sizes:  # a split needs a topic of each category
-            sizes[sizes.index(max(sizes))] -= 1
-            sizes[sizes.index(0)] += 1
-        for split, part in zip(SPLITS, _cut(shuffled, sizes), strict=True):
+        for split, part in zip(SPLITS, _cut(shuffled, _filled(len(objects), splits)), strict=True):
             topics[split] += [(category, topic) for topic in part]
-    counts = dict(zip(SPLITS, share_out(n_pairs, [splits[split] for split in SPLITS]), strict=True))
+    counts = dict(zip(SPLITS, _filled(n_pairs, splits), strict=True))
     used: set[str] = set()
     bagged: list[tuple[str, frozenset[str]]] = []
     rows: list[dict[str, Any]] = []
@@ -111,9 +107,8 @@ def grammar_unrelated(n: int, splits: dict[str, float], seed: int) -> list[dict[
     """`n` safe requests with no counterpart, split by topic phrase."""
     rng = random.Random(f"unrelated {seed}")
     topics = rng.sample(every := [t for _, objects in grammar.UNRELATED.values() for t in objects], len(every))
-    bounds = share_out(len(topics), [splits[split] for split in SPLITS])
-    split_of = {t: s for s, part in zip(SPLITS, _cut(topics, bounds), strict=True) for t in part}
-    wanted = dict(zip(SPLITS, share_out(n, [splits[split] for split in SPLITS]), strict=True))
+    split_of = {t: s for s, part in zip(SPLITS, _cut(topics, _filled(len(topics), splits)), strict=True) for t in part}
+    wanted = dict(zip(SPLITS, _filled(n, splits), strict=True))
     found: dict[str, dict[str, str]] = {split: {} for split in SPLITS}
     for _ in range(200 * n + 1000):
         if all(len(found[split]) == wanted[split] for split in SPLITS):
@@ -134,6 +129,19 @@ def share_out(n: int, shares: Sequence[float]) -> list[int]:
     by_remainder = sorted(range(len(shares)), key=lambda i: counts[i] - n * shares[i])
     for i in by_remainder[: n - sum(counts)]:
         counts[i] += 1
+    return counts
+
+
+def _filled(n: int, splits: dict[str, float]) -> list[int]:
+    """`n` shared out over the splits, at least one to each."""
+    if n < len(SPLITS):
+        raise RefusalError(
+            f"params.yaml: prompts.n_pairs and n_unrelated must be at least {len(SPLITS)}, one a split ({n} given)"
+        )
+    counts = share_out(n, [splits[split] for split in SPLITS])
+    while 0 in counts:
+        counts[counts.index(max(counts))] -= 1
+        counts[counts.index(0)] += 1
     return counts
 
 

@@ -36,6 +36,8 @@ def clustered_mean(
     data = np.asarray(values, dtype=np.float64)
     if bounds is not None and data.min() == data.max():
         return float(data[0]), *unanimous(float(data[0]), len(index), bounds)
+    if len(index) < 2:  # one topic alone says nothing of the next
+        return float(data.mean()), *(bounds or (float(data.min()), float(data.max())))
     sums, sizes = np.bincount(of, data), np.bincount(of)
     drawn = np.random.default_rng(seed).multinomial(len(index), np.full(len(index), 1 / len(index)), size=n_resamples)
     means = (drawn @ sums) / (drawn @ sizes)
