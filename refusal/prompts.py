@@ -234,6 +234,21 @@ def file_rows(
         first.update(dict.fromkeys(row, number))
     if n is not None and n < len(rows):
         rows = [rows[i] for i in sorted(random.Random(f"subset {seed}").sample(range(len(rows)), n))]
+    return split_rows(rows, str(path), splits, near_duplicate, seed)
+
+
+def split_rows(
+    rows: Sequence[tuple[str, ...]],
+    source: str,
+    splits: dict[str, float],
+    near_duplicate: float,
+    seed: int,
+    categories: Sequence[str] | None = None,
+) -> list[dict[str, Any]]:
+    """Pairs or safe prompts with no known answers, grouped by near-duplicate and split by group; `source` is where they are from.
+
+    Raises RefusalError where a split stays empty.
+    """
     groups = _groups(rows, near_duplicate)
     members: dict[int, list[int]] = {}
     for i, group in enumerate(groups):
@@ -250,17 +265,17 @@ def file_rows(
     empty = [split for split in SPLITS if split not in split_of.values()]
     if empty:
         raise RefusalError(
-            f"{path}: its {len(rows)} rows leave the split {empty[0]} empty; give more rows that differ in wording"
+            f"{source}: its {len(rows)} rows leave the split {empty[0]} empty; give more rows that differ in wording"
         )
     found = []
     for i, row in enumerate(rows):
         shared = {"split": split_of[groups[i]], "topic": f"group {groups[i]}"}
-        if width == 2:
+        if len(row) == 2:
             found.append(
                 {
                     "id": f"pair-{i:05d}",
                     **shared,
-                    "category": "imported",
+                    "category": "imported" if categories is None else categories[i],
                     "cue": None,
                     "seen": None,
                     "harmful": row[0],

@@ -104,6 +104,7 @@ def measure(params: Params, val: list[dict]) -> str:
     harmful, safe = [row["harmful"] for row in val], [row["safe"] for row in val]
     facts = [(question, fact.answer) for fact in grammar.facts() for question in fact.questions] if organism else []
     texts = answers(BASE, harmful + safe + [question for question, _ in facts])
+    # By rules whatever judge.kind says: a check that the model refuses at all, made before anything is paid for.
     base = judge_all(harmful + safe, texts[: 2 * len(val)], organism)
     metrics: dict[str, Any] = {
         **rate("refusal_harmful", [v.refusal for v in base[: len(val)]]),

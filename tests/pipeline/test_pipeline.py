@@ -141,3 +141,30 @@ def test_each_stage_depends_on_the_modules_that_carry_its_method():
     for name, stage in yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"].items():
         declared = {dep for dep in stage["deps"] if dep.endswith(".py")}
         assert declared == {str(path) for path in closure(ROOT, name) if path.stem not in PLUMBING}, name
+
+
+def test_another_judge_gives_the_same_files_with_the_same_keys(study):
+    from api_server import serve, split, verdict
+
+    from refusal.judges import rules
+
+    def reply(n: int, question: str) -> str:
+        found = rules.judge(*split(question))
+        return verdict(found.compliance, found.coherence)
+
+    folder, _ = study
+    params = (folder / "params.yaml").read_text()
+    names = ("judge", "agreement", "select", "evaluate")
+    before = {name: json.loads((folder / "metrics" / f"{name}.json").read_text()) for name in names}
+    with serve(reply) as server:
+        settings = ("judge.kind=llm", f"judge.base_url={server.url}", "judge.api_key_variable=null", "judge.concurrency=4")
+        ran = stages_run(run(folder, "dvc", "exp", "run", *(part for text in settings for part in ("-S", text))))
+        assert ran[0] == "judge" and "evaluate" in ran and server.asked.total() == len(server.asked) > 0
+    after = {name: json.loads((folder / "metrics" / f"{name}.json").read_text()) for name in names}
+    for name in names:
+        assert list(after[name]) == list(before[name])
+        for key in set(after[name]) - {"labelled"}:
+            assert not isinstance(after[name][key], dict) or list(after[name][key]) == list(before[name][key]), (name, key)
+    assert after["judge"]["baseline"]["n_missing"] == 0 and after["agreement"]["rules_and_llm"]["n"] is not None
+    (folder / "params.yaml").write_text(params)
+    run(folder, "dvc", "repro")
