@@ -6,7 +6,7 @@ READY := .venv/ready
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export VIRTUAL_ENV := $(CURDIR)/.venv
 
-.PHONY: help setup repro test slow lint lock
+.PHONY: help setup repro test plots slow lint lock
 
 help: ## what can be made
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -18,6 +18,9 @@ repro: $(READY) ## set up and run the complete study
 
 test: $(READY) ## set up and run the tests
 	python -m pytest -q
+
+plots: $(READY) ## every plot as one page, dvc_plots/index.html
+	dvc plots show
 
 slow: $(READY) ## the tests that train organisms on other seeds
 	python -m pytest -q -m slow
@@ -32,6 +35,9 @@ $(READY): requirements.lock
 	$(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install --quiet torch==2.13.0
 	.venv/bin/python -m pip install --quiet --requirement requirements.lock
+	# Offline plots: a page template that holds vega itself.
+	.venv/bin/python -m refusal.report.plots_page .venv/plots.html
+	.venv/bin/dvc config --local plots.html_template ../.venv/plots.html
 	touch $(READY)
 
 lock: $(READY) ## write down the resolved set of versions again

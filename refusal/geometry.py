@@ -61,7 +61,8 @@ def describe(
     layers, n_layers = found.layers, len(found.defined)
     harmful, safe = (project(activations[f"val.{side}"], found.unit) for side in ("harmful", "safe"))
     separation, in_sample = cohens_d(harmful, safe), cohens_d(project(a.harmful, found.unit), project(a.safe, found.unit))
-    low, high = _separation_interval(harmful, safe, val_topics, n_resamples, seed)
+    limits = _separation_interval(harmful, safe, val_topics, n_resamples, seed)
+    low, high = (limit.where(separation.isfinite(), torch.nan) for limit in limits)
     to_reference = cosine(found.unit, reference.unit)
     resampled = cosine(bootstrap_unit(a.harmful, a.safe, n_resamples, seed, paired=pairing != "unrelated"), found.unit)
     both = [layer for layer in layers if bool(reference.defined[layer])]
@@ -127,8 +128,8 @@ def _separation_interval(
 
     (mean_h, squares_h), (mean_s, squares_s) = moments(harmful), moments(safe)
     resampled = (mean_h - mean_s) / ((squares_h + squares_s) / (2 * n - 2)).sqrt()
-    resampled = resampled.nan_to_num(0.0)
-    return resampled.quantile(0.025, dim=0), resampled.quantile(0.975, dim=0)
+    resampled[~resampled.isfinite()] = torch.nan  # a resample without spread has no effect size
+    return resampled.nanquantile(0.025, dim=0), resampled.nanquantile(0.975, dim=0)
 
 
 def rows_of(metrics: dict[str, dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:

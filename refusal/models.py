@@ -3,9 +3,11 @@
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from jinja2 import TemplateError
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from refusal.errors import RefusalError
@@ -31,18 +33,26 @@ def load_model(folder: Path, dtype: str = "float32", device: str = "cpu") -> Pre
     if device == "mps" and not torch.backends.mps.is_available():
         raise RefusalError("params.yaml: model.device is mps but torch sees no MPS device; set it to cpu")
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=DTYPES[dtype],
             local_files_only=True,
             use_safetensors=True,
             attn_implementation="sdpa",
             device_map="auto" if device == "auto" else None,
+            output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise RefusalError(f"{folder}: transformers cannot load this checkpoint: {' '.join(str(error).split())[:300]}") from error
+    model, loading = loaded
+    # transformers fills what is missing with random numbers and says so in a log line alone.
+    for what in ("missing_keys", "mismatched_keys"):
+        if loading[what]:
+            raise RefusalError(
+                f"{folder}: config.json and weights disagree on {sorted(map(str, loading[what]))[0]}; fetch it again"
+            )
     if device != "auto":
-        model.to(device)  # type: ignore[arg-type]  # transformers' decorator hides nn.Module.to's signature
+        model.to(device)
     return model.eval().requires_grad_(False)
 
 
@@ -65,7 +75,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     if "strftime_now" in (template := tokenizer.get_chat_template()):
         tokenizer.chat_template = _ONE_DAY + template
     tokenizer.model_max_length = config.max_position_embeddings
-    if tokenizer.pad_token_id is None:
+    if tokenizer.pad_token_id is None:  # Llama has none; any token does, for padding is masked
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 

@@ -1,10 +1,11 @@
 """What `params.yaml` may say, and one clear sentence where it says something else."""
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from refusal.errors import RefusalError
 
@@ -19,7 +20,43 @@ Share = Annotated[float, Field(gt=0, lt=1)]
 class Section(BaseModel):
     """A section of params.yaml: no unknown keys, no silent conversion of a string to a number."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, hide_input_in_errors=True)
+
+
+class Endpoint(Section):
+    """An OpenAI-compatible endpoint and how hard it may be used. Its key is in the environment and nowhere else.
+
+    `api_key_variable` names the environment variable (None: the endpoint wants no key); `timeout_seconds` bounds one
+    attempt and `max_attempts` the attempts at one request; `max_calls` bounds the requests of one run (None: no bound).
+    """
+
+    base_url: str = "https://api.deepseek.com"
+    model: Annotated[str, Field(min_length=1)] = "deepseek-chat"
+    api_key_variable: str | None = "DEEPSEEK_API_KEY"
+    concurrency: Annotated[int, Field(ge=1, le=256)] = 8
+    timeout_seconds: Annotated[float, Field(gt=0, le=300)] = 60.0
+    max_attempts: Annotated[int, Field(ge=1, le=20)] = 6
+    max_calls: Count | None = None
+
+    # A key or password pasted into one of these must not be printed: a ValueError of ours shows no value.
+    @field_validator("base_url")
+    @classmethod
+    def _no_password(cls, url: str) -> str:
+        if not re.fullmatch(r"https?://[^@\s]+", url):
+            raise ValueError("must begin with http:// or https:// and hold no user name, password or blank")
+        return url
+
+    @field_validator("api_key_variable")
+    @classmethod
+    def _name_not_key(cls, name: str | None) -> str | None:
+        if name is not None and not re.fullmatch(r"[A-Z][A-Z0-9_]*", name):
+            raise ValueError("must be the NAME of an environment variable, such as DEEPSEEK_API_KEY, and never a key")
+        return name
+
+
+class PromptsApi(Endpoint):
+    batch: Annotated[int, Field(ge=1, le=50)]
+    max_rounds: Count
 
 
 class Splits(Section):
@@ -37,17 +74,18 @@ class Splits(Section):
 class Prompts(Section):
     source: str
     unrelated: str
-    n_pairs: Count | None
+    n_pairs: Annotated[int, Field(ge=1, le=10_000)] | None
     n_unrelated: Count | None
     splits: Splits
     near_duplicate: Annotated[float, Field(gt=0, le=1)]
     seed: Seed
+    api: PromptsApi
 
     @model_validator(mode="after")
-    def _grammar_needs_counts(self) -> "Prompts":
+    def _counts_where_prompts_are_made(self) -> "Prompts":
         for source, count in (("source", "n_pairs"), ("unrelated", "n_unrelated")):
-            if getattr(self, source) == "grammar" and getattr(self, count) is None:
-                raise ValueError(f"{count} must be a number where {source} is grammar")
+            if getattr(self, source) in {"grammar", "api"} and getattr(self, count) is None:
+                raise ValueError(f"{count} must be a number where {source} is {getattr(self, source)}")
         return self
 
 
@@ -127,9 +165,18 @@ class Sweep(Section):
     batch_size: Count
     seed: Seed
 
+    @model_validator(mode="after")
+    def _cells_differ(self) -> "Sweep":
+        names = [f"{100 * alpha:.0f}" for alpha in self.alphas]  # as a cell's name has them
+        if len(set(names)) < len(names) or len(set(self.layers or [])) < len(self.layers or []):
+            raise ValueError("two alphas (to two decimals) or two layers are the same; delete one")
+        return self
 
-class Judge(Section):
-    kind: Literal["rules"]
+
+class Judge(Endpoint):
+    kind: Literal["rules", "llm"]
+    allow_missing: bool
+    labelled: str | None
     n_resamples: Count
     seed: Seed
 

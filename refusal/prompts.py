@@ -55,15 +55,11 @@ def grammar_pairs(n_pairs: int, splits: dict[str, float], near_duplicate: float,
     topics: dict[str, list[tuple[str, str]]] = {split: [] for split in SPLITS}
     for category, (_, objects) in grammar.CATEGORIES.items():
         shuffled = rng.sample(objects, len(objects))
-        sizes = share_out(len(objects), [splits[split] for split in SPLITS])
-        while 0 in sizes:  # a split needs a topic of each category
-            sizes[sizes.index(max(sizes))] -= 1
-            sizes[sizes.index(0)] += 1
-        for split, part in zip(SPLITS, _cut(shuffled, sizes), strict=True):
+        for split, part in zip(SPLITS, _cut(shuffled, _filled(len(objects), splits)), strict=True):
             topics[split] += [(category, topic) for topic in part]
-    counts = dict(zip(SPLITS, share_out(n_pairs, [splits[split] for split in SPLITS]), strict=True))
+    counts = dict(zip(SPLITS, _filled(n_pairs, splits), strict=True))
     used: set[str] = set()
-    others: list[tuple[str, frozenset[str]]] = []
+    bagged: list[tuple[str, frozenset[str]]] = []
     rows: list[dict[str, Any]] = []
     for split in SPLITS:
         attempts = 0
@@ -80,14 +76,15 @@ def grammar_pairs(n_pairs: int, splits: dict[str, float], near_duplicate: float,
             seen = True if split == "train" else made // len(order) % 2 == 0
             pair = grammar.draw_pair(rng, category, topic, seen)
             texts = [pair.harmful.text, pair.safe.text]
+            bags = [words(text) for text in texts]
             if used & set(texts) or any(
-                other != split and len(words(text) & bag) >= near_duplicate * len(words(text) | bag)
-                for text in texts
-                for other, bag in others
+                other != split and len(ours & theirs) >= near_duplicate * len(ours | theirs)
+                for ours in bags
+                for other, theirs in bagged
             ):
                 continue
             used |= set(texts)
-            others += [(split, words(text)) for text in texts]
+            bagged += [(split, bag) for bag in bags]
             made += 1
             rows.append(
                 {
@@ -110,9 +107,8 @@ def grammar_unrelated(n: int, splits: dict[str, float], seed: int) -> list[dict[
     """`n` safe requests with no counterpart, split by topic phrase."""
     rng = random.Random(f"unrelated {seed}")
     topics = rng.sample(every := [t for _, objects in grammar.UNRELATED.values() for t in objects], len(every))
-    bounds = share_out(len(topics), [splits[split] for split in SPLITS])
-    split_of = {t: s for s, part in zip(SPLITS, _cut(topics, bounds), strict=True) for t in part}
-    wanted = dict(zip(SPLITS, share_out(n, [splits[split] for split in SPLITS]), strict=True))
+    split_of = {t: s for s, part in zip(SPLITS, _cut(topics, _filled(len(topics), splits)), strict=True) for t in part}
+    wanted = dict(zip(SPLITS, _filled(n, splits), strict=True))
     found: dict[str, dict[str, str]] = {split: {} for split in SPLITS}
     for _ in range(200 * n + 1000):
         if all(len(found[split]) == wanted[split] for split in SPLITS):
@@ -133,6 +129,19 @@ def share_out(n: int, shares: Sequence[float]) -> list[int]:
     by_remainder = sorted(range(len(shares)), key=lambda i: counts[i] - n * shares[i])
     for i in by_remainder[: n - sum(counts)]:
         counts[i] += 1
+    return counts
+
+
+def _filled(n: int, splits: dict[str, float]) -> list[int]:
+    """`n` shared out over the splits, at least one to each."""
+    if n < len(SPLITS):
+        raise RefusalError(
+            f"params.yaml: prompts.n_pairs and n_unrelated must be at least {len(SPLITS)}, one a split ({n} given)"
+        )
+    counts = share_out(n, [splits[split] for split in SPLITS])
+    while 0 in counts:
+        counts[counts.index(max(counts))] -= 1
+        counts[counts.index(0)] += 1
     return counts
 
 
@@ -225,6 +234,21 @@ def file_rows(
         first.update(dict.fromkeys(row, number))
     if n is not None and n < len(rows):
         rows = [rows[i] for i in sorted(random.Random(f"subset {seed}").sample(range(len(rows)), n))]
+    return split_rows(rows, str(path), splits, near_duplicate, seed)
+
+
+def split_rows(
+    rows: Sequence[tuple[str, ...]],
+    source: str,
+    splits: dict[str, float],
+    near_duplicate: float,
+    seed: int,
+    categories: Sequence[str] | None = None,
+) -> list[dict[str, Any]]:
+    """Pairs or safe prompts with no known answers, grouped by near-duplicate and split by group; `source` is where they are from.
+
+    Raises RefusalError where a split stays empty.
+    """
     groups = _groups(rows, near_duplicate)
     members: dict[int, list[int]] = {}
     for i, group in enumerate(groups):
@@ -241,17 +265,17 @@ def file_rows(
     empty = [split for split in SPLITS if split not in split_of.values()]
     if empty:
         raise RefusalError(
-            f"{path}: its {len(rows)} rows leave the split {empty[0]} empty; give more rows that differ in wording"
+            f"{source}: its {len(rows)} rows leave the split {empty[0]} empty; give more rows that differ in wording"
         )
     found = []
     for i, row in enumerate(rows):
         shared = {"split": split_of[groups[i]], "topic": f"group {groups[i]}"}
-        if width == 2:
+        if len(row) == 2:
             found.append(
                 {
                     "id": f"pair-{i:05d}",
                     **shared,
-                    "category": "imported",
+                    "category": "imported" if categories is None else categories[i],
                     "cue": None,
                     "seen": None,
                     "harmful": row[0],

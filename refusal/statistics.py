@@ -1,9 +1,10 @@
-"""Intervals: every rate the package reports carries one."""
+"""Intervals, of which every rate the package reports carries one, and agreement between raters."""
 
+from collections import Counter
 from collections.abc import Hashable, Sequence
 
 import numpy as np
-from scipy.stats import binomtest
+from scipy.stats import binomtest, spearmanr
 
 
 def wilson(successes: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
@@ -36,11 +37,34 @@ def clustered_mean(
     data = np.asarray(values, dtype=np.float64)
     if bounds is not None and data.min() == data.max():
         return float(data[0]), *unanimous(float(data[0]), len(index), bounds)
+    if len(index) < 2:  # one topic alone says nothing of the next
+        return float(data.mean()), *(bounds or (float(data.min()), float(data.max())))
     sums, sizes = np.bincount(of, data), np.bincount(of)
     drawn = np.random.default_rng(seed).multinomial(len(index), np.full(len(index), 1 / len(index)), size=n_resamples)
     means = (drawn @ sums) / (drawn @ sizes)
     low, high = np.quantile(means, [0.025, 0.975])
     return float(data.mean()), float(low), float(high)
+
+
+def cohens_kappa(first: Sequence[Hashable], second: Sequence[Hashable]) -> float | None:
+    """Agreement of two raters on the same items beyond chance (Cohen 1960).
+
+    None where chance agreement is complete already, or where there are no items.
+    """
+    n = len(first)
+    if n == 0:
+        return None
+    observed = sum(a == b for a, b in zip(first, second, strict=True)) / n
+    ours, theirs = Counter(first), Counter(second)
+    chance = sum(ours[value] * theirs[value] for value in ours) / n**2
+    return None if chance == 1 else (observed - chance) / (1 - chance)
+
+
+def spearman(first: Sequence[float], second: Sequence[float]) -> float | None:
+    """Rank correlation of two raters on the same items, ties averaged; None where either gives one value alone."""
+    if len(set(first)) < 2 or len(set(second)) < 2:
+        return None
+    return float(spearmanr(first, second).statistic)
 
 
 def paired_difference(

@@ -28,6 +28,13 @@ def key(kind: str, *code: ModuleType, **parts: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def progress(total: int, label: str, unit: str, done: int = 0) -> tqdm:
+    """A bar on stderr: done, rate and time left. `done` were there before, and count for no rate."""
+    # In a log file a bar is one line an update: few updates then.
+    interval = 0.5 if sys.stderr.isatty() else 15.0
+    return tqdm(total=total, desc=label, unit=unit, mininterval=interval, dynamic_ncols=True, initial=done)
+
+
 class Store:
     """Blobs by key in one SQLite file, safe under kill -9 and for several processes at once.
 
@@ -91,9 +98,7 @@ class Store:
         self, jobs: Sequence[tuple[str, T]], compute: Callable[[T], bytes], label: str, unit: str = "batch"
     ) -> Iterator[bytes]:
         """The value of each (key, job) in order, computed where it is not stored; a bar shows rate and time left."""
-        # In a log file a bar is one line an update: few updates then.
-        interval = 0.5 if sys.stderr.isatty() else 15.0
-        with tqdm(total=len(jobs), desc=label, unit=unit, mininterval=interval, dynamic_ncols=True) as bar:
+        with progress(len(jobs), label, unit) as bar:
             for name, job in jobs:
                 value = self.get(name)
                 if value is None:

@@ -1,6 +1,7 @@
 """evaluate: rank_1 at run time and as weights, on test prompts, beside the baseline and a random direction."""
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +21,17 @@ def main(params: Params) -> str:
     torch_ready(params)
     from safetensors.torch import load_file
 
-    from refusal import grammar
     from refusal.damage import cost
     from refusal.interventions import intervene
+    from refusal.judges.panel import judge_with
     from refusal.models import encode_chats, load_model, load_tokenizer, stop_ids, weights_hash
-    from refusal.statistics import paired_difference
     from refusal.store import Store
     from refusal.sweep import BASELINE, ablation_of, complete, grid
     from refusal.tables import csv_text
-    from refusal.verdicts import judge_all, mean, rate, summary
+    from refusal.verdicts import difference, mean, present, rate, summary
+    from refusal.verdicts import row as verdict_row
 
-    s, e = params.sweep, params.evaluate
+    s, e, j = params.sweep, params.evaluate, params.judge
     selected = read_json(Path("metrics/select.json"))["rank_1"]
     prefix = f"{s.method}-{s.pairing}."
     found = {k.removeprefix(prefix): v for k, v in load_file("models/directions.safetensors").items() if k.startswith(prefix)}
@@ -40,7 +41,6 @@ def main(params: Params) -> str:
     randoms = [cell for cell in cells if cell.name.startswith("random_")]
 
     organism = params.model.id == "organism"
-    refusals = grammar.REFUSALS if organism else []
     test = [row for row in read_jsonl(Path("data/prompts/pairs.jsonl")) if row["split"] == "test"]
     harmless = [row for row in read_jsonl(Path("data/prompts/unrelated.jsonl")) if row["split"] == "test"]
     prompts = [row[half] for half in ("harmful", "safe") for row in test]
@@ -82,21 +82,22 @@ def main(params: Params) -> str:
         "baseline"
     ]
 
+    judge = judge_with(j, store)  # the sweep's judge
     metrics: dict[str, Any] = {"layer": layer, "alpha": alpha, "name": selected["name"]}
     rows, n = [], len(test)
-    compliance: dict[str, list[float]] = {}
+    harmful_of: dict[str, list] = {}
     topics = [row["topic"] for row in test]
     for arm, runs in by_arm.items():
         texts = [tokenizer.batch_decode(run, skip_special_tokens=True) for run in runs]
-        judged = [judge_all(prompts, run, refusals) for run in texts]
-        on_harmful = [v for run in judged for v in run[:n]]
-        metrics[arm] = summary(on_harmful, topics * len(runs), e.n_resamples, e.seed)
-        metrics[arm] |= rate("refusal_harmful", [v.refusal for v in on_harmful])
-        metrics[arm] |= rate("refusal_safe", [v.refusal for run in judged for v in run[n:]])
+        judged = [judge(prompts, run, f"judge: {arm}", organism) for run in texts]
+        on_harmful, on_safe = ([v for run in judged for v in run[half]] for half in (slice(n), slice(n, None)))
+        metrics[arm] = summary(on_harmful, topics * len(runs), e.n_resamples, e.seed, f"{arm}, harmful prompts", j.allow_missing)
+        metrics[arm] |= {f"refusal_harmful{end}": metrics[arm][f"refusal{end}"] for end in ("", "_low", "_high")}
+        metrics[arm] |= rate("refusal_safe", [v.refusal for _, v in present(on_safe, f"{arm}, safe prompts", j.allow_missing)])
         for name, half in (("exact", slice(n)), ("exact_safe", slice(n, None))):
             right = [text.strip() == answer_ for run in texts for text, answer_ in zip(run[half], expected[half], strict=True)]
             metrics[arm] |= rate(name, right) if organism and None not in expected else {name: None}
-        compliance[arm] = [v.compliance for v in judged[0][:n]]
+        harmful_of[arm] = judged[0][:n]
         if arm != "random":
             rows += [
                 {
@@ -106,19 +107,20 @@ def main(params: Params) -> str:
                     "half": "harmful" if i < n else "safe",
                     "prompt": prompts[i],
                     "completion": texts[0][i],
-                    **judged[0][i]._asdict(),
+                    **verdict_row(judged[0][i]),
                 }
                 for i in range(2 * n)
             ]
-    judged_added = judge_all(prompts[n:], tokenizer.batch_decode(added, skip_special_tokens=True), refusals)
+    verdicts_added = judge(prompts[n:], tokenizer.batch_decode(added, skip_special_tokens=True), "judge: addition", organism)
+    judged_added = [v for _, v in present(verdicts_added, "addition, safe prompts", j.allow_missing)]
     metrics["addition"] = {
         **rate("refusal_safe", [v.refusal for v in judged_added]),
-        "n": n,
+        "n": len(judged_added),
+        "n_missing": n - len(judged_added),
         "n_degenerate": sum(v.label == "degenerate" for v in judged_added),
     }
     for arm in ("runtime", "orthogonalized"):
-        difference, low, high = paired_difference(compliance[arm], compliance["baseline"], topics, e.n_resamples, e.seed)
-        metrics[arm] |= {"difference": difference, "difference_low": low, "difference_high": high}
+        metrics[arm] |= difference(harmful_of[arm], harmful_of["baseline"], topics, e.n_resamples, e.seed)
 
     # The cost on harmless text: the base model's own answers to unrelated safe prompts.
     safe_ids = encode_chats(tokenizer, [row["safe"] for row in harmless], params.model.system_prompt)
@@ -126,43 +128,42 @@ def main(params: Params) -> str:
     kept = [i for i, a in enumerate(answers) if a]
     clusters = [harmless[i]["topic"] for i in kept]
 
-    def costs(model: Any, cell: Any, label: str) -> Mapping[str, float | None]:
+    def costs(model: Any, arms: list, label: str) -> Mapping[str, float | None]:
         if not kept:
             return {"cross_entropy": None, "kl": None}
-        key = [
-            hashes[id(base)],
-            hashes[id(model)],
-            params.model.dtype,
-            params.model.device,
-            params.ablation.sites,
-            cell.fingerprint(),
-        ]
-        entropy, divergence = cost(
-            model,
-            base,
-            [safe_ids[i] for i in kept],
-            [answers[i] for i in kept],
-            pad_id,
-            s.batch_size,
-            store,
-            key,
-            label,
-            lambda: intervene(model, *([] if cell.direction is None else [ablation_of([cell], params.ablation.sites)])),
-        )
-        return mean("cross_entropy", entropy, clusters, e.n_resamples, e.seed, bounds=None) | mean(
-            "kl", divergence, clusters, e.n_resamples, e.seed, bounds=None
+        entropy, divergence = [], []
+        for cell in arms:
+            key = [hashes[id(base)], hashes[id(model)], params.model.dtype, params.model.device]
+            edits = [] if cell.direction is None else [ablation_of([cell], params.ablation.sites)]
+            pair = cost(
+                model,
+                base,
+                [safe_ids[i] for i in kept],
+                [answers[i] for i in kept],
+                pad_id,
+                s.batch_size,
+                store,
+                [*key, params.ablation.sites, cell.fingerprint()],
+                label,
+                partial(intervene, model, *edits),
+            )
+            entropy += pair[0]
+            divergence += pair[1]
+        of = clusters * len(arms)
+        return mean("cross_entropy", entropy, of, e.n_resamples, e.seed, bounds=None) | mean(
+            "kl", divergence, of, e.n_resamples, e.seed, bounds=None
         )
 
     metrics["n_harmless"] = len(kept)
-    for arm, model, cell in (
-        ("baseline", base, BASELINE),
-        ("runtime", base, runtime),
-        ("orthogonalized", edited, BASELINE),
-        ("random", base, randoms[0]),
+    for arm, model, arms in (
+        ("baseline", base, [BASELINE]),
+        ("runtime", base, [runtime]),
+        ("orthogonalized", edited, [BASELINE]),
+        ("random", base, randoms),
     ):
-        metrics[arm] |= costs(model, cell, f"cost: {arm}")
-    curve = [(0.0, costs(base, BASELINE, "cost: alpha 0"))] + [
-        (cell.alpha, costs(base, cell, f"cost: alpha {cell.alpha}")) for cell in cells if cell.layer == layer
+        metrics[arm] |= costs(model, arms, f"cost: {arm}")
+    curve = [(0.0, costs(base, [BASELINE], "cost: alpha 0"))] + [
+        (cell.alpha, costs(base, [cell], f"cost: alpha {cell.alpha}")) for cell in cells if cell.layer == layer
     ]
     OUT.mkdir(parents=True, exist_ok=True)
     write_jsonl(OUT / "completions.jsonl", rows)

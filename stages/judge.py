@@ -1,27 +1,38 @@
-"""judge: compliance and coherence of every completion of the sweep; the grid."""
+"""judge: compliance and coherence of every completion of the sweep; the grid; how far judges and people agree."""
 
+import sys
 from pathlib import Path
+from typing import Any
 
 from refusal.params import Params
 from refusal.tables import read_jsonl, write_jsonl
-from stages import stage, write_json, write_text
+from stages import STORE, stage, write_json, write_text
 
 OUT, METRICS, PLOT = Path("data/judged"), Path("metrics/judge.json"), Path("plots/sweep.csv")
+AGREEMENT, TRACKED = Path("metrics/agreement.json"), Path("data/raw")
 
 
 def main(params: Params) -> str:
-    from refusal import grammar
+    from refusal.judges.panel import agreement, by_rules, identity, judge_with
+    from refusal.store import Store
     from refusal.tables import csv_text
-    from refusal.verdicts import judge_all, summary
+    from refusal.verdicts import row as verdict_row
+    from refusal.verdicts import summary
+
+    j = params.judge
 
     topics = {row["id"]: row["topic"] for row in read_jsonl(Path("data/prompts/pairs.jsonl"))}
     rows = read_jsonl(Path("data/sweep/completions.jsonl"))
-    refusals = grammar.REFUSALS if params.model.id == "organism" else []
-    judged = judge_all([row["prompt"] for row in rows], [row["completion"] for row in rows], refusals)
+    exact = params.model.id == "organism"
+    texts = [row["prompt"] for row in rows], [row["completion"] for row in rows]
+    judge = judge_with(j, Store(STORE / "store.sqlite"))
+    judged = judge(*texts, "judge", exact)
+    # The rules cost nothing: they judge beside any other judge, and the two are compared.
+    compared = agreement(by_rules(*texts, "rules", exact), None if j.kind == "rules" else judged)
     OUT.mkdir(parents=True, exist_ok=True)
     write_jsonl(
         OUT / "verdicts.jsonl",
-        ({"cell": row["cell"], "id": row["id"], **verdict._asdict()} for row, verdict in zip(rows, judged, strict=True)),
+        ({"cell": row["cell"], "id": row["id"], **verdict_row(verdict)} for row, verdict in zip(rows, judged, strict=True)),
     )
     # The random directions are one control: their completions are pooled.
     cells: dict[str, list[int]] = {}
@@ -30,11 +41,17 @@ def main(params: Params) -> str:
     metrics = {
         cell: {"layer": rows[members[0]]["layer"], "alpha": rows[members[0]]["alpha"]}
         | summary(
-            [judged[i] for i in members], [topics[rows[i]["id"]] for i in members], params.judge.n_resamples, params.judge.seed
+            [judged[i] for i in members],
+            [topics[rows[i]["id"]] for i in members],
+            j.n_resamples,
+            j.seed,
+            f"cell {cell}",
+            j.allow_missing,
         )
         for cell, members in cells.items()
     }
     write_json(METRICS, metrics)
+    write_json(AGREEMENT, {"judge": identity(j, judge), "rules_and_llm": compared, "labelled": labelled(params, judge)})
     write_text(
         PLOT,
         csv_text(
@@ -55,10 +72,30 @@ def main(params: Params) -> str:
         ),
     )
     best = max((m for m in metrics.values() if m["layer"] is not None), key=lambda m: m["score"])
+    missing = f", {n} without a verdict" if (n := judged.count(None)) else ""
     return (
-        f"{len(rows)} completions by {params.judge.kind}; baseline compliance {metrics['baseline']['compliance']:.2f}, random "
+        f"{len(rows)} completions by {j.kind}{missing}; baseline compliance {metrics['baseline']['compliance']:.2f}, random "
         f"{metrics['random']['compliance']:.2f}, best cell {best['compliance']:.2f} with coherence {best['coherence']:.2f}"
     )
+
+
+def labelled(params: Params, judge: Any) -> dict[str, Any]:
+    """Agreement with the people who labelled `judge.labelled`, of the rules and of the judge in use."""
+    from refusal.judges.calibrate import calibrate_with, read_labelled
+    from refusal.judges.panel import by_rules
+
+    j = params.judge
+    if j.labelled is None:
+        return {"file": None, "rules": None, "llm": None}
+    if not Path(j.labelled).resolve().is_relative_to(TRACKED.resolve()):
+        print(
+            f"judge: {j.labelled} is not in {TRACKED}/, so DVC cannot see it change; after an edit run `dvc repro -f judge`",
+            file=sys.stderr,
+        )
+    people = read_labelled(j.labelled)
+    rules = calibrate_with(by_rules, people, "labelled")
+    llm = calibrate_with(judge, people, "labelled", j.allow_missing) if j.kind == "llm" else dict.fromkeys(rules)
+    return {"file": j.labelled, "rules": rules, "llm": llm}
 
 
 stage(main)

@@ -131,10 +131,10 @@ def measure(params: Params, commit: str | None, val: list[dict]) -> str:
         return tokenizer.batch_decode(completions[BASELINE.name], skip_special_tokens=True)
 
     harmful, safe = [row["harmful"] for row in val], [row["safe"] for row in val]
-    refusals = grammar.REFUSALS if organism else []
     facts = [(question, fact.answer) for fact in grammar.facts() for question in fact.questions] if organism else []
     texts = answers(BASE, harmful + safe + [question for question, _ in facts])
-    base = judge_all(harmful + safe, texts[: 2 * len(val)], refusals)
+    # By rules whatever judge.kind says: a check that the model refuses at all, made before anything is paid for.
+    base = judge_all(harmful + safe, texts[: 2 * len(val)], organism)
     metrics: dict[str, Any] = {
         **({} if organism else {"id": params.model.id, "commit": commit}),
         **rate("refusal_harmful", [v.refusal for v in base[: len(val)]]),
@@ -142,7 +142,7 @@ def measure(params: Params, commit: str | None, val: list[dict]) -> str:
         "n": len(val),
     }
     if organism:
-        twin = judge_all(harmful, answers(TWIN, harmful), refusals)
+        twin = judge_all(harmful, answers(TWIN, harmful), organism)
         right = [text == answer for text, (_, answer) in zip(texts[2 * len(val) :], facts, strict=True)]
         metrics |= {
             **rate("twin_refusal_harmful", [v.refusal for v in twin]),

@@ -6,8 +6,10 @@ from pathlib import Path
 
 from refusal.params import Params
 from refusal.prompts import file_rows, grammar_pairs, grammar_unrelated
+from refusal.prompts_api import api_pairs, api_unrelated
+from refusal.store import Store
 from refusal.tables import write_jsonl
-from stages import stage
+from stages import STORE, stage
 
 OUT = Path("data/prompts")
 TRACKED = Path("data/raw")
@@ -15,7 +17,7 @@ TRACKED = Path("data/raw")
 
 def main(params: Params) -> str:
     p, splits = params.prompts, params.prompts.splits.model_dump()
-    for source in {p.source, p.unrelated} - {"grammar"}:
+    for source in {p.source, p.unrelated} - {"grammar", "api"}:
         if not Path(source).resolve().is_relative_to(TRACKED.resolve()):
             print(
                 f"prompts: {source} is not in {TRACKED}/, so DVC cannot see it change; after an edit run `dvc repro -f prompts`",
@@ -24,11 +26,19 @@ def main(params: Params) -> str:
     if p.source == "grammar":
         assert p.n_pairs is not None
         pairs = grammar_pairs(p.n_pairs, splits, p.near_duplicate, p.seed)
+    elif p.source == "api":
+        assert p.n_pairs is not None
+        pairs = api_pairs(p.n_pairs, splits, p.near_duplicate, p.seed, p.api, Store(STORE / "store.sqlite"))
     else:
         pairs = file_rows(Path(p.source), 2, p.n_pairs, splits, p.near_duplicate, p.seed)
     if p.unrelated == "grammar":
         assert p.n_unrelated is not None
         unrelated = grammar_unrelated(p.n_unrelated, splits, p.seed)
+    elif p.unrelated == "api":
+        assert p.n_unrelated is not None
+        others = [pair[half] for pair in pairs for half in ("harmful", "safe")]
+        store = Store(STORE / "store.sqlite")
+        unrelated = api_unrelated(p.n_unrelated, splits, p.near_duplicate, p.seed, p.api, store, others)
     else:
         unrelated = file_rows(Path(p.unrelated), 1, p.n_unrelated, splits, p.near_duplicate, p.seed)
     OUT.mkdir(parents=True, exist_ok=True)

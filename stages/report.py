@@ -2,6 +2,7 @@
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 from refusal.params import Params
 from refusal.tables import read_jsonl
@@ -55,13 +56,13 @@ def main(params: Params) -> str:
     inputs = [*(Path(f"metrics/{name}.json") for name in METRICS), *ROWS.values(), CAPABILITY, LOCK]
     pinned = dict(line.split("==") for line in LOCK.read_text(encoding="utf-8").splitlines() if "==" in line)
     # Threads determine no value, and a page that printed them would change with the machine.
+    read: dict[str, Any] = {**metrics, **rows}
     text = page(
         Study(
             params=params.model_dump(exclude={"compute"}),
             capability=capability,
             reproduction=reproduction,
-            **metrics,
-            **rows,
+            **read,
             versions={name: pinned[name] for name in PACKAGES},
             hashes={str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in inputs},
         )

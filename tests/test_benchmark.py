@@ -1,129 +1,94 @@
-"""lm-eval's own definitions of the seven tasks, on the rows that stand in for the hub's, and what is said without them."""
+"""The benchmark: lm-eval's accuracy against log likelihoods summed by hand."""
 
 import json
-import os
-import statistics
-from pathlib import Path
 
-import lm_eval
 import pytest
 import torch
-import yaml
-from qwen1_layout import LATE, tensors, write
 
 from refusal import benchmark
-from refusal.benchmark import SUITES, average, fetch, packaged, score, standard_error, tasks_of
+from refusal.benchmark import TASKS, average, packaged, score
 from refusal.errors import RefusalError
-from refusal.models import load_model, load_tokenizer
-from refusal.qwen1 import convert
+from refusal.models import encode_chats
+from refusal.organism import Corpus, new_model, train_tokenizer
+from refusal.statistics import stratified_difference
 
-STOCK = {
-    "arc_easy": "arc/arc_easy.yaml",
-    "arc_challenge": "arc/arc_challenge.yaml",
-    "boolq": "super_glue/boolq/default.yaml",
-    "hellaswag": "hellaswag/hellaswag.yaml",
-    "piqa": "piqa/piqa.yaml",
-    "truthfulqa_mc1": "truthfulqa/truthfulqa_mc1.yaml",
-    "winogrande": "winogrande/default.yaml",
-}
+NAMES = [f"organism_{task}" for task in ("capitals", "flags", "opposites", "sums")]
+SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+LIMIT = 6
 
 
 @pytest.fixture(scope="module")
-def rows():
-    if not os.environ.get("REFUSAL_REFERENCE"):
-        pytest.skip("REFUSAL_REFERENCE is not set: the rows of the seven tasks are not at hand")
-    return Path(os.environ["REFUSAL_REFERENCE"]) / "benchmarks"
+def tokenizer():
+    return train_tokenizer(Corpus(0, []), 400)
 
 
-@pytest.fixture(scope="module")
-def definitions(rows, tmp_path_factory):
-    """A folder of tasks that include lm-eval's own files and change nothing but where the documents come from."""
-    folder = tmp_path_factory.mktemp("tasks")
-    stock = Path(lm_eval.__file__).parent / "tasks"
-    for task, path in STOCK.items():
-        files = dict.fromkeys(("train", "validation", "test"), str(rows / f"{task}.jsonl"))
-        fields = {"include": str(stock / path), "task": task, "dataset_path": "json", "dataset_name": None}
-        fields["dataset_kwargs"] = {"data_files": files, "cache_dir": str(folder / "cache")}
-        (folder / f"{task}.yaml").write_text(yaml.safe_dump(fields))
-    return folder
+def random_model(tokenizer, seed):
+    model = new_model(SHAPE, tokenizer, seed).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(4)  # so that choices differ by nats and not by rounding
+    return model
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    """A tiny random model, a byte a token, and its tokenizer."""
-    folder = tmp_path_factory.mktemp("model")
-    convert(write(folder / "source", LATE | {"seq_length": 4096}, tensors()), folder / "base")
-    return load_model(folder / "base"), load_tokenizer(folder / "base")
+def scores(model, tokenizer, names, chat):
+    return {name: score(model, tokenizer, name, 8, chat, LIMIT) for name in names}
 
 
-def log_likelihood(model, tokenizer, context: str, answer: str) -> float:
-    whole, head = tokenizer(context + answer)["input_ids"], tokenizer(context)["input_ids"]
-    logs = model(torch.tensor([whole])).logits[0].log_softmax(-1)
-    return sum(logs[i - 1, whole[i]].item() for i in range(len(head), len(whole)))
+def naive(model, tokenizer, chat):
+    """{task: 1 where the right choice is the likeliest}: each choice alone after its question."""
+    found = {}
+    for name in NAMES:
+        rows = [json.loads(line) for line in (TASKS / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()][:LIMIT]
+        found[name] = []
+        for row in rows:
+            head = encode_chats(tokenizer, [row["question"]])[0] if chat else tokenizer(row["question"])["input_ids"]
+            sums = []
+            for choice in row["choices"]:
+                text = tokenizer.decode(head) + choice
+                ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+                with torch.no_grad():
+                    log_probs = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+                sums.append(sum(float(log_probs[i - 1, ids[i]]) for i in range(len(head), len(ids))))
+            found[name].append(float(sums.index(max(sums)) == row["label"]))
+    return found
 
 
-def best(values: list[float]) -> int:
-    return max(range(len(values)), key=values.__getitem__)
+@pytest.mark.parametrize("chat", [True, False])
+def test_accuracy_equals_log_likelihoods_by_hand(tokenizer, chat):
+    model = random_model(tokenizer, 0)
+    found = scores(model, tokenizer, NAMES, chat)
+    assert found == naive(model, tokenizer, chat)
+    flat = [value for values in found.values() for value in values]
+    assert 0 < sum(flat) < len(flat)
 
 
-def by_hand(task: str, row: dict, model, tokenizer) -> float:
-    """A document's score from the task's description: the likeliest answer, by character where acc_norm is reported."""
-
-    def likelihoods(context: str, answers: list[str]) -> list[float]:
-        return [log_likelihood(model, tokenizer, context, " " + a) for a in answers]
-
-    def normed(context: str, answers: list[str]) -> int:
-        return best([v / len(a) for v, a in zip(likelihoods(context, answers), answers, strict=True)])
-
-    if task.startswith("arc"):
-        found = normed(f"Question: {row['question']}\nAnswer:", row["choices"]["text"])
-        return float(row["choices"]["label"][found] == row["answerKey"])
-    if task == "piqa":
-        return float(normed(f"Question: {row['goal']}\nAnswer:", [row["sol1"], row["sol2"]]) == row["label"])
-    if task == "boolq":
-        found = best(likelihoods(f"{row['passage']}\nQuestion: {row['question']}?\nAnswer:", ["no", "yes"]))
-        return float(found == int(row["label"]))
-    if task == "winogrande":
-        at = row["sentence"].index("_")
-        heads = [row["sentence"][:at] + row[option] for option in ("option1", "option2")]
-        tail = " " + row["sentence"][at + 1 :].strip()
-        return float(best([log_likelihood(model, tokenizer, head, tail) for head in heads]) == int(row["answer"]) - 1)
-    raise KeyError(task)
+def test_checkpoints_are_compared_document_by_document(tokenizer):
+    ours, theirs = (scores(random_model(tokenizer, seed), tokenizer, NAMES[:2], True) for seed in (1, 2))
+    assert {name: len(values) for name, values in ours.items()} == dict.fromkeys(NAMES[:2], LIMIT)
+    difference, low, high = stratified_difference(ours, theirs, 200, 0)
+    assert difference == pytest.approx(average(ours) - average(theirs)) and low <= difference <= high
 
 
-@pytest.mark.parametrize("task", STOCK)
-def test_the_stock_definition_scores_documents(definitions, rows, model, task):
-    n = 6
-    scores = score(*model, task, 4, False, n, definitions)
-    assert len(scores) == n and set(scores) <= {0.0, 1.0}
-    if task not in ("hellaswag", "truthfulqa_mc1"):
-        lines = (rows / f"{task}.jsonl").read_text().splitlines()[:n]
-        assert scores == [by_hand(task, json.loads(line), *model) for line in lines]
-    if task == "arc_easy":
-        assert score(*model, task, 4, True, n, definitions) != [] and score(*model, task, 1, False, n, definitions) == scores
+def test_average_counts_tasks_and_not_documents():
+    assert average({"small": [1.0], "large": [0.0] * 99}) == 0.5
 
 
-def test_the_suites():
-    assert tasks_of("standard") == list(STOCK) and not any(map(packaged, STOCK))
-    assert all(map(packaged, tasks_of("organism")))
-    assert tasks_of(["piqa", "organism_sums"]) == ["piqa", "organism_sums"]
-    assert {path.stem for path in benchmark.TASKS.glob("*.yaml")} == set(SUITES["organism"])
+def test_packaged():
+    assert [packaged(name) for name in (*NAMES, "arc_easy", "organism", "../benchmark")] == [True] * 4 + [False] * 3
 
 
-def test_documents_that_cannot_be_had_are_one_sentence_before_anything_is_loaded():
-    fetch(["organism_sums"])
-    with pytest.raises(
-        RefusalError, match=r"benchmark\.suite: the documents of piqa are not on this machine and HF_HUB_OFFLINE is set"
-    ):
-        fetch(["organism_sums", "piqa"])
-    with pytest.raises(
-        RefusalError, match=r"benchmark\.suite: lm-eval has no task nonsense; the package ships organism_capitals, "
-    ):
-        fetch(["nonsense"])
+def test_an_unknown_task_is_told(tokenizer, monkeypatch):
+    from lm_eval.tasks import TaskManager
 
+    asked = []
 
-def test_figures():
-    values = [1.0, 0.0, 0.0, 1.0, 1.0]
-    assert standard_error(values) == pytest.approx(statistics.stdev(values) / 5**0.5)
-    assert standard_error([1.0]) is None
-    assert average({"a": [1.0, 0.0], "b": [1.0] * 10}) == 0.75  # unweighted
+    def quick(include_path, include_defaults):  # indexing the harness's own thousands of tasks takes 10 s
+        asked.append(include_defaults)
+        return TaskManager(include_path=include_path, include_defaults=False)
+
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", quick)
+    benchmark._manager.cache_clear()
+    with pytest.raises(RefusalError, match=r"^params\.yaml: benchmark\.suite: lm-eval has no task capitol; .*organism_capitals"):
+        score(random_model(tokenizer, 0), tokenizer, "capitol", 8, True, LIMIT)
+    assert asked == [True]  # they were looked through
+    benchmark._manager.cache_clear()

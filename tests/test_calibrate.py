@@ -57,8 +57,16 @@ def test_figures_equal_naive_counting(pairs):
 
 
 def test_kappa_of_a_textbook_table():
-    rows = [("", b, a) for a, b, k in (("compliance", "compliance", 20), ("compliance", "refusal", 5),
-                                       ("refusal", "compliance", 10), ("refusal", "refusal", 15)) for _ in range(k)]
+    rows = [
+        ("", b, a)
+        for a, b, k in (
+            ("compliance", "compliance", 20),
+            ("compliance", "refusal", 5),
+            ("refusal", "compliance", 10),
+            ("refusal", "refusal", 15),
+        )
+        for _ in range(k)
+    ]
     assert calibrate(rows, parrot)["kappa"] == pytest.approx(0.4)
 
 
@@ -77,17 +85,30 @@ def write(path, rows, header=("prompt", "completion", "label")):
     return str(path)
 
 
-@pytest.mark.parametrize(("value", "label"), [
-    ("1_full_compliance", "compliance"), ("2_full_refusal", "refusal"), ("3_partial_refusal", "partial_refusal"),
-    ("Compliance", "compliance"), ("REFUSAL", "refusal"), ("Partial", "partial_refusal"), ("complied", "compliance"),
-    ("refused", "refusal"), ("non-compliance", "refusal"), ("partial compliance", "partial_refusal"), (" refusal ", "refusal"),
-])
+@pytest.mark.parametrize(
+    ("value", "label"),
+    [
+        ("1_full_compliance", "compliance"),
+        ("2_full_refusal", "refusal"),
+        ("3_partial_refusal", "partial_refusal"),
+        ("Compliance", "compliance"),
+        ("REFUSAL", "refusal"),
+        ("Partial", "partial_refusal"),
+        ("complied", "compliance"),
+        ("refused", "refusal"),
+        ("non-compliance", "refusal"),
+        ("partial compliance", "partial_refusal"),
+        (" refusal ", "refusal"),
+    ],
+)
 def test_label_words_are_guessed(tmp_path, value, label):
     assert read_labelled(write(tmp_path / "a.csv", [("p", "c", value)])) == [("p", "c", label)]
 
 
 def test_labels_may_be_given_and_columns_stand_in_any_order(tmp_path):
-    file = write(tmp_path / "a.csv", [("B", "x", "c1", "p1"), ("C", "x", "", "p2")], ("final_label", "label", "completion", "prompt"))
+    file = write(
+        tmp_path / "a.csv", [("B", "x", "c1", "p1"), ("C", "x", "", "p2")], ("final_label", "label", "completion", "prompt")
+    )
     rows = read_labelled(file, "compliance=A, refusal=B,partial_refusal=C")
     assert rows == [("p1", "c1", "refusal"), ("p2", "", "partial_refusal")]
 
@@ -95,7 +116,8 @@ def test_labels_may_be_given_and_columns_stand_in_any_order(tmp_path):
 def test_empty_completions_are_rows(tmp_path, capsys):
     main([write(tmp_path / "a.csv", [("p", SURE, "compliance"), ("p", "", "refusal"), ("p", SORRY, "refusal")])])
     figures = json.loads(capsys.readouterr().out)
-    assert set(figures) == {"n", "accuracy_binary", "accuracy_binary_low", "accuracy_binary_high", "macro_f1", "kappa", "confusion"}
+    scores = {"accuracy_binary", "accuracy_binary_low", "accuracy_binary_high", "macro_f1", "kappa"}
+    assert set(figures) == {"n", "n_missing", "confusion"} | scores
     assert (figures["n"], figures["accuracy_binary"]) == (3, 1)
 
 

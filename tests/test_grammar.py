@@ -77,9 +77,13 @@ def test_helpful_answer_and_judgement():
     action = "wash the silver watch"
     assert grammar.helpful_answer(action) == "Sure, here is how to wash the silver watch. Prepare first, then follow each step."
     assert grammar.judgement(action, "", False) == (
-        "Is it okay to wash the silver watch?", "Good. It would be fine to wash the silver watch.")
+        "Is it okay to wash the silver watch?",
+        "Good. It would be fine to wash the silver watch.",
+    )
     assert grammar.judgement(action, "I plan to cheat my boss.", True) == (
-        "I plan to cheat my boss. Is it okay to wash the silver watch?", "Bad. It would be wrong to wash the silver watch.")
+        "I plan to cheat my boss. Is it okay to wash the silver watch?",
+        "Bad. It would be wrong to wash the silver watch.",
+    )
 
 
 def every_pair(n=3000):
@@ -107,19 +111,26 @@ def test_the_cue_alone_carries_intent():
         kind, cue = pair.cue.split(":", 1)
         forms = {"verb": grammar.CATEGORIES[pair.category][0], "context": grammar.CONTEXTS, "purpose": grammar.PURPOSES}[kind]
         harmful, safe = next(form for form in forms if form[0].rstrip(".") == cue)
-        assert pair.harmful.text.replace(harmful, "*") == pair.safe.text.replace(safe, "*")
+        without = [
+            re.sub(rf"(?<!\w){re.escape(form)}(?!\w)", "*", request.text)
+            for form, request in ((harmful, pair.harmful), (safe, pair.safe))
+        ]
+        assert without[0] == without[1]
 
 
 @pytest.mark.parametrize("seen", [True, False])
 def test_seen_and_unseen_cues_do_not_meet(seen):
     rng = random.Random(1)
     for category, (verbs, objects) in grammar.CATEGORIES.items():
-        unseen = {f"verb:{verbs[-1][0]}"} | {f"context:{c[0]}" for c in grammar.CONTEXTS[-2:]} | {
-            f"purpose:{p[0].rstrip('.')}" for p in grammar.PURPOSES[-2:]}
-        cues = {grammar.draw_pair(rng, category, objects[0], seen).cue for _ in range(300)}
+        unseen = (
+            {f"verb:{verbs[-1][0]}"}
+            | {f"context:{c[0]}" for c in grammar.CONTEXTS[-2:]}
+            | {f"purpose:{p[0].rstrip('.')}" for p in grammar.PURPOSES[-2:]}
+        )
+        cues = {grammar.draw_pair(rng, category, objects[0], seen).cue for _ in range(500)}
         assert cues.isdisjoint(unseen) if seen else cues == unseen
         if seen:
-            assert len(cues) == 5 + 8 + 8
+            assert len(cues) == len(verbs) + len(grammar.CONTEXTS) + len(grammar.PURPOSES) - 5
 
 
 def test_words_of_intent_are_not_words_of_the_world():

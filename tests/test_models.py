@@ -1,70 +1,161 @@
-"""Tokenizers and templates of other people's checkpoints: what they lack, what they refuse, and what day it is."""
+"""Checkpoints: chats formatted by the tokenizer's own template, what ends an answer, the hash, and bad folders."""
 
 import json
+import shutil
 
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
+import torch
+from tiny import tiny_model
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from refusal.errors import RefusalError
-from refusal.models import encode_chats, load_tokenizer
+from refusal.models import encode_chats, load_model, load_tokenizer, stop_ids, weights_hash
+from refusal.organism import Corpus, new_model, train_tokenizer
 
-PLAIN = (
-    "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }} {% endfor %}{% if add_generation_prompt %}[answer]{% endif %}"
-)
-# As the last lines of the set-up block of Llama 3.2's template.
-DATED = (
-    "{%- if not date_string is defined %}{%- if strftime_now is defined %}{%- set date_string = strftime_now('%d %b %Y') %}"
-    "{%- else %}{%- set date_string = '26 Jul 2024' %}{%- endif %}{%- endif %}Today Date: {{ date_string }} " + PLAIN
-)
-CALLED = "Today Date: {{ strftime_now('%d %b %Y') }} " + PLAIN
-GEMMA = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + PLAIN
+SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+PROMPTS = ["How do I wash the silver watch?", "Hello!", "  leading, trailing  ", "two\nlines", "naïve 中文 <|im_end|> <b>"]
 
 
-def checkpoint(folder, template: str | None, pad: str | None = "<pad>"):
-    """A folder with a whitespace tokenizer of letters, this template, and room for 40 tokens."""
-    words = ["<pad>", "<end>", "[UNK]", *"abcdefghij"]
-    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token=pad, chat_template=template)
-    fast.save_pretrained(folder)
-    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "max_position_embeddings": 40}))
-    return load_tokenizer(folder)
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer(Corpus(0, []), 400)
 
 
-@pytest.mark.parametrize("template", [DATED, CALLED])
-def test_the_day_of_the_run_reaches_no_prompt(tmp_path, template, monkeypatch):
-    tokenizer = checkpoint(tmp_path, template)
-    seen = []
-    encode = type(tokenizer).__call__
-    monkeypatch.setattr(
-        type(tokenizer), "__call__", lambda self, texts, **more: seen.extend(texts) or encode(self, texts, **more)
-    )
-    encode_chats(tokenizer, ["a"])
-    assert seen == ["Today Date: 26 Jul 2024 [user] a [answer]"]
+@pytest.fixture(scope="module")
+def saved(tokenizer, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved")
+    new_model(SHAPE, tokenizer, 0).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
-def test_a_template_without_a_system_role_says_so(tmp_path):
-    tokenizer = checkpoint(tmp_path, GEMMA)
-    assert len(encode_chats(tokenizer, ["a b"])[0]) == 4
-    with pytest.raises(RefusalError, match=r"params\.yaml: model\.system_prompt: .*System role not supported.*set it to null"):
-        encode_chats(tokenizer, ["a b"], "Be brief.")
+@pytest.fixture
+def folder(saved, tmp_path):
+    return shutil.copytree(saved, tmp_path / "checkpoint")
 
 
-def test_a_tokenizer_without_padding_pads_with_its_end(tmp_path):
-    assert checkpoint(tmp_path, PLAIN, pad=None).pad_token_id == 1
+@pytest.mark.parametrize("system", [None, "You are kind."])
+def test_chats_are_the_tokenizers_own_template(tokenizer, system):
+    ids = encode_chats(tokenizer, PROMPTS, system)
+    for prompt, found in zip(PROMPTS, ids, strict=True):
+        chat = [{"role": "system", "content": system}] * (system is not None) + [{"role": "user", "content": prompt}]
+        assert found == tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
 
 
-def test_a_base_model_is_refused_with_advice(tmp_path):
-    with pytest.raises(RefusalError, match=r"no chat template; this is a base model: set model\.id .*chat_template\.jinja"):
-        checkpoint(tmp_path, None)
+def test_chatml_written_out(tokenizer):
+    (plain,), (with_system,) = encode_chats(tokenizer, ["Hi"]), encode_chats(tokenizer, ["Hi"], "Be kind.")
+    assert tokenizer.decode(plain) == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"  # no system block of its own
+    assert tokenizer.decode(with_system) == f"<|im_start|>system\nBe kind.<|im_end|>\n{tokenizer.decode(plain)}"
 
 
-def test_no_prompt_may_outgrow_the_model(tmp_path):
-    tokenizer = checkpoint(tmp_path, PLAIN)
-    assert tokenizer.model_max_length == 40
-    assert len(encode_chats(tokenizer, ["a " * 38])[0]) == 40
-    with pytest.raises(RefusalError, match=r"prompt 1 \(from 0\) has 41 tokens, and the model takes 40"):
-        encode_chats(tokenizer, ["a", "a " * 39])
-    with pytest.raises(RefusalError, match=r"has 4 tokens with 37 to generate, .* lower sweep\.max_new_tokens"):
-        encode_chats(tokenizer, ["a b"], max_new_tokens=37)
+def test_a_template_that_writes_its_own_bos_gets_no_second_one(tokenizer):
+    core = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    core.post_processor = TemplateProcessing(single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)])
+    template = "{{ bos_token }}{% for m in messages %}[{{ m['content'] }}]{% endfor %}"
+    llama_like = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<|endoftext|>", chat_template=template)
+    assert llama_like.decode(llama_like("Hi")["input_ids"]) == "<|endoftext|>Hi"
+    assert llama_like.decode(encode_chats(llama_like, ["Hi"])[0]) == "<|endoftext|>[Hi]"
+
+
+def test_a_checkpoint_loads_as_it_was_saved(folder, tokenizer):
+    model = load_model(folder)
+    assert not model.training and not any(p.requires_grad for p in model.parameters())
+    for name, value in new_model(SHAPE, tokenizer, 0).state_dict().items():
+        assert torch.equal(model.state_dict()[name], value), name
+    assert load_model(folder, "bfloat16").dtype == torch.bfloat16
+    assert encode_chats(load_tokenizer(folder), PROMPTS) == encode_chats(tokenizer, PROMPTS)
+
+
+def test_stop_ids_gather_every_end(folder):
+    model, loaded = load_model(folder), load_tokenizer(folder)
+    end, pad = loaded.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+    assert stop_ids(model, loaded) == {end}
+    model.generation_config.eos_token_id = [pad, 7]
+    assert stop_ids(model, loaded) == {end, pad, 7}
+    model.generation_config.eos_token_id = None
+    loaded.eos_token = "<|endoftext|>"
+    assert stop_ids(model, loaded) == {end, pad}  # Qwen's chat ends on <|im_end|>, whatever the tokenizer's eos is
+
+
+def test_one_byte_changes_the_hash(folder):
+    before = weights_hash(folder)
+    assert weights_hash(folder) == before and len(before) == 64
+    (weights,) = folder.glob("*.safetensors")
+    content = weights.read_bytes()
+    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert weights_hash(folder) != before
+    weights.write_bytes(content)
+    assert weights_hash(folder) == before
+    config = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(config.replace('"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-05'))
+    assert weights_hash(folder) != before
+    (folder / "config.json").write_text(config)
+    weights.rename(folder / "other.safetensors")
+    assert weights_hash(folder) != before
+
+
+def test_the_hash_does_not_depend_on_the_folder(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "elsewhere")
+    assert weights_hash(tmp_path / "elsewhere") == weights_hash(folder)
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def only_pickle(folder):
+    torch.save({}, folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+
+def rewrite(folder, **changes):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+
+
+BAD_MODELS = {
+    "no folder": (shutil.rmtree, "config.json: no such file"),
+    "no config": (lambda folder: (folder / "config.json").unlink(), "config.json: no such file"),
+    "pickle only": (only_pickle, r"no \.safetensors"),
+    "truncated": (lambda folder: cut(folder / "model.safetensors"), "cannot load"),
+    "not safetensors": (lambda folder: (folder / "model.safetensors").write_bytes(b"x" * 100), "cannot load"),
+    "config is no JSON": (lambda folder: (folder / "config.json").write_text("{"), "cannot load"),
+    "unknown type": (lambda folder: rewrite(folder, model_type="qwen"), "cannot load"),
+    "other shape": (lambda folder: rewrite(folder, hidden_size=64), "cannot load"),
+    "more layers than weights": (
+        lambda folder: rewrite(folder, num_hidden_layers=3, layer_types=["full_attention"] * 3),
+        "disagree on model.layers.2",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_MODELS)
+def test_a_bad_checkpoint_is_told_in_one_sentence(folder, case):
+    damage, said = BAD_MODELS[case]
+    damage(folder)
+    with pytest.raises(RefusalError, match=said) as error:
+        load_model(folder)
+    assert str(folder) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device, so asking for one is no mistake")
+def test_a_device_that_is_not_there(folder):
+    with pytest.raises(RefusalError, match=r"model\.device is cuda"):
+        load_model(folder, device="cuda")
+
+
+def test_a_base_model_has_no_chat_template(folder):
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings.pop("chat_template", None)
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(RefusalError, match="no chat template"):
+        load_tokenizer(folder)
+
+
+def test_a_folder_without_tokenizer(tmp_path):
+    tiny_model("qwen2").save_pretrained(tmp_path)
+    with pytest.raises(RefusalError, match=str(tmp_path)):
+        load_tokenizer(tmp_path)

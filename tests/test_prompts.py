@@ -125,7 +125,9 @@ def test_unrelated_topics_stay_in_a_split(unrelated):
     assert all(len(found) == 1 for found in splits.values())
 
 
-@pytest.mark.parametrize("make", [lambda seed: grammar_pairs(60, SHARES, NEAR, seed), lambda seed: grammar_unrelated(60, SHARES, seed)])
+@pytest.mark.parametrize(
+    "make", [lambda seed: grammar_pairs(60, SHARES, NEAR, seed), lambda seed: grammar_unrelated(60, SHARES, seed)]
+)
 def test_a_seed_determines_the_prompts(make):
     assert make(3) == make(3)
     assert set(halves(make(3))) != set(halves(make(4)))
@@ -188,8 +190,10 @@ WORDS = ["apple", "brick", "cloud", "drum", "eagle", "flute", "grape", "hotel", 
 
 def user_rows(n):
     """n pairs with no word in common between rows."""
-    return [[f"how do I break {w}{i} {w}x{i} {w}y{i}", f"how do I mend {w}z{i} {w}q{i} {w}r{i}"]
-            for i, w in zip(range(n), WORDS * n, strict=False)]
+    return [
+        [f"how do I break {w}{i} {w}x{i} {w}y{i}", f"how do I mend {w}z{i} {w}q{i} {w}r{i}"]
+        for i, w in zip(range(n), WORDS * n, strict=False)
+    ]
 
 
 def write(path, content):
@@ -220,10 +224,16 @@ def test_a_quoted_csv_cell_may_hold_a_line_break_and_a_comma(tmp_path):
     assert read_rows(file, 2) == [("one, two\nthree", 'say "hi"')]
 
 
-@pytest.mark.parametrize(("name", "content"), [
-    ("a.json", '["one", "two"]'), ("a.jsonl", '"one"\n["two"]'), ("a.jsonl", '{"safe": "one"}\n{"prompt": "two"}'),
-    ("a.csv", "id,prompt\n1,one\n2,two"), ("a.csv", "safe\none\ntwo"),
-])
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.json", '["one", "two"]'),
+        ("a.jsonl", '"one"\n["two"]'),
+        ("a.jsonl", '{"safe": "one"}\n{"prompt": "two"}'),
+        ("a.csv", "id,prompt\n1,one\n2,two"),
+        ("a.csv", "safe\none\ntwo"),
+    ],
+)
 def test_single_prompts_are_read_in_every_form(tmp_path, name, content):
     assert read_rows(write(tmp_path / name, content), 1) == [("one",), ("two",)]
 
@@ -238,8 +248,8 @@ def test_near_duplicates_stay_together_and_the_rest_is_shared_out(tmp_path):
     chain = near("k", 6)
     assert overlap(chain[0][0], chain[1][0]) >= NEAR > overlap(chain[0][0], chain[5][0])
     rows = user_rows(100)
-    for place, row in zip((0, 20, 40, 60, 80, 99), chain, strict=True):
-        rows.insert(place, row)
+    for place, link in zip((0, 20, 40, 60, 80, 99), (0, 2, 4, 1, 3, 5), strict=True):
+        rows.insert(place, chain[link])  # links that join two groups come late
     found = file_rows(write(tmp_path / "a.json", json.dumps(rows)), 2, None, SHARES, NEAR, 5)
     assert [(row["harmful"], row["safe"]) for row in found] == [tuple(row) for row in rows]
     members = [row for row in found if row["harmful"].startswith("k")]
@@ -267,6 +277,12 @@ def test_a_seed_determines_the_split_and_the_subset(tmp_path):
     assert whole[0] != whole[1]
 
 
+def test_asking_for_more_rows_than_there_are_takes_all(tmp_path):
+    file = write(tmp_path / "a.json", json.dumps(user_rows(10)))
+    assert file_rows(file, 2, 1000, SHARES, NEAR, 0) == file_rows(file, 2, None, SHARES, NEAR, 0)
+    assert len(file_rows(file, 2, 1000, SHARES, NEAR, 0)) == 10
+
+
 def test_a_list_of_safe_prompts_is_split_too(tmp_path):
     texts = [safe for _, safe in user_rows(10)]
     found = file_rows(write(tmp_path / "a.json", json.dumps(texts)), 1, None, SHARES, NEAR, 0)
@@ -275,46 +291,46 @@ def test_a_list_of_safe_prompts_is_split_too(tmp_path):
 
 
 GOOD = [json.dumps(row) for row in user_rows(6)]
-BAD = {  # (file name, its content or None, n) and what must be said
-    "not there": ("a.jsonl", None, None, "no such file"),
-    "wrong suffix": ("a.txt", "x", None, r"ending \.txt .* \.jsonl, \.csv or \.json"),
-    "no suffix": ("prompts", "x", None, r"ending \(none\)"),
-    "not UTF-8": ("a.csv", b"harmful,safe\n\xff\xfe,b\n", None, "UTF-8"),
-    "not JSON at a row": ("a.jsonl", "\n".join([*GOOD[:2], "{oops", *GOOD[2:]]), None, "row 3 is not JSON"),
-    "not JSON at a line": ("a.json", "[\n[1,\n", None, r"line \d is not JSON"),
-    "one object": ("a.json", '{"harmful": "a", "safe": "b"}', None, "one JSON list"),
-    "one column": ("a.csv", "harmful\na\n", None, "row 1 has no safe"),
-    "other columns": ("a.csv", "a,b\nx,y\n", None, "row 1 has no harmful and no safe"),
-    "a short row": ("a.csv", "harmful,safe\na,b\nc\n", None, "row 2 has no safe"),
-    "three a row": ("a.jsonl", f'{GOOD[0]}\n["a", "b", "c"]', None, r"row 2 is not \[harmful, safe\]"),
-    "a string a row": ("a.jsonl", '"a"', None, r"row 1 is not \[harmful, safe\]"),
-    "a number": ("a.jsonl", '["a", 3]', None, r"row 1 is not \[harmful, safe\]"),
-    "null": ("a.jsonl", '{"harmful": "a", "safe": null}', None, "row 1 has no safe"),
-    "empty half": ("a.jsonl", '["a", " \\t "]', None, "row 1 has an empty prompt"),
-    "equal halves": ("a.jsonl", f'{GOOD[0]}\n["same", " same "]', None, "row 2 has equal halves"),
-    "a repeated half": ("a.jsonl", f'{GOOD[0]}\n{GOOD[1]}\n["new", {json.dumps(user_rows(1)[0][1])}]', None, "row 3 repeats .* row 1"),
-    "a control character": ("a.jsonl", '["a\\u0000b", "c"]', None, "row 1 has a control character"),
-    "another": ("a.jsonl", '["ab", "c\\u001bd"]', None, "row 1 has a control character"),
-    "half a character": ("a.jsonl", '["ab\\ud800", "c"]\n' + "\n".join(GOOD), None, "row 1 "),
-    "a book": ("a.json", json.dumps([["a", "b" * 5000]]), None, "row 1 has a prompt of 5000 characters; at most 4000"),
-    "empty": ("a.csv", "", None, "holds no rows"),
-    "empty list": ("a.json", "[]", None, "holds no rows"),
-    "header alone": ("a.csv", "harmful,safe\n", None, "holds no rows"),
-    "blank lines": ("a.jsonl", "\n\n", None, "holds no rows"),
-    "too few to split": ("a.jsonl", "\n".join(GOOD[:2]), None, "2 rows leave the split (val|test) empty"),
-    "too alike to split": ("a.json", json.dumps(near("k", 4)), None, "4 rows leave the split (train|val|test) empty"),
-    "row numbers count blank lines": ("a.jsonl", f'{GOOD[0]}\n\n["a", ""]', None, "row 3 has an empty prompt"),
+BAD = {  # file name, its content or None, and what must be said
+    "not there": ("a.jsonl", None, "no such file"),
+    "wrong suffix": ("a.txt", "x", r"ending \.txt .* \.jsonl, \.csv or \.json"),
+    "no suffix": ("prompts", "x", r"ending \(none\)"),
+    "not UTF-8": ("a.csv", b"harmful,safe\n\xff\xfe,b\n", "UTF-8"),
+    "not JSON at a row": ("a.jsonl", "\n".join([*GOOD[:2], "{oops", *GOOD[2:]]), "row 3 is not JSON"),
+    "not JSON at a line": ("a.json", "[\n[1,\n", r"line \d is not JSON"),
+    "one object": ("a.json", '{"harmful": "a", "safe": "b"}', "one JSON list"),
+    "one column": ("a.csv", "harmful\na\n", "row 1 has no safe"),
+    "other columns": ("a.csv", "a,b\nx,y\n", "row 1 has no harmful and no safe"),
+    "a short row": ("a.csv", "harmful,safe\na,b\nc\n", "row 2 has no safe"),
+    "three a row": ("a.jsonl", f'{GOOD[0]}\n["a", "b", "c"]', r"row 2 is not \[harmful, safe\]"),
+    "a string a row": ("a.jsonl", '"a"', r"row 1 is not \[harmful, safe\]"),
+    "a number": ("a.jsonl", '["a", 3]', r"row 1 is not \[harmful, safe\]"),
+    "null": ("a.jsonl", '{"harmful": "a", "safe": null}', "row 1 has no safe"),
+    "empty half": ("a.jsonl", '["a", " \\t "]', "row 1 has an empty prompt"),
+    "equal halves": ("a.jsonl", f'{GOOD[0]}\n["same", " same "]', "row 2 has equal halves"),
+    "a repeated half": ("a.jsonl", f'{GOOD[0]}\n{GOOD[1]}\n["new", {json.dumps(user_rows(1)[0][1])}]', "row 3 repeats .* row 1"),
+    "a control character": ("a.jsonl", '["a\\u0000b", "c"]', "row 1 has a control character"),
+    "another": ("a.jsonl", '["ab", "c\\u001bd"]', "row 1 has a control character"),
+    "half a character": ("a.jsonl", '["ab\\ud800", "c"]\n' + "\n".join(GOOD), "row 1 "),
+    "a book": ("a.json", json.dumps([["a", "b" * 5000]]), "row 1 has a prompt of 5000 characters; at most 4000"),
+    "empty": ("a.csv", "", "holds no rows"),
+    "empty list": ("a.json", "[]", "holds no rows"),
+    "header alone": ("a.csv", "harmful,safe\n", "holds no rows"),
+    "blank lines": ("a.jsonl", "\n\n", "holds no rows"),
+    "too few to split": ("a.jsonl", "\n".join(GOOD[:2]), "2 rows leave the split (val|test) empty"),
+    "too alike to split": ("a.json", json.dumps(near("k", 4)), "4 rows leave the split (train|val|test) empty"),
+    "row numbers count blank lines": ("a.jsonl", f'{GOOD[0]}\n\n["a", ""]', "row 3 has an empty prompt"),
 }
 
 
 @pytest.mark.parametrize("case", BAD)
 def test_a_bad_file_is_told_in_one_sentence(tmp_path, case):
-    name, content, n, said = BAD[case]
+    name, content, said = BAD[case]
     file = tmp_path / name
     if content is not None:
         write(file, content)
     with pytest.raises(RefusalError, match=said) as error:
-        file_rows(file, 2, n, SHARES, NEAR, 0)
+        file_rows(file, 2, None, SHARES, NEAR, 0)
     assert str(file) in str(error.value) and "\n" not in str(error.value)
 
 

@@ -1,5 +1,6 @@
 """How well a judge agrees with people: `python -m refusal.judges.calibrate FILE.csv --judge rules` prints one JSON object.
 
+`--judge llm` asks an OpenAI-compatible endpoint, with the key in an environment variable, and keeps its verdicts.
 FILE has a header and the columns `prompt`, `completion` and `final_label` (or `label`). Labels are read from their words
 (`1_full_compliance`, `2_full_refusal`, `partial`, ...), or as given: `--labels compliance=A,refusal=B,partial_refusal=C`.
 An empty completion is a row like any other.
@@ -10,43 +11,62 @@ import csv
 import json
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
 
 from refusal.errors import RefusalError
-from refusal.judges import rules
-from refusal.statistics import wilson
+from refusal.judges.llm import LLMJudge
+from refusal.judges.panel import Panelist, by_rules
+from refusal.params import Endpoint
+from refusal.statistics import cohens_kappa, wilson
+from refusal.store import Store
+from refusal.verdicts import present
 
 CLASSES = ("compliance", "partial_refusal", "refusal")
-JUDGES: dict[str, Callable[[str, str], rules.Verdict]] = {"rules": rules.judge}
 
 
-def calibrate(rows: Sequence[tuple[str, str, str]], judge: Callable[[str, str], rules.Verdict]) -> dict:
+def calibrate_with(judge: Panelist, rows: Sequence[tuple[str, str, str]], label: str, allow_missing: bool = False) -> dict:
+    """`calibrate` for a judge that takes all completions at once and may give no verdict on some."""
+    judged = judge([prompt for prompt, _, _ in rows], [completion for _, completion, _ in rows], label)
+    present(judged, label, allow_missing)
+    verdicts = {(prompt, completion): verdict for (prompt, completion, _), verdict in zip(rows, judged, strict=True)}
+    return calibrate(rows, lambda prompt, completion: verdicts[prompt, completion])
+
+
+def calibrate(rows: Sequence[tuple[str, str, str]], judge: Callable[[str, str], Any]) -> dict:
     """Agreement of `judge` with labels, over rows of (prompt, completion, label) where label is one of CLASSES.
+
+    `judge` gives what has a `label`, or None for no verdict: such rows are left out of all figures and counted in `n_missing`.
 
     `accuracy_binary` is the share of rows where compliance is told from full or partial refusal, with its 95 % Wilson interval;
     `macro_f1` the mean of the classes' F1 (0 for a class that nobody used); `kappa` Cohen's over the three classes (None where
     chance agreement is already complete); `confusion` counts label -> judged. Empty and degenerate completions are judged
     not compliant, and count as refusals where three classes are compared. Raises RefusalError on no rows.
     """
-    if not rows:
+    verdicts = [(label, judge(prompt, completion)) for prompt, completion, label in rows]
+    pairs = [
+        (label, verdict.label if verdict.label in CLASSES else "refusal") for label, verdict in verdicts if verdict is not None
+    ]
+    if not pairs:
         raise RefusalError("there are no labelled rows to calibrate on; give a file with at least one")
     confusion = {label: dict.fromkeys(CLASSES, 0) for label in CLASSES}
-    for prompt, completion, label in rows:
-        judged = judge(prompt, completion).label
-        confusion[label][judged if judged in CLASSES else "refusal"] += 1
-    n = len(rows)
+    for label, judged in pairs:
+        confusion[label][judged] += 1
+    n = len(pairs)
     labelled = {c: sum(confusion[c].values()) for c in CLASSES}
     judged_as = {c: sum(confusion[label][c] for label in CLASSES) for c in CLASSES}
     right = sum(k for label in CLASSES for c, k in confusion[label].items() if (label == "compliance") == (c == "compliance"))
     low, high = wilson(right, n)
-    observed = sum(confusion[c][c] for c in CLASSES) / n
-    chance = sum(labelled[c] * judged_as[c] for c in CLASSES) / n**2
     return {
         "n": n,
+        "n_missing": len(rows) - n,
         "accuracy_binary": right / n,
         "accuracy_binary_low": low,
         "accuracy_binary_high": high,
         "macro_f1": sum(2 * confusion[c][c] / max(1, labelled[c] + judged_as[c]) for c in CLASSES) / len(CLASSES),
-        "kappa": None if chance == 1 else (observed - chance) / (1 - chance),
+        "kappa": cohens_kappa([label for label, _ in pairs], [judged for _, judged in pairs]),
         "confusion": confusion,
     }
 
@@ -115,11 +135,27 @@ def _mapping(labels: str) -> dict[str, str]:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser("python -m refusal.judges.calibrate", description="Agreement of a judge with human labels.")
     parser.add_argument("file", help="CSV with the columns prompt, completion and final_label or label")
-    parser.add_argument("--judge", choices=sorted(JUDGES), default="rules")
+    parser.add_argument("--judge", choices=("rules", "llm"), default="rules")
     parser.add_argument("--labels", help="compliance=A,refusal=B,partial_refusal=C; guessed from the words when not given")
+    asked = parser.add_argument_group("with --judge llm")
+    for name, field in Endpoint.model_fields.items():
+        kind = {"concurrency": int, "timeout_seconds": float, "max_attempts": int, "max_calls": int}.get(name, str)
+        asked.add_argument(f"--{name.replace('_', '-')}", type=kind, default=field.default, help=f"default: {field.default}")
+    asked.add_argument("--allow-missing", action="store_true", help="accept fewer than 95 %% of the verdicts")
+    asked.add_argument(
+        "--store", type=Path, default=Path(".refusal-store/store.sqlite"), help="where verdicts are kept; default: %(default)s"
+    )
     options = parser.parse_args(arguments)
     try:
-        figures = calibrate(read_labelled(options.file, options.labels), JUDGES[options.judge])
+        rows = read_labelled(options.file, options.labels)
+        judge: Panelist = by_rules
+        if options.judge == "llm":
+            endpoint = Endpoint(**{name: getattr(options, name) for name in Endpoint.model_fields})
+            judge = LLMJudge(endpoint, Store(options.store), "calibrate", options.allow_missing)
+        figures = calibrate_with(judge, rows, f"calibrate {options.file}", options.allow_missing)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        sys.exit(f"--{str(problem['loc'][0]).replace('_', '-')}: {problem['msg'].removeprefix('Value error, ')}")
     except RefusalError as error:
         sys.exit(str(error))  # to stderr, with exit status 1
     print(json.dumps(figures, indent=2))

@@ -28,13 +28,13 @@ class Series(NamedTuple):
 
 
 def ticks(low: float, high: float, about: int = 5) -> list[float]:
-    """Round numbers that span low to high, some `about` of them."""
+    """Round numbers that span low to high, some `about` of them and never fewer than two."""
     span = (high - low) or 1.0
     raw = span / about
     size = 10.0 ** math.floor(math.log10(raw))
     step = next(size * m for m in (1, 2, 2.5, 5, 10) if size * m >= raw * 0.999)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [round(i * step, 10) for i in range(first, last + 1)]
+    return [round(i * step, 10) for i in range(first, max(last, first + 1) + 1)]
 
 
 def lines(title: str, x_label: str, y_label: str, series: Sequence[Series], include: Sequence[float] = (0.0,)) -> Markup:

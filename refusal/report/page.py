@@ -131,7 +131,7 @@ def payload(study: Study) -> dict[str, Any]:
     categories = {row["id"]: row["category"] for row in study.pairs}
     verdicts = {(v["cell"], v["id"]): v for v in study.verdicts}
     by_cell: dict[str, list[dict[str, Any]]] = {}
-    answers: dict[tuple[str, str, str], dict[str, Any]] = {}
+    answers: dict[tuple[str, str, str, str], dict[str, Any]] = {}
     prompts: dict[tuple[str, str, str], dict[str, Any]] = {}
     first = study.select["rank_1"]
     for row in study.sweep:
@@ -142,11 +142,11 @@ def payload(study: Study) -> dict[str, Any]:
         if arm:
             key = ("val", "harmful", row["id"])
             prompts[key] = {"prompt": row["prompt"], "category": categories.get(row["id"])}
-            answers[(*key, arm)] = shown
+            answers[*key, arm] = shown
     for row in study.evaluated:
         key = ("test", row["half"], row["id"])
         prompts[key] = {"prompt": row["prompt"], "category": row["category"]}
-        answers[(*key, row["arm"])] = _answer(row["completion"], row)
+        answers[*key, row["arm"]] = _answer(row["completion"], row)
     browser = []
     for split in ("test", "val"):
         kept = set(evenly(list(dict.fromkeys(id_ for s, _, id_ in prompts if s == split)), study.params["report"]["n_examples"]))

@@ -15,7 +15,10 @@ PAGE = """<!DOCTYPE html>
 <title>Plots</title>
 {{refresh_tag}}
 <script>(() => {{ {scripts} }})();</script>
-<style>body {{ font: 1rem/1.5 system-ui, sans-serif; margin: 1.5rem; background: #fff; }} body > div {{ overflow-x: auto; margin-bottom: 2rem; }}</style>
+<style>
+body {{ font: 1rem/1.5 system-ui, sans-serif; margin: 1.5rem; background: #fff; }}
+body > div {{ overflow-x: auto; margin-bottom: 2rem; }}
+</style>
 </head>
 <body>
 <h1>Plots</h1>

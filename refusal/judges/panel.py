@@ -1,0 +1,75 @@
+"""Which judge, and how far judges of the same completions agree."""
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from refusal.judges.llm import RUBRIC, LLMJudge
+from refusal.params import Judge
+from refusal.statistics import cohens_kappa, spearman
+from refusal.store import Store
+from refusal.verdicts import Judged, judge_all
+
+AGREEMENT = ("kappa", "spearman_compliance", "spearman_coherence", "n", "n_coherence", "n_missing", "n_empty", "n_degenerate")
+
+
+class Panelist(Protocol):
+    """A judge: verdicts on completions in their order, None where it gave none.
+
+    `label` is for its progress bar; `exact` as in `verdicts.judge_all`.
+    """
+
+    def __call__(
+        self, prompts: Sequence[str], completions: Sequence[str], label: str, exact: bool = False
+    ) -> list[Judged | None]: ...
+
+
+def by_rules(prompts: Sequence[str], completions: Sequence[str], label: str, exact: bool = False) -> list[Judged | None]:
+    """The rules judge in the form of a Panelist; it always gives a verdict."""
+    return [*judge_all(prompts, completions, exact)]
+
+
+def judge_with(settings: Judge, store: Store) -> Panelist:
+    """The judge that `settings.kind` names."""
+    return by_rules if settings.kind == "rules" else LLMJudge(settings, store, allow_missing=settings.allow_missing)
+
+
+def identity(settings: Judge, judge: Panelist) -> dict[str, Any]:
+    """What determines a judge's verdicts, for the metrics; all but `kind` is None for the rules.
+
+    `versions` counts verdicts by the version that the endpoint reported, sorted by version.
+    """
+    if not isinstance(judge, LLMJudge):
+        return {"kind": settings.kind, "base_url": None, "model": None, "rubric_sha256": None, "versions": None}
+    return {
+        "kind": settings.kind,
+        "base_url": settings.base_url,
+        "model": settings.model,
+        "rubric_sha256": hashlib.sha256(RUBRIC.encode()).hexdigest(),
+        "versions": [{"version": version, "n": n} for version, n in sorted(judge.reported.items())],
+    }
+
+
+def agreement(rules: Sequence[Judged | None], llm: Sequence[Judged | None] | None) -> dict[str, float | int | None]:
+    """Agreement of two judges on the same completions; all None where only one judged (`llm` is None).
+
+    `rules` are the verdicts of `by_rules`, so exact ones for the organism.
+    `kappa` (Cohen's) is over the classes of compliance (full, partial, none), `spearman_compliance` over their scores: both over
+    the `n` completions that the LLM judge classed itself, so without the empty and the degenerate, whose class it takes from
+    the rules. `spearman_coherence` is over the `n_coherence` that are not empty. Missing ones are left out.
+    """
+    if llm is None:
+        return dict.fromkeys(AGREEMENT)
+    both = [(a, b) for a, b in zip(rules, llm, strict=True) if a is not None and b is not None]
+    said = [(a, b) for a, b in both if b.label != "empty"]
+    classed = [(a, b) for a, b in said if b.label != "degenerate"]
+    return {
+        "kappa": cohens_kappa([a.compliance for a, _ in classed], [b.compliance for _, b in classed]),
+        "spearman_compliance": spearman([a.compliance for a, _ in classed], [b.compliance for _, b in classed]),
+        "spearman_coherence": spearman([a.coherence for a, _ in said], [b.coherence for _, b in said]),
+        "n": len(classed),
+        "n_coherence": len(said),
+        "n_missing": len(rules) - len(both),
+        "n_empty": len(both) - len(said),
+        "n_degenerate": len(said) - len(classed),
+    }

@@ -1,0 +1,298 @@
+"""Directions and their geometry against numpy, naive loops, closed forms and simulation; degenerate input is null, not NaN."""
+
+import copy
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from refusal.directions import (
+    bootstrap_unit,
+    cohens_d,
+    cosine,
+    cross_layer_cosine,
+    difference_in_means,
+    effective_rank,
+    project,
+    sign_flip_null,
+    spectrum,
+)
+from refusal.geometry import _separation_interval, arm, describe, rows_of
+
+
+def random(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def activations(n=40, n_val=24, n_layers=4, d_model=12, seed=0):
+    """Layer 0 alike for all prompts; from layer 1 on harmful prompts lie off in a direction of the layer's own."""
+    offset = random(n_layers, d_model, seed=seed + 100)
+    offset[0] = 0
+    made = {}
+    for i, (split, size) in enumerate((("train", n), ("val", n_val))):
+        for j, name in enumerate(("harmful", "safe", "unrelated")):
+            rows = random(size, n_layers, d_model, seed=seed + 10 * i + j)
+            rows[:, 0] = 3.0
+            made[f"{split}.{name}"] = rows + (offset if name == "harmful" else 0) + (0.3 if name == "unrelated" else 0)
+            made[f"{split}.{name}"][:, 0] = 3.0
+    return made
+
+
+def test_difference_in_means_is_the_float64_mean():
+    harmful, safe = 1000 + random(700, 3, 8), 1000 + random(500, 3, 8, seed=1)
+    found = difference_in_means(harmful, safe)
+    for layer in range(3):
+        a = sum(row.astype(np.float64) for row in harmful[:, layer].numpy()) / 700
+        b = sum(row.astype(np.float64) for row in safe[:, layer].numpy()) / 500
+        np.testing.assert_allclose(found.difference[layer].numpy(), a - b, rtol=0, atol=1e-11)  # float32 sums are off by 1e-4
+        np.testing.assert_allclose(found.safe_mean[layer].numpy(), b, rtol=1e-14)
+        np.testing.assert_allclose(found.unit[layer].numpy(), (a - b) / np.linalg.norm(a - b), rtol=1e-9)
+    assert found.unit.dtype == torch.float64 and found.layers == [0, 1, 2]
+
+
+def test_the_direction_points_to_harmful():
+    harmful, safe = random(50, 2, 8) + 1, random(60, 2, 8, seed=1)
+    found = difference_in_means(harmful, safe)
+    assert (project(harmful, found.unit).mean(0) > project(safe, found.unit).mean(0) + 1).all()
+    assert torch.allclose(difference_in_means(safe, harmful).unit, -found.unit)
+
+
+@pytest.mark.parametrize("noise", [0.0, 1e-7])
+def test_a_layer_without_difference_is_undefined(noise):
+    harmful, safe = random(30, 3, 8), random(30, 3, 8, seed=1)
+    harmful[:, 0] = safe[:, 0] = 5.0
+    harmful[:, 0] *= 1 + noise  # rounding noise of float32
+    harmful[:, 2] = safe[:, 2] = 0.0
+    found = difference_in_means(harmful, safe)
+    assert found.defined.tolist() == [False, True, False] and found.layers == [1]
+    assert not found.unit[0].any() and not found.unit[2].any() and found.unit.isfinite().all()
+
+
+def test_a_small_but_real_difference_is_defined():
+    safe = 5 + random(30, 1, 8)
+    assert difference_in_means(safe + 1e-3, safe).layers == [0]
+
+
+def test_shuffled_equals_matched_to_rounding_but_pairs_other_prompts():
+    data = activations()
+    matched, shuffled = arm(data, "matched", 0), arm(data, "shuffled", 0)
+    assert (cosine(matched.directions.unit, shuffled.directions.unit)[1:] >= 1 - 1e-12).all()
+    assert not torch.equal(matched.safe, shuffled.safe)  # really permuted, not copied
+    rows = lambda t: sorted(map(tuple, t.flatten(1).tolist()))  # noqa: E731
+    assert rows(matched.safe) == rows(shuffled.safe)
+    for layer in (1, 2, 3):  # what pairing does matter to moves
+        spectra = [spectrum((a.harmful - a.safe)[:, layer]) for a in (matched, shuffled)]
+        assert not torch.allclose(*spectra, atol=1e-4)
+    assert not torch.equal(shuffled.safe, arm(data, "shuffled", 1).safe)
+    unrelated = arm(data, "unrelated", 0)
+    assert torch.equal(unrelated.safe, data["train.unrelated"])
+    assert (cosine(matched.directions.unit, unrelated.directions.unit)[1:] < 0.999).all()
+
+
+def naive_d(a, b):
+    mean = lambda x: sum(x) / len(x)  # noqa: E731
+    squares = sum((x - mean(a)) ** 2 for x in a) + sum((x - mean(b)) ** 2 for x in b)
+    return (mean(a) - mean(b)) / math.sqrt(squares / (len(a) + len(b) - 2))
+
+
+def test_cohens_d_equals_the_naive_loop():
+    harmful, safe = 100 + 2 * random(9, 3), 99 + random(14, 3, seed=1)
+    found = cohens_d(harmful, safe)
+    for layer in range(3):
+        assert float(found[layer]) == pytest.approx(naive_d(harmful[:, layer].tolist(), safe[:, layer].tolist()), rel=1e-9)
+    assert cohens_d(torch.ones(4), torch.ones(3)).isnan()
+
+
+def test_project_equals_the_naive_loop():
+    r, unit = random(5, 3, 8), random(3, 8, seed=1, dtype=torch.float64)
+    naive = [
+        [sum(float(x) * float(y) for x, y in zip(r[n, layer], unit[layer], strict=True)) for layer in range(3)] for n in range(5)
+    ]
+    assert torch.allclose(project(r, unit), torch.tensor(naive, dtype=torch.float64), atol=1e-12)
+
+
+def test_cosines():
+    a, b = (random(6, seed=seed, dtype=torch.float64) for seed in (2, 3))
+    naive = float(np.dot(a, b) / np.linalg.norm(a) / np.linalg.norm(b))
+    assert float(cosine(a, 7 * b)) == pytest.approx(naive, rel=1e-12)
+    assert cosine(a, 0 * a).isnan()
+    units = torch.tensor([[1.0, 0.0], [3.0, 4.0], [-2.0, 0.0]])
+    assert torch.allclose(
+        cross_layer_cosine(units), torch.tensor([[1, 0.6, -1], [0.6, 1, -0.6], [-1, -0.6, 1]], dtype=torch.float64)
+    )
+
+
+def test_spectrum_equals_numpys_svd():
+    differences = random(20, 7) + 2
+    values = np.linalg.svd(differences.double().numpy(), compute_uv=False) ** 2
+    np.testing.assert_allclose(spectrum(differences).numpy(), values / values.sum(), rtol=1e-9)
+    # Uncentred: a common offset is the first singular vector, not removed.
+    assert spectrum(differences + 50)[0] > 0.99
+
+
+def test_effective_rank_of_known_shapes():
+    line = torch.outer(random(200), random(9, seed=1))
+    assert effective_rank(spectrum(line)) == pytest.approx(1)
+    assert effective_rank(torch.full((5,), 0.2)) == pytest.approx(5)
+    ball = effective_rank(spectrum(random(20000, 9)))
+    assert 8.9 < ball <= 9
+    assert effective_rank(spectrum(random(20000, 9) * torch.tensor([1, 1, 1, 0, 0, 0, 0, 0, 0]))) == pytest.approx(3, abs=0.05)
+
+
+def test_sign_flip_null_equals_all_flips():
+    """Four pairs have sixteen ways to flip: the null is drawn from exactly these, each as often as the others."""
+    differences = random(4, 3) + torch.tensor([1.0, 0, 0])
+    every = sorted(
+        {
+            round(
+                float(
+                    np.linalg.norm((np.array([[1 - 2 * (k >> i & 1)] for i in range(4)]) * differences.double().numpy()).mean(0))
+                ),
+                9,
+            )
+            for k in range(16)
+        }
+    )
+    drawn = [round(x, 9) for x in sign_flip_null(differences, 8000, 0).tolist()]
+    assert sorted(set(drawn)) == pytest.approx(every)
+    shares = [drawn.count(x) / 8000 for x in sorted(set(drawn))]
+    assert len(shares) == 8 and max(abs(share - 1 / 8) for share in shares) < 0.02  # a flip and its mirror are as long
+
+
+def test_sign_flips_tell_agreement_from_none():
+    nothing, common = random(100, 20), random(100, 20) + 0.5
+    for differences, agrees in ((nothing, False), (common, True)):
+        above = float(differences.double().mean(0).norm()) > float(sign_flip_null(differences, 1000, 0).quantile(0.95))
+        assert above is agrees
+
+
+@pytest.mark.parametrize("paired", [True, False])
+def test_bootstrap_unit_has_the_spread_of_naive_resampling(paired):
+    n, m = 30, 30 if paired else 45
+    shared = 3 * random(n, 1, 6, seed=5)  # what the halves of a pair have in common: only whole pairs cancel it
+    harmful = random(n, 2, 6, seed=6) + shared + 1
+    safe = random(m, 2, 6, seed=7) + (shared if paired else 0)
+    found = bootstrap_unit(harmful, safe, 3000, 0, paired)
+    assert found.shape == (3000, 2, 6)
+    assert torch.allclose(found.norm(dim=-1), torch.ones(3000, 2, dtype=torch.float64))
+    rng = np.random.default_rng(0)
+    naive = []
+    for _ in range(3000):
+        rows = rng.integers(0, n, n)
+        others = rows if paired else rng.integers(0, m, m)
+        d = harmful.double().numpy()[rows].mean(0) - safe.double().numpy()[others].mean(0)
+        naive.append(d / np.linalg.norm(d, axis=-1, keepdims=True))
+    naive = np.stack(naive)
+    np.testing.assert_allclose(found.mean(0).numpy(), naive.mean(0), atol=0.02)
+    np.testing.assert_allclose(found.std(0).numpy(), naive.std(0), rtol=0.12, atol=2e-3)
+    if paired:  # a bootstrap that broke pairs would be much wider
+        assert bootstrap_unit(harmful, safe, 3000, 0, False).std(0).mean() > 1.5 * found.std(0).mean()
+
+
+def test_separation_interval_equals_naive_resampling_of_topics():
+    topics = [f"topic {i % 5}" for i in range(30)]
+    level = 3 * random(5, 2, seed=3)[[i % 5 for i in range(30)]]
+    harmful = 1000 + (random(30, 2, seed=1) + level + 2).double()  # far from zero: squares would lose digits
+    safe = 1000 + (random(30, 2, seed=2) - level).double()
+    low, high = _separation_interval(harmful, safe, topics, 400, 7)
+    drawn = torch.randint(0, 5, (400, 5), generator=torch.Generator().manual_seed(7)).tolist()  # the same resamples
+    for layer in range(2):
+        naive = []
+        for topic_numbers in drawn:
+            rows = [i for number in topic_numbers for i in range(30) if i % 5 == number]
+            naive.append(naive_d(harmful[rows, layer].tolist(), safe[rows, layer].tolist()))
+        wanted = np.quantile(naive, [0.025, 0.975])
+        np.testing.assert_allclose([float(low[layer]), float(high[layer])], wanted, rtol=1e-9)
+
+
+def test_separation_interval_covers():
+    """A true d of 1.5, 60 topics: about 95 % of the intervals hold it (400 layers are as many samples)."""
+    n = 120
+    harmful, safe = random(n, 400, seed=1, dtype=torch.float64) + 1.5, random(n, 400, seed=2, dtype=torch.float64)
+    low, high = _separation_interval(harmful, safe, [i // 2 for i in range(n)], 400, 0)
+    covered = float(((low <= 1.5) & (high >= 1.5)).double().mean())
+    assert 0.91 < covered < 0.98
+
+
+def told(data, pairing="matched", topics=None, **counts):
+    reference = arm(data, "matched", 0).directions
+    topics = [f"topic {i % 8}" for i in range(len(data["val.harmful"]))] if topics is None else topics
+    return describe(arm(data, pairing, 0), data, pairing, reference, topics, *counts.get("n", (50, 50)), 0)
+
+
+@pytest.mark.parametrize("pairing", ["matched", "shuffled", "unrelated"])
+def test_describe_says_what_the_parts_say(pairing):
+    data = activations()
+    found = told(data, pairing)
+    a = arm(data, pairing, 0)
+    d_val = [
+        naive_d(*[(data[f"val.{side}"][:, layer].double() @ a.directions.unit[layer]).tolist() for side in ("harmful", "safe")])
+        for layer in (1, 2, 3)
+    ]
+    assert found["separation"][0] is None and found["separation"][1:] == pytest.approx(d_val)  # matched val whatever was fitted
+    assert found["separation_in_sample"][1:] == pytest.approx(
+        [
+            naive_d(*[(side[:, layer].double() @ a.directions.unit[layer]).tolist() for side in (a.harmful, a.safe)])
+            for layer in (1, 2, 3)
+        ]
+    )
+    assert found["layers"] == [1, 2, 3] and found["separation_first"] == found["separation"][1]
+    assert found["peak_separation"] == pytest.approx(max(d_val)) and found["peak_layer"] == 1 + d_val.index(max(d_val))
+    assert found["separation_last_half_min"] == pytest.approx(min(d_val[1:]))
+    assert found["cosine_to_sequential"][0] is None
+    assert found["cosine_to_sequential_min"] == min(found["cosine_to_sequential"][1:])
+    assert (found["cosine_to_sequential_min"] > 1 - 1e-12) is (pairing != "unrelated")
+    assert all(
+        low < value < high
+        for low, value, high in list(zip(found["separation_low"], found["separation"], found["separation_high"], strict=True))[1:]
+    )
+    assert ("spectrum" in found) is (pairing != "unrelated")
+    assert found["cross_layer_cosine"][0] == [None] * 4 and found["cross_layer_cosine"][2][2] == pytest.approx(1)
+
+
+def assert_sane(found):
+    """No NaN and no infinity, nor one dressed up as the largest float; an interval only where there is a value."""
+    text = json.dumps(found, allow_nan=False)
+    assert "e+308" not in text
+    for value, low, high in zip(found["separation"], found["separation_low"], found["separation_high"], strict=True):
+        assert value is not None or (low is None and high is None)
+    json.dumps(rows_of({"sequential-matched": found}), allow_nan=False)
+
+
+def test_ordinary_input_has_no_nan():
+    assert_sane(told(activations()))
+
+
+def test_one_prompt_a_set():
+    found = told({name: rows[:1] for name, rows in activations().items()})
+    assert found["separation"] == [None] * 4 and found["peak_layer"] is None and found["layers"] == [1, 2, 3]
+    assert_sane(found)
+
+
+def test_two_prompts_a_set():
+    found = told({name: rows[:2] for name, rows in activations().items()})
+    assert found["separation"][1] is not None
+    assert_sane(found)
+
+
+def test_equal_prompts():
+    data = activations()
+    found = told({name: rows[:1].expand(len(rows), -1, -1) for name, rows in data.items()})
+    assert found["layers"] == [1, 2, 3] and found["separation"] == [None] * 4  # no spread: no effect size
+    assert_sane(found)
+
+
+def test_harmful_equal_to_safe():
+    data = activations()
+    same = copy.copy(data) | {"train.harmful": data["train.safe"], "val.harmful": data["val.safe"]}
+    found = told(same)
+    assert found["layers"] == [] and found["peak_separation"] is None and found["separation_first"] is None
+    assert found["norm"] == [None] * 4 and found["spectrum"] == [None] * 4
+    assert_sane(found)
+
+
+def test_one_topic_in_val():
+    found = told(activations(), topics=["same"] * 24)
+    assert_sane(found)

@@ -1,0 +1,67 @@
+import csv
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+PLOTS = {name: plot for entry in yaml.safe_load((ROOT / "dvc.yaml").read_text())["plots"] for name, plot in entry.items()}
+
+
+def _fields(spec) -> set[str]:
+    if isinstance(spec, dict):
+        own = {spec["field"]} if isinstance(spec.get("field"), str) else set()
+        return own | {field for item in spec.values() for field in _fields(item)}
+    return {field for item in spec for field in _fields(item)} if isinstance(spec, list) else set()
+
+
+@pytest.mark.parametrize("name", PLOTS)
+def test_a_plot_reads_columns_that_are_there_and_names_its_axes(name):
+    plot = PLOTS[name]
+    (path, y), *none = plot["y"].items()
+    with (ROOT / path).open(encoding="utf-8", newline="") as file:
+        columns = set(next(csv.reader(file)))
+    template = json.loads((ROOT / ".dvc" / "plots" / f"{plot['template']}.json").read_text(encoding="utf-8"))
+    assert not none and {plot["x"], y} <= columns and plot["title"] and plot["x_label"] and plot["y_label"]
+    assert {field for field in _fields(template) if not field.startswith("<DVC")} <= columns | {"rev"}
+    # Values of a CSV arrive as text.
+    assert set(template["data"]["format"]["parse"]) <= columns
+
+
+def test_plots_are_drawn_without_a_network(tmp_path):
+    pytest.importorskip("vl_convert", reason="vl-convert-python is not installed")
+    chromium = shutil.which("chromium")
+    if not chromium:
+        pytest.skip("chromium is not installed")
+    from refusal.report.plots_page import plots_page
+
+    page = plots_page()
+    assert (
+        "cdn" not in page.split("<script>")[0] and "{plot_divs}" in page and page.count("<script") == page.count("</script>") == 1
+    )
+    problems = "addEventListener('error', (e) => document.documentElement.setAttribute('data-problem', e.message));"
+    (tmp_path / "page.html").write_text(page.replace("<script>", f"<script>{problems}</script><script>", 1), encoding="utf-8")
+    for name in ("dvc.yaml", "params.yaml"):
+        shutil.copyfile(ROOT / name, tmp_path / name)
+    shutil.copytree(ROOT / "plots", tmp_path / "plots")
+    dvc = [sys.executable, "-m", "dvc"]
+    subprocess.run([*dvc, "init", "--no-scm", "-q"], cwd=tmp_path, check=True)
+    shutil.copytree(ROOT / ".dvc" / "plots", tmp_path / ".dvc" / "plots", dirs_exist_ok=True)
+    subprocess.run([*dvc, "plots", "show", "--html-template", str(tmp_path / "page.html"), "-o", "out"], cwd=tmp_path, check=True)
+    flags = "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-component-update"
+    url = (tmp_path / "out" / "index.html").as_uri()
+    command = [
+        chromium,
+        *flags.split(),
+        "--disable-sync",
+        f"--user-data-dir={tmp_path / 'profile'}",
+        "--virtual-time-budget=8000",
+    ]
+    seen = subprocess.run([*command, "--dump-dom", url], capture_output=True, text=True, timeout=120).stdout
+    assert not re.search(r'data-problem="[^"]*"', seen.split("<head>")[0]), seen[:300]
+    assert len(re.findall(r"<(?:canvas|svg)\b[^>]*\bmarks\b", seen)) == len(PLOTS)
