@@ -96,7 +96,7 @@ BAD = [  # changes, the key that must be named, and what else must be said
     ({"ablation.kind": "affine", "ablation.sites": "writes"}, "ablation", "resid_pre alone"),
     ({"ablation.kind": "affine", "ablation.sites": "paper"}, "ablation", "resid_pre alone"),
     ({"ablation.sites": "resid_post"}, "ablation.sites", "'resid_post'"),
-    ({"benchmark.tasks": []}, "benchmark.tasks", "at least 1"),
+    ({"benchmark.suite": []}, "benchmark.suite", "at least 1"),
     ({"benchmark.limit": 0}, "benchmark.limit", "greater than or equal to 1"),
     ({"orthogonalize.include_embedding": "yes"}, "orthogonalize.include_embedding", "'yes'"),
     ({"select.top": 0}, "select.top", "greater than or equal to 1"),

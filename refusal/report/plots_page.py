@@ -33,7 +33,7 @@ def plots_page() -> str:
     from vl_convert import javascript_bundle
 
     # "</script" inside a string of the bundle would end the element.
-    return PAGE.format(scripts=javascript_bundle().replace("</script", "<\\/script"))
+    return PAGE.format(scripts=javascript_bundle(None).replace("</script", "<\\/script"))
 
 
 if __name__ == "__main__":
