@@ -195,12 +195,19 @@ class Evaluate(Section):
 
 
 class Benchmark(Section):
-    suite: Literal["organism", "standard"] | Annotated[list[str], Field(min_length=1)]
+    suite: str | list[str]
     apply_chat_template: bool
     batch_size: Count
     limit: Count | None
     n_resamples: Count
     seed: Seed
+
+    @field_validator("suite", mode="before")
+    @classmethod
+    def _suite(cls, value: object) -> object:
+        if value in ("organism", "standard") or (isinstance(value, list) and value and all(isinstance(v, str) for v in value)):
+            return value
+        raise ValueError(f"must be organism, standard, or a list of the names of lm-eval tasks (it is {value!r})")
 
 
 class Report(Section):
