@@ -1,5 +1,6 @@
 """Whole runs with DVC, on an organism too small to be any good: what runs, what comes out, what runs again."""
 
+import csv
 import json
 import math
 import os
@@ -57,8 +58,10 @@ def small(folder: Path) -> Path:
     params["compute"]["threads"] = 1
     (folder / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
     run(folder, "git", "init", "-q")
-    run(folder, "git", "-c", "user.name=t", "-c", "user.email=t@localhost", "add", "-A")
-    run(folder, "git", "-c", "user.name=t", "-c", "user.email=t@localhost", "commit", "-qm", "start")
+    run(folder, "git", "config", "user.name", "t")
+    run(folder, "git", "config", "user.email", "t@localhost")
+    run(folder, "git", "add", "-A")
+    run(folder, "git", "commit", "-qm", "start")
     return folder
 
 
@@ -123,6 +126,19 @@ def test_one_changed_parameter_reruns_what_depends_on_it(study, section, values,
     assert ran[0] == rerun[0] and set(ran) <= set(rerun)
     (folder / "params.yaml").write_text(before)
     assert set(stages_run(run(folder, "dvc", "repro"))) <= set(rerun)
+
+
+def test_a_queued_variant_shares_the_store_and_stands_beside_the_study(study):
+    folder, _ = study
+    run(folder, "git", "add", "-A")
+    run(folder, "git", "commit", "-qm", "results")
+    run(folder, "dvc", "exp", "run", "--queue", "-S", "sweep.method=batched_unmasked", "-S", "report.n_examples=2")
+    output = run(folder, "dvc", "exp", "run", "--run-all")
+    assert not {"prompts", "model", "directions"} & set(stages_run(output))  # shared with the study
+    rows = list(csv.DictReader(run(folder, "dvc", "exp", "show", "--csv").splitlines()))
+    assert [row["sweep.method"] for row in rows].count("batched_unmasked") == 1
+    # The copy that it ran in keeps no store of its own.
+    assert not list((folder / ".dvc" / "tmp").rglob("store.sqlite"))
 
 
 def test_bad_parameter_is_one_sentence_and_loses_nothing(study):
