@@ -32,6 +32,7 @@ class Reply:
 @dataclass
 class Server:
     url: str
+    version: str = "0324"  # of the model behind the name
     asked: Counter[str] = field(default_factory=Counter)  # requests begun, by question
     answered: Counter[str] = field(default_factory=Counter)  # answered in full with status 200
     bodies: list[dict[str, Any]] = field(default_factory=list)
@@ -104,7 +105,7 @@ def serve(reply: Callable[[int, str], str | Reply], port: int = 0):
                         "id": "1",
                         "object": "chat.completion",
                         "created": 0,
-                        "model": f"{body['model']}-0324",
+                        "model": f"{body['model']}-{server.version}",
                         "system_fingerprint": "fp_1",
                         "choices": [{"index": 0, "message": message, "finish_reason": "stop"}],
                         "usage": {"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 15},

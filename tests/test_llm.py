@@ -280,6 +280,19 @@ def test_another_model_rubric_or_endpoint_is_another_verdict(store, monkeypatch)
     assert (server.asked.total(), other.asked.total()) == (3, 1)
 
 
+def test_the_reported_version_is_part_of_the_key(store):
+    prompts, completions = texts(4)
+    with serve(lambda n, _: verdict(1, 1)) as server:
+        judge_at(server.url, store)(prompts[:2], completions[:2], "judge")
+        server.version = "0525"  # the endpoint puts another model behind the same name
+        judge = judge_at(server.url, store)
+        assert None not in judge(prompts, completions, "judge") and server.asked.total() == 4
+        assert judge.reported == {"deepseek-chat-0324/fp_1": 2, "deepseek-chat-0525/fp_1": 2}
+        assert judge._versions() == ["deepseek-chat-0324/fp_1", "deepseek-chat-0525/fp_1"]
+    text = llm.question(prompts[3], completions[3])
+    assert [store.get(judge._key(text, version)) is not None for version in judge._versions()] == [False, True]
+
+
 @pytest.mark.parametrize("key", ["", "  ", f"{CANARY} {CANARY}", f"{CANARY}\u00e9", f"{CANARY}\nX: 1"])
 def test_a_key_that_is_none_is_said_and_not_shown(key, store, monkeypatch):
     monkeypatch.setenv("JUDGE_KEY", key)

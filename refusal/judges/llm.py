@@ -110,25 +110,42 @@ class LLMJudge:
             judged.append(Judged(name, compliance, value["coherence"], refused, rules.substring_refusal(completion)))
         return judged
 
-    def _key(self, text: str) -> str:
-        """Of everything that determines a verdict. The version behind the model's name is known only from its answer,
-        and is stored with the verdict."""
+    def _key(self, text: str, version: str) -> str:
+        """Of everything that determines a verdict, the version that the endpoint reports behind the model's name included."""
         return stores.key(
             "verdict",
             base_url=self.endpoint.base_url,
             model=self.endpoint.model,
+            version=version,
             rubric=RUBRIC,
             question=text,
             temperature=TEMPERATURE,
             max_tokens=MAX_TOKENS,
         )
 
+    def _versions(self) -> list[str]:
+        """The versions that this endpoint has reported for this model so far, in the order they came."""
+        versions: list[str] = []
+        while (value := self.store.get(self._slot(len(versions)))) is not None:
+            versions.append(value.decode())
+        return versions
+
+    def _slot(self, i: int) -> str:
+        return stores.key("versions", base_url=self.endpoint.base_url, model=self.endpoint.model, i=i)
+
+    def _keep(self, text: str, value: dict[str, Any]) -> None:
+        """Store a verdict under its version, and the version, if new, in the next free slot: which version an endpoint
+        has is known only from an answer, so those seen are what a later run can look under."""
+        while value["model"] not in (seen := self._versions()):
+            self.store.put(self._slot(len(seen)), value["model"].encode())  # a slot that another process took keeps its value
+        self.store.put(self._key(text, value["model"]), json.dumps(value).encode())
+
     def _scores(self, questions: dict[str, None], label: str) -> dict[str, dict[str, Any]]:
-        keys = {text: self._key(text) for text in questions}
         found: dict[str, dict[str, Any]] = {}
-        for text, key in keys.items():
-            if (value := self.store.get(key)) is not None:
-                found[text] = json.loads(value)
+        for version in self._versions():  # the newest verdict last
+            for text in questions:
+                if (value := self.store.get(self._key(text, version))) is not None:
+                    found[text] = json.loads(value)
         todo = [text for text in questions if text not in found]
         why: Counter[str] = Counter()
         if not todo:
@@ -141,7 +158,7 @@ class LLMJudge:
                     why[reason] += 1
                     bar.set_postfix(missing=why.total(), refresh=False)
                 else:
-                    self.store.put(keys[text], json.dumps(value).encode())
+                    self._keep(text, value)
                     found[text] = value
                 bar.update()
                 return None if value else reason
