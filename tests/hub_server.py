@@ -94,9 +94,9 @@ def serve(hub: Hub) -> Iterator[Hub]:
             n = min(len(data), hub.cut.get(name, len(data)), hub.stall.get(name, len(data)))
             if name in hub.patience:
                 n, hub.patience[name] = (n if hub.patience[name] > 0 else 0), hub.patience[name] - 1
+            hub.sent[name] = hub.sent.get(name, 0) + n  # before the client can have them all and look
             self.wfile.write(data[:n])
             self.wfile.flush()
-            hub.sent[name] = hub.sent.get(name, 0) + n
             if name in hub.stall:
                 self.rfile.read(1)  # until the other side is gone
             self.close_connection = True
