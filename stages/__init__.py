@@ -45,6 +45,7 @@ def stage(main: Callable[..., str], online: "Callable[[Params], bool]" = lambda 
             file=sys.stderr,
         )
         sys.exit(1)
+    record(STORE / "runs.jsonl", name, params, time.monotonic() - started)
     print(f"{name}: {line} ({time.monotonic() - started:.0f} s)", flush=True)
 
 
@@ -68,6 +69,7 @@ _check_environment()
 
 from refusal.errors import RefusalError  # noqa: E402
 from refusal.params import Params, load_params  # noqa: E402
+from stages.record import record  # noqa: E402
 
 
 def _prepare(threads: int, online: bool) -> None:
