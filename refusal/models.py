@@ -44,7 +44,6 @@ def load_model(folder: Path, dtype: str = "float32", device: str = "cpu") -> Pre
             dtype=DTYPES[dtype],
             local_files_only=True,
             use_safetensors=True,
-            attn_implementation="sdpa",
             device_map="auto" if device == "auto" else None,
             output_loading_info=True,
         )
