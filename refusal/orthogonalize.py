@@ -18,6 +18,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from io import FileIO
 from pathlib import Path
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -57,7 +58,7 @@ class Edit:
     direction: Float[Tensor, " d_model"]  # unit; normalised once more in float64
     alpha: float
     include_embedding: bool = True
-    format: str = "safetensors"
+    format: Literal["safetensors", "lora"] = "safetensors"
 
 
 @dataclass
