@@ -6,6 +6,7 @@ import torch
 from safetensors import safe_open
 from transformers import PreTrainedModel
 
+from refusal.adapter import base_folder, merge
 from refusal.anatomy import anatomy_of
 from refusal.errors import RefusalError
 from refusal.models import load_model
@@ -41,8 +42,20 @@ class Resident:
         if any(parameter.is_meta for parameter in self.model.parameters()):
             self.model, self.worn = load_model(folder, self.dtype, self.device), folder
             return self.model
-        if _shapes(folder) | _shapes(self.base) != _shapes(folder):  # untied, it has an unembedding more
-            raise RefusalError(f"{folder}: holds other tensors than {self.base}, so it is no edit of it; run orthogonalize again")
+        base = base_folder(folder)
+        if base is not None:
+            self._put(base)
+            merge(self.model, folder, base)
+        else:
+            if _shapes(folder) | _shapes(self.base) != _shapes(folder):  # untied, it has an unembedding more
+                raise RefusalError(
+                    f"{folder}: holds other tensors than {self.base}, so it is no edit of it; run orthogonalize again"
+                )
+            self._put(folder)
+        self.worn = folder
+        return self.model
+
+    def _put(self, folder: Path) -> None:
         for shard in read_shards(folder):
             with safe_open(shard.path, "pt") as file:
                 for entry in shard.entries:
@@ -51,8 +64,6 @@ class Resident:
                     name, expert = self.anatomy.in_memory(entry.name)
                     parameter = self.model.get_parameter(name)
                     (parameter if expert is None else parameter[expert]).copy_(file.get_tensor(entry.name))
-        self.worn = folder
-        return self.model
 
 
 def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
