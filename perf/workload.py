@@ -3,6 +3,7 @@
 import os
 import platform
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -44,9 +45,9 @@ def model(dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        made = Qwen2ForCausalLM(config)
+        made: Any = Qwen2ForCausalLM(config)
     made.config._attn_implementation = "sdpa"
-    made.to(device=torch.device(device), dtype=dtype)
+    made.to(device, dtype)
     return made.eval().requires_grad_(False)
 
 

@@ -25,6 +25,7 @@ from torch import Tensor
 from refusal.anatomy import Anatomy, anatomy_of
 from refusal.errors import RefusalError
 from refusal.safetensors_file import (
+    DTYPES,
     INDEX,
     SINGLE,
     Entry,
@@ -39,7 +40,6 @@ from refusal.safetensors_file import (
     write_file,
 )
 
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _COPIED = (".json", ".jinja", ".txt", ".model", ".tiktoken")  # never pickles; other safetensors hold unedited weights
 _CHUNK = 1 << 22  # bytes: in and out of a cache, not of memory
 
@@ -156,7 +156,7 @@ class _Cell:
             self.untied = holder[anatomy.embedding_name]
         for shard, entry in holder.values():
             axis, n = self.axis(entry), len(entry.shape)
-            if axis is not None and (entry.dtype not in _DTYPES or n < -axis or entry.shape[axis] != anatomy.d_model):
+            if axis is not None and (entry.dtype not in DTYPES or n < -axis or entry.shape[axis] != anatomy.d_model):
                 raise RefusalError(
                     f"{shard.where}: {entry.name} is {entry.dtype} {list(entry.shape)}, not floats of width "
                     f"{anatomy.d_model} as config.json's hidden_size says: use an unquantized checkpoint."
@@ -244,7 +244,7 @@ def _write_shard(shard: Shard, cells: list[_Cell]) -> None:
 
 def _edit_columns(reader: Reader, entry: Entry, editing: list, copying: list[FileIO]) -> None:
     """W - alpha v v^T W for [..., d_model, in], one matrix in memory at a time."""
-    dtype = _DTYPES[entry.dtype]
+    dtype = DTYPES[entry.dtype]
     *lead, d_model, width = entry.shape
     step = max(1, _CHUNK // max(1, width * dtype.itemsize))
     for _ in range(math.prod(lead)):
@@ -272,7 +272,7 @@ def _edit_columns(reader: Reader, entry: Entry, editing: list, copying: list[Fil
 
 def _edit_rows(reader: Reader, entry: Entry, editing: list, copying: list[FileIO]) -> None:
     """E - alpha E v v^T for [..., d_model], some rows in memory at a time; and the plain copy of any tensor."""
-    dtype = _DTYPES[entry.dtype] if editing else torch.uint8
+    dtype = DTYPES[entry.dtype] if editing else torch.uint8
     row = entry.shape[-1] * dtype.itemsize if editing else 1
     step = max(1, _CHUNK // row) * row
     for begin in range(0, entry.n_bytes, step):

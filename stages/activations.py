@@ -11,45 +11,26 @@ BASE, OUT = Path("models/base"), Path("data/activations")
 
 def main(params: Params, method: str) -> str:
     torch_ready(params)
-    import torch
-    from safetensors.torch import load, save, save_file
-
-    from refusal import activations, anatomy
-    from refusal.activations import batches, last_token_resid_pre
+    from refusal.collection import collect
     from refusal.models import encode_chats, load_model, load_tokenizer, weights_hash
-    from refusal.store import Store, key
+    from refusal.store import Store
 
     pairs = read_jsonl(Path("data/prompts/pairs.jsonl"))
     unrelated = read_jsonl(Path("data/prompts/unrelated.jsonl"))
+    model = load_model(BASE, params.model.dtype, params.model.device)
+    tokenizer = load_tokenizer(BASE)
     sets = {
-        f"{split}.{name}": [row[field] for row in rows if row["split"] == split]
+        f"{split}.{name}": encode_chats(
+            tokenizer, [row[field] for row in rows if row["split"] == split], params.model.system_prompt
+        )
         for split in ("train", "val")
         for name, rows, field in (("harmful", pairs, "harmful"), ("safe", pairs, "safe"), ("unrelated", unrelated, "safe"))
     }
-    model = load_model(BASE, params.model.dtype, params.model.device)
-    tokenizer = load_tokenizer(BASE)
-    pad_id, weights, store = tokenizer.pad_token_id, weights_hash(BASE), Store(STORE / "store.sqlite")
-    collected = {}
-    for name, prompts in sets.items():
-        ids = encode_chats(tokenizer, prompts, params.model.system_prompt)
-        plan = batches([len(tokens) for tokens in ids], method, params.activations.batch_size)
-        shared = {"weights": weights, "method": method, "dtype": params.model.dtype, "device": params.model.device, "pad": pad_id}
-        jobs = [
-            (key("activations", activations, anatomy, **shared, ids=[ids[i] for i in batch]), [ids[i] for i in batch])
-            for batch in plan
-        ]
-
-        def compute(batch: list[list[int]]) -> bytes:
-            return save({"resid_pre": last_token_resid_pre(model, batch, method, pad_id)})
-
-        rows = torch.empty(len(ids), model.config.num_hidden_layers, model.config.hidden_size, dtype=model.dtype)
-        for batch, value in zip(plan, store.run(jobs, compute, f"{method} {name}"), strict=True):
-            rows[batch] = load(value)["resid_pre"]
-        collected[name] = rows
     OUT.mkdir(parents=True, exist_ok=True)
-    save_file(collected, OUT / f"{method}.safetensors")
-    n = sum(map(len, collected.values()))
-    return f"{method}: resid_pre of {n} prompts at {model.config.num_hidden_layers} layers, d_model {model.config.hidden_size}"
+    path, store = OUT / f"{method}.safetensors", Store(STORE / "store.sqlite")
+    collect(model, weights_hash(BASE), sets, method, tokenizer.pad_token_id, params.activations.batch_size, store, path)
+    n, n_layers, d_model = sum(map(len, sets.values())), model.config.num_hidden_layers, model.config.hidden_size
+    return f"{method}: resid_pre of {n} prompts at {n_layers} layers, d_model {d_model}"
 
 
 stage(main)
