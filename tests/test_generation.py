@@ -1,19 +1,29 @@
 """Greedy generation against transformers' own, and batches of interventions against each row alone, with no cache."""
 
+from itertools import combinations, pairwise
+
 import pytest
 import torch
 from tiny import tiny_direction, tiny_model
 
-from refusal.generation import generate
+from refusal import generation
+from refusal.anatomy import SUPPORTED
+from refusal.generation import generate, groups, shared_prefix
 from refusal.interventions import Addition, ablation, intervene
+from refusal.kv_cache import SlotCache
 
-MODELS = {
-    "qwen2": {},
-    "llama": {},
+LAYERS = ["sliding_attention", "full_attention", "sliding_attention"]
+UNTIED = {"tie_word_embeddings": False}  # tied, Gemma says the last token again for ever
+OVERRIDES = {
     "mistral": {"sliding_window": 4},
-    "gemma2": {"sliding_window": 4, "tie_word_embeddings": False},  # tied, it says the last token again for ever
-    "qwen3": {},
+    "mixtral": {"sliding_window": 4},
+    "phi3": {"sliding_window": 4},
+    "gemma": UNTIED,
+    "gemma2": {"sliding_window": 4, "layer_types": LAYERS, **UNTIED},
+    "gemma3_text": {"sliding_window": 4, "layer_types": LAYERS, **UNTIED},
+    "qwen3": {"use_sliding_window": True, "sliding_window": 5, "layer_types": LAYERS},
 }
+MODELS = {name: OVERRIDES.get(name, {}) for name in SUPPORTED}
 LENGTHS = (7, 3, 12, 7, 1, 9, 5, 2)
 N_NEW = 14
 
@@ -134,6 +144,125 @@ def test_a_row_does_not_depend_on_its_neighbours(model):
     assert together == [generate(model, [ids], {5, 17}, N_NEW, 0)[0] for ids in PROMPTS]
     assert together == generate(model, PROMPTS, {5, 17}, N_NEW, 77)  # nor on which token pads
     assert together[::-1] == generate(model, PROMPTS[::-1], {5, 17}, N_NEW, 0)
+
+
+SHARED = [3, 70, 41, 8, 55]
+ENTERING = [[*SHARED, *tail] for tail in random_prompts((4, 1, 9, 4, 6, 1, 2, 6, 12, 4, 3), seed=1)]
+CELL = [0, 1, 2, 0, 1, 2, 0, 1, 2, 0, 1]
+
+
+@pytest.fixture(params=[1, 64], ids=["prefix apart, rows of one length", "no prefix, padded"])
+def forward_cost(request, monkeypatch):
+    monkeypatch.setattr(generation, "FORWARD", request.param)
+    return request.param
+
+
+@pytest.fixture
+def moves(monkeypatch):
+    """The calls that move rows and the window of columns."""
+    called = []
+    for name in ("move_rows", "move_window"):
+        method = getattr(SlotCache, name)
+
+        def spy(self, *args, name=name, method=method):
+            called.append(name)
+            method(self, *args)
+
+        monkeypatch.setattr(SlotCache, name, spy)
+    return called
+
+
+def test_rows_enter_as_others_leave(model, forward_cost, moves):
+    """Two slots for eleven rows of three cells, each with its own addition: every row as if alone and without a cache."""
+    directions, alphas = tiny_direction(rows=3), torch.tensor([0.0, 1.0, 1.5])
+    vectors = 3 * tiny_direction(rows=3, seed=7)
+    vectors -= (vectors * directions).sum(-1, keepdim=True) * directions  # so that it does not matter which acts first
+    how = [{"edit": (directions[c], float(alphas[c]), "resid_pre"), "vector": vectors[c], "layer": 1} for c in CELL]
+    stop = chosen_stops(model, [naive(model, ids, (), **h) for ids, h in zip(ENTERING, how, strict=True)])
+    wanted = [naive(model, ids, stop, **h) for ids, h in zip(ENTERING, how, strict=True)]
+    assert len({len(run) for run in wanted}) > 2
+    edit, add = ablation(directions, alphas, "resid_pre"), Addition(vectors, 1)
+    for slots in (2, 4):
+        assert generate(model, ENTERING, stop, N_NEW, 0, edit, add, CELL, slots) == wanted
+    assert set(moves) == {"move_rows", "move_window"}
+    assert generate(model, ENTERING, stop, N_NEW, 0, edit, add, CELL) == wanted  # the tables are as constructed still
+
+
+@pytest.mark.parametrize("sites", ["paper", "writes"])
+def test_cells_share_slots_at_other_sites(model, sites, forward_cost):
+    directions, alphas = tiny_direction(rows=3), torch.tensor([0.5, 1.0, 1.5])
+    wanted = [naive(model, ids, (), edit=(directions[c], float(alphas[c]), sites)) for ids, c in zip(ENTERING, CELL, strict=True)]
+    assert generate(model, ENTERING, (), N_NEW, 0, ablation(directions, alphas, sites), rows=CELL, slots=4) == wanted
+
+
+@pytest.fixture
+def counted(model):
+    """Tokens of each forward, and logits of each."""
+    tokens, logits = [], []
+    handles = [
+        model.model.register_forward_pre_hook(
+            lambda _m, _a, kwargs: tokens.append(kwargs["input_ids"].numel()), with_kwargs=True
+        ),
+        model.lm_head.register_forward_hook(lambda _m, _a, out: logits.append(out[..., 0].numel())),
+    ]
+    yield tokens, logits
+    for handle in handles:
+        handle.remove()
+
+
+@pytest.mark.parametrize("model", ["qwen2", "gemma3_text"], indirect=True)
+def test_counts_are_the_closed_form(model, counted, monkeypatch):
+    """With slots for 4 of 8 rows, and prompts in two groups of equal length that fill them."""
+    monkeypatch.setattr(generation, "FORWARD", 1)
+    tokens, logits = counted
+    prompts = [[*SHARED, *tail] for tail in random_prompts((3, 6, 6, 3, 3, 6, 3, 6), seed=2)]
+    generate(model, prompts, (), N_NEW, 0, ablation(tiny_direction(rows=2), torch.ones(2), "paper"), None, [0, 1] * 4, 4)
+    decoded = [4] * (2 * N_NEW)
+    # The common beginning once a cell; the rest of each prompt but its last token; each new token once.
+    assert sorted(tokens) == sorted([2 * 5, 4 * 2, 4 * 5, *decoded])
+    assert logits == decoded  # of one position of each row, and none at prefill
+    for counts in counted:
+        counts.clear()
+    generate(model, prompts, (), N_NEW, 0)  # each row a cell of its own: nothing is shared but the slots
+    assert sum(logits) == 8 * N_NEW and len(tokens) == 1 + 2 + N_NEW and sum(tokens) == 5 + 4 * 2 + 4 * 5 + 8 * N_NEW
+
+
+@pytest.mark.parametrize("model", ["qwen2"], indirect=True)
+def test_ended_rows_are_not_computed(model, counted):
+    tokens, logits = counted
+    free = [naive(model, ids, ()) for ids in PROMPTS]
+    stop = chosen_stops(model, free)
+    tokens.clear(), logits.clear()
+    ours = generate(model, PROMPTS, stop, N_NEW, 0)
+    # A row that ends by a stop token has computed it too.
+    assert sum(logits) == sum(min(len(run) + 1, N_NEW) for run in ours) < len(PROMPTS) * N_NEW
+    assert logits == sorted(logits, reverse=True)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_groups_cost_least(seed):
+    generator = torch.Generator().manual_seed(seed)
+    n, forward = 1 + seed % 8, (0, 1, 5, 20)[seed % 4]
+    lengths = sorted(torch.randint(0, 12, (n,), generator=generator).tolist())
+
+    def cost(parts):
+        return sum(forward + (last - first) * lengths[last - 1] for first, last in parts)
+
+    found = groups(lengths, forward)
+    assert [i for first, last in found for i in range(first, last)] == list(range(n))
+    cuts = [(0, *chosen, n) for k in range(n) for chosen in combinations(range(1, n), k)]
+    assert cost(found) == min(cost(list(pairwise(c))) for c in cuts)
+
+
+def test_shared_prefix_leaves_every_prompt_a_token():
+    assert shared_prefix([[1, 2, 3], [1, 2, 4, 5]]) == [1, 2]
+    assert shared_prefix([[1, 2], [1, 2, 3]]) == [1]
+    assert shared_prefix([[7, 8]]) == [7] and shared_prefix([[7], [7, 8]]) == [] == shared_prefix([[1, 2], [3, 2]])
+
+
+def test_no_prompts_and_no_tokens():
+    model = tiny_model("qwen2")
+    assert generate(model, [], (), 3, 0) == [] and generate(model, PROMPTS, (), 0, 0) == [[]] * len(PROMPTS)
 
 
 def test_limits(model):
