@@ -28,7 +28,11 @@ def test_a_plot_reads_columns_that_are_there_and_names_its_axes(name):
         columns = set(next(csv.reader(file)))
     template = json.loads((ROOT / ".dvc" / "plots" / f"{plot['template']}.json").read_text(encoding="utf-8"))
     assert not none and {plot["x"], y} <= columns and plot["title"] and plot["x_label"] and plot["y_label"]
-    assert {field for field in _fields(template) if not field.startswith("<DVC")} <= columns | {"rev"}
+    made = {column["as"] for step in template.get("transform", []) for column in step.get("window", [])}
+    assert {field for field in _fields(template) if not field.startswith("<DVC")} <= columns | {"rev"} | made
+    # A facet sorts revisions by name unless told otherwise; `dvc plots diff A B` reads A, then B.
+    facets = [facet for facet in template.get("facet", {}).values() if facet["field"] == "rev"]
+    assert all(facet["sort"] == {"field": "order", "op": "min"} and "order" in made for facet in facets)
     # Values of a CSV arrive as text.
     assert set(template["data"]["format"]["parse"]) <= columns
 
