@@ -6,7 +6,7 @@ READY := .venv/ready
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export VIRTUAL_ENV := $(CURDIR)/.venv
 
-.PHONY: help setup repro test plots slow lint lock
+.PHONY: help setup repro compare picture test plots slow lint lock
 
 help: ## what can be made
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -18,6 +18,12 @@ repro: $(READY) ## set up and run the complete study
 
 test: $(READY) ## set up and run the tests
 	python -m pytest -q
+
+compare: $(READY) ## every variant beside the others: report/variants.html
+	set -o pipefail; dvc exp show --json | python -m refusal.report.variants report/variants.html metrics/evaluate.json
+
+picture: $(READY) ## the picture in the README, docs/result.svg, from committed figures
+	python -m refusal.report.picture plots/separation.csv plots/sweep.csv metrics/evaluate.json docs/result.svg
 
 plots: $(READY) ## every plot as one page, dvc_plots/index.html
 	dvc plots show

@@ -43,6 +43,8 @@ class _Lines:
 class _LogBar(tqdm):
     """A bar in a log file: nothing for work of under two seconds, a line every quarter of a minute, a last line at the end."""
 
+    delay: float
+
     def close(self) -> None:
         if not self.disable and self._time() - self.start_t >= self.delay:
             self.delay = 0  # tqdm would leave out the last line of a bar that no update has shown yet
