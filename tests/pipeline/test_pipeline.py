@@ -72,9 +72,9 @@ def change(folder: Path, section: str, **values: object) -> None:
 
 
 @pytest.fixture(scope="module")
-def study(tmp_path_factory):
-    folder = small(copy(tmp_path_factory.mktemp("study")))
-    output = run(folder, "dvc", "repro")
+def study(finished, tmp_path_factory):
+    original, output = finished
+    folder = shutil.copytree(original, tmp_path_factory.mktemp("pipeline") / "study", symlinks=True)
     return folder, stages_run(output)
 
 
