@@ -14,6 +14,7 @@ for key, value in {
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from browser import browser, opened  # noqa: E402, F401
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -2,9 +2,9 @@ import html
 import itertools
 import json
 import re
-import shutil
 
 import pytest
+from browser import serious
 
 from refusal.errors import RefusalError
 from refusal.report.charts import Point, Series, lines, ticks
@@ -292,42 +292,6 @@ def test_lines_draws_one_point_and_none_and_escapes():
     assert "<img" not in made and "nan" not in made
 
 
-@pytest.fixture(scope="module")
-def browser():
-    """Debian's chromium, headless, driven by Playwright."""
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    chromium = shutil.which("chromium")
-    if not chromium:
-        pytest.skip("chromium is not installed")
-    with playwright.sync_playwright() as driver:
-        running = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        yield running
-        running.close()
-
-
-@pytest.fixture
-def opened(browser, tmp_path):
-    """Opens a page's text at a width, in light or dark; `said` collects what it asks for, logs or throws."""
-    contexts = []
-
-    def show(text: str, width: int = 1600, scheme: str = "light"):
-        (tmp_path / "page.html").write_text(text, encoding="utf-8")
-        contexts.append(browser.new_context(viewport={"width": width, "height": 1000}, color_scheme=scheme))
-        tab = contexts[-1].new_page()
-        tab.said = []
-        tab.on("request", lambda request: tab.said.append(f"asked for {request.url}"))
-        tab.on("console", lambda message: tab.said.append(message.text))
-        tab.on("pageerror", lambda error: tab.said.append(str(error)))
-        tab.on("dialog", lambda dialog: (tab.said.append(f"alert {dialog.message}"), dialog.dismiss()))
-        tab.goto((tmp_path / "page.html").as_uri())
-        assert tab.said.pop(0) == f"asked for {(tmp_path / 'page.html').as_uri()}"
-        return tab
-
-    yield show
-    for context in contexts:
-        context.close()
-
-
 def cells(tab) -> list[str]:
     """The cells that are pressed, then the one in focus."""
     pressed = [cell.get_attribute("data-cell") for cell in tab.locator('[aria-pressed="true"]').all()]
@@ -417,16 +381,6 @@ def test_what_a_screen_reader_is_told(opened):
         "status: 9 of 9 prompts",
     ):
         assert words in told, told
-
-
-SERIOUS = ("serious", "critical")
-
-
-def serious(tab) -> list[tuple[str, str, list[str]]]:
-    """What axe-core finds of serious or critical impact: rule, help, and where."""
-    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe-playwright-python is not installed")
-    found = axe.Axe().run(tab).response["violations"]
-    return [(v["id"], v["help"], [node["html"][:200] for node in v["nodes"]]) for v in found if v["impact"] in SERIOUS]
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
