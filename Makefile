@@ -6,7 +6,7 @@ READY := .venv/ready
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export VIRTUAL_ENV := $(CURDIR)/.venv
 
-.PHONY: help setup repro compare picture test plots slow lint lock
+.PHONY: help setup repro plan compare picture test plots slow lint lock
 
 help: ## what can be made
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -15,6 +15,9 @@ setup: $(READY) ## create .venv with the pinned dependencies
 
 repro: $(READY) ## set up and run the complete study
 	dvc repro
+
+plan: $(READY) ## what a run will take: forward passes, tokens, judge calls, disk
+	python -m stages.plan
 
 test: $(READY) ## set up and run the tests
 	python -m pytest -q

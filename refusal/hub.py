@@ -42,8 +42,20 @@ def fetch(model_id: str, revision: str, cache: Path, look: Callable[[Path], obje
     `look` sees the folder when configuration and tokenizer are there and no weight yet: what it raises saves the download.
     Then the disk must have room for the weights and two copies more (the stage's output and DVC's cache).
 
+    Raises RefusalError as `peek` does, and for a full disk.
+    """
+    folder, commit, weights = peek(model_id, revision, cache)
+    look(folder)
+    _check_disk(folder, weights, model_id)
+    _get(model_id, commit, folder, weights)
+    return folder, commit
+
+
+def peek(model_id: str, revision: str, cache: Path) -> tuple[Path, str, dict[str, File]]:
+    """The checkpoint's folder with configuration and tokenizer in it, its commit, and the weights that are to be fetched.
+
     Raises RefusalError for a malformed id, an unknown or unpinned revision, a repository without safetensors, one
-    that needs a licence or a token, a full disk, no network, or offline mode without a complete copy in `cache`.
+    that needs a licence or a token, no network, or offline mode without these files in `cache`.
     """
     if not _ID.fullmatch(model_id):
         raise RefusalError(
@@ -75,14 +87,11 @@ def fetch(model_id: str, revision: str, cache: Path, look: Callable[[Path], obje
     folder.mkdir(exist_ok=True)
     small = [name for name in files if any(fnmatch(name, pattern) for pattern in SMALL)]
     _get(model_id, commit, folder, {name: files[name] for name in small})
-    look(folder)
     weights = [SINGLE] if SINGLE in files else sorted(set(read_json(folder, INDEX).get("weight_map", {}).values()))
     for name in weights:
         if name not in files:
             raise RefusalError(f"{model_id}@{revision}: {INDEX} names {name}, which the repository does not hold")
-    _check_disk(folder, {name: files[name] for name in weights}, model_id)
-    _get(model_id, commit, folder, {name: files[name] for name in weights})
-    return folder, commit
+    return folder, commit, {name: files[name] for name in weights}
 
 
 def _endpoint() -> str:

@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from refusal.errors import RefusalError
+from refusal.tally import watch
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 # Llama 3.2's template puts the day of the run into the system block: equal inputs must give equal bytes, so every day is
@@ -53,6 +54,7 @@ def load_model(folder: Path, dtype: str = "float32", device: str = "cpu") -> Pre
             )
     if device != "auto":
         model.to(device)
+    watch(model)
     return model.eval().requires_grad_(False)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from refusal import grammar
 from refusal.errors import RefusalError
+from refusal.params import Prompts
 
 SPLITS = ("train", "val", "test")
 MAX_PROMPT_CHARACTERS = 4000  # a request at the level of mention is one line
@@ -121,6 +122,24 @@ def grammar_unrelated(n: int, splits: dict[str, float], seed: int) -> list[dict[
         raise RefusalError(f"params.yaml: prompts.n_unrelated: the grammar has no {n} distinct safe requests; ask for fewer")
     rows = [(split, text, topic) for split in SPLITS for text, topic in found[split].items()]
     return [{"id": f"unrelated-{i:05d}", "split": s, "topic": t, "safe": text} for i, (s, text, t) in enumerate(rows)]
+
+
+def pairs_of(p: Prompts) -> list[dict[str, Any]]:
+    """The pairs that `prompts.source` names: the grammar's or a file's."""
+    splits = p.splits.model_dump()
+    if p.source == "grammar":
+        assert p.n_pairs is not None  # checked with the parameters
+        return grammar_pairs(p.n_pairs, splits, p.near_duplicate, p.seed)
+    return file_rows(Path(p.source), 2, p.n_pairs, splits, p.near_duplicate, p.seed)
+
+
+def unrelated_of(p: Prompts) -> list[dict[str, Any]]:
+    """The safe prompts without counterpart that `prompts.unrelated` names: the grammar's or a file's."""
+    splits = p.splits.model_dump()
+    if p.unrelated == "grammar":
+        assert p.n_unrelated is not None
+        return grammar_unrelated(p.n_unrelated, splits, p.seed)
+    return file_rows(Path(p.unrelated), 1, p.n_unrelated, splits, p.near_duplicate, p.seed)
 
 
 def share_out(n: int, shares: Sequence[float]) -> list[int]:

@@ -14,6 +14,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedTokenizerFast
+
 from refusal.errors import RefusalError
 from refusal.qwen1_tokenizer import CHATML, END, TURN_END, fast_tokenizer
 from refusal.safetensors_file import (
@@ -128,7 +130,7 @@ def convert(source: Path, target: Path) -> None:
     if [shard.name for shard in shards] != [SINGLE]:
         _write_json(target / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
     end, turn_end = tokenizer.encode(END + TURN_END).ids
-    _write_json(target / "config.json", _qwen2_config(config, _DTYPES[dtypes.pop()], end))
+    _write_json(target / "config.json", qwen2_config(config, _DTYPES[dtypes.pop()], end))
     _write_json(
         target / "generation_config.json",
         {"bos_token_id": end, "eos_token_id": [turn_end, end], "pad_token_id": end},
@@ -189,6 +191,19 @@ def read_config(source: Path) -> dict[str, Any]:
     return config
 
 
+def peek(source: Path) -> tuple[PreTrainedTokenizerFast, dict[str, Any]]:
+    """The tokenizer and the fields of config.json as `convert` will write them; weights need not be there yet."""
+    config = read_config(source)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=fast_tokenizer(real_file(source, RANKS)),
+        eos_token=TURN_END,
+        pad_token=END,
+        chat_template=CHATML,
+        model_max_length=config["seq_length"],
+    )
+    return tokenizer, qwen2_config(config, "bfloat16", tokenizer.convert_tokens_to_ids(END))
+
+
 def _tensors(c: dict[str, Any]) -> dict[str, list[int]]:
     """{name: shape} of all that a checkpoint of this config holds."""
     d, inner = c["hidden_size"], c["intermediate_size"] // 2  # the config counts both halves of the gated MLP
@@ -243,7 +258,7 @@ def _write_shard(shard: Shard, parts: list[tuple[str, Entry]], target: Path) -> 
                 write_all(out, reader.take(min(_CHUNK, entry.n_bytes - begin)).numpy())
 
 
-def _qwen2_config(c: dict[str, Any], dtype: str, end: int) -> dict[str, Any]:
+def qwen2_config(c: dict[str, Any], dtype: str, end: int) -> dict[str, Any]:
     same = ("hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
     return {
         "architectures": ["Qwen2ForCausalLM"],

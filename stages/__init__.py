@@ -46,6 +46,7 @@ def stage(main: Callable[..., str], online: "Callable[[Params], bool]" = lambda 
         )
         print(f"{name}: {said}", file=sys.stderr)
         sys.exit(1)
+    record(STORE / "runs.jsonl", name, params, time.monotonic() - started)
     print(f"{name}: {line} ({time.monotonic() - started:.0f} s)", flush=True)
 
 
@@ -90,6 +91,7 @@ _check_environment()
 
 from refusal.errors import RefusalError  # noqa: E402
 from refusal.params import Params, load_params  # noqa: E402
+from stages.record import record  # noqa: E402
 
 
 def _prepare(threads: int, online: bool) -> None:

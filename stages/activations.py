@@ -1,4 +1,4 @@
-"""activations: last-token `resid_pre` of every layer for train and val prompts, by one method (the DVC matrix's item)."""
+"""activations: last-token `resid_pre` of every layer for train and val prompts, by each method."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from stages import STORE, stage, torch_ready
 BASE, OUT = Path("models/base"), Path("data/activations")
 
 
-def main(params: Params, method: str) -> str:
+def main(params: Params) -> str:
     torch_ready(params)
     import torch
     from safetensors.torch import load, save, save_file
@@ -28,28 +28,35 @@ def main(params: Params, method: str) -> str:
     }
     model = load_model(BASE, params.model.dtype, params.model.device)
     tokenizer = load_tokenizer(BASE)
+    encoded = {name: encode_chats(tokenizer, prompts, params.model.system_prompt) for name, prompts in sets.items()}
     pad_id, weights, store = tokenizer.pad_token_id, weights_hash(BASE), Store(STORE / "store.sqlite")
-    collected = {}
-    for name, prompts in sets.items():
-        ids = encode_chats(tokenizer, prompts, params.model.system_prompt)
-        plan = batches([len(tokens) for tokens in ids], method, params.activations.batch_size)
-        shared = {"weights": weights, "method": method, "dtype": params.model.dtype, "device": params.model.device, "pad": pad_id}
-        jobs = [
-            (key("activations", activations, anatomy, **shared, ids=[ids[i] for i in batch]), [ids[i] for i in batch])
-            for batch in plan
-        ]
-
-        def compute(batch: list[list[int]]) -> bytes:
-            return save({"resid_pre": last_token_resid_pre(model, batch, method, pad_id)})
-
-        rows = torch.empty(len(ids), model.config.num_hidden_layers, model.config.hidden_size, dtype=model.dtype)
-        for batch, value in zip(plan, store.run(jobs, compute, f"{method} {name}"), strict=True):
-            rows[batch] = load(value)["resid_pre"]
-        collected[name] = rows
     OUT.mkdir(parents=True, exist_ok=True)
-    save_file(collected, OUT / f"{method}.safetensors")
-    n = sum(map(len, collected.values()))
-    return f"{method}: resid_pre of {n} prompts at {model.config.num_hidden_layers} layers, d_model {model.config.hidden_size}"
+    for method in params.activations.methods:
+        collected = {}
+        for name, ids in encoded.items():
+            plan = batches([len(tokens) for tokens in ids], method, params.activations.batch_size)
+            shared = {
+                "weights": weights,
+                "method": method,
+                "dtype": params.model.dtype,
+                "device": params.model.device,
+                "pad": pad_id,
+            }
+            jobs = [
+                (key("activations", activations, anatomy, **shared, ids=[ids[i] for i in batch]), [ids[i] for i in batch])
+                for batch in plan
+            ]
+
+            def compute(batch: list[list[int]], method: str = method) -> bytes:
+                return save({"resid_pre": last_token_resid_pre(model, batch, method, pad_id)})
+
+            rows = torch.empty(len(ids), model.config.num_hidden_layers, model.config.hidden_size, dtype=model.dtype)
+            for batch, value in zip(plan, store.run(jobs, compute, f"{method} {name}"), strict=True):
+                rows[batch] = load(value)["resid_pre"]
+            collected[name] = rows
+        save_file(collected, OUT / f"{method}.safetensors")
+    n, shape = sum(map(len, encoded.values())), f"{model.config.num_hidden_layers} layers, d_model {model.config.hidden_size}"
+    return f"{', '.join(params.activations.methods)}: resid_pre of {n} prompts at {shape}"
 
 
 stage(main)

@@ -5,7 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from refusal.params import Params
+from refusal.params import Params, Sites
 from refusal.tables import read_jsonl, write_jsonl
 from stages import STORE, read_json, stage, torch_ready, write_json, write_text
 
@@ -21,12 +21,13 @@ def main(params: Params) -> str:
     torch_ready(params)
     from safetensors.torch import load_file
 
+    from refusal.anatomy import anatomy_of
     from refusal.damage import cost
     from refusal.interventions import intervene
     from refusal.judges.panel import judge_with
     from refusal.models import encode_chats, load_model, load_tokenizer, stop_ids, weights_hash
     from refusal.store import Store
-    from refusal.sweep import BASELINE, ablation_of, complete, grid
+    from refusal.sweep import BASELINE, Cell, ablation_of, complete, grid
     from refusal.tables import csv_text
     from refusal.verdicts import difference, mean, present, rate, summary
     from refusal.verdicts import row as verdict_row
@@ -128,30 +129,30 @@ def main(params: Params) -> str:
     kept = [i for i, a in enumerate(answers) if a]
     clusters = [harmless[i]["topic"] for i in kept]
 
-    def costs(model: Any, arms: list, label: str) -> Mapping[str, float | None]:
+    def costs(model: Any, arms: list, label: str, sites: Sites = params.ablation.sites, of: Any = base) -> Mapping[str, Any]:
         if not kept:
             return {"cross_entropy": None, "kl": None}
         entropy, divergence = [], []
         for cell in arms:
-            key = [hashes[id(base)], hashes[id(model)], params.model.dtype, params.model.device]
-            edits = [] if cell.direction is None else [ablation_of([cell], params.ablation.sites)]
+            key = [hashes[id(of)], hashes[id(model)], params.model.dtype, params.model.device]
+            edits = [] if cell.direction is None else [ablation_of([cell], sites)]
             pair = cost(
                 model,
-                base,
+                of,
                 [safe_ids[i] for i in kept],
                 [answers[i] for i in kept],
                 pad_id,
                 s.batch_size,
                 store,
-                [*key, params.ablation.sites, cell.fingerprint()],
+                [*key, sites, cell.fingerprint()],
                 label,
                 partial(intervene, model, *edits),
             )
             entropy += pair[0]
             divergence += pair[1]
-        of = clusters * len(arms)
-        return mean("cross_entropy", entropy, of, e.n_resamples, e.seed, bounds=None) | mean(
-            "kl", divergence, of, e.n_resamples, e.seed, bounds=None
+        topics_of = clusters * len(arms)
+        return mean("cross_entropy", entropy, topics_of, e.n_resamples, e.seed, bounds=None) | mean(
+            "kl", divergence, topics_of, e.n_resamples, e.seed, bounds=None
         )
 
     metrics["n_harmless"] = len(kept)
@@ -162,6 +163,12 @@ def main(params: Params) -> str:
         ("random", base, randoms),
     ):
         metrics[arm] |= costs(model, arms, f"cost: {arm}")
+    # Edited weights equal run-time ablation at `writes` where no norm stands between writer and stream: by how much it fails.
+    metrics["identity"] = {"norm_after_writer": anatomy_of(base.config).norm_after_writer, "kl": None} | (
+        costs(base, [Cell("writes", layer, alpha, found["unit"][layer])], "cost: identity", "writes", edited)
+        if params.orthogonalize.include_embedding
+        else {}
+    )
     curve = [(0.0, costs(base, [BASELINE], "cost: alpha 0"))] + [
         (cell.alpha, costs(base, [cell], f"cost: alpha {cell.alpha}")) for cell in cells if cell.layer == layer
     ]

@@ -5,7 +5,7 @@ from collections import Counter
 from pathlib import Path
 
 from refusal.params import Params
-from refusal.prompts import file_rows, grammar_pairs, grammar_unrelated
+from refusal.prompts import pairs_of, unrelated_of
 from refusal.prompts_api import api_pairs, api_unrelated
 from refusal.store import Store
 from refusal.tables import write_jsonl
@@ -23,24 +23,18 @@ def main(params: Params) -> str:
                 f"prompts: {source} is not in {TRACKED}/, so DVC cannot see it change; after an edit run `dvc repro -f prompts`",
                 file=sys.stderr,
             )
-    if p.source == "grammar":
+    store = Store(STORE / "store.sqlite")
+    if p.source == "api":
         assert p.n_pairs is not None
-        pairs = grammar_pairs(p.n_pairs, splits, p.near_duplicate, p.seed)
-    elif p.source == "api":
-        assert p.n_pairs is not None
-        pairs = api_pairs(p.n_pairs, splits, p.near_duplicate, p.seed, p.api, Store(STORE / "store.sqlite"))
+        pairs = api_pairs(p.n_pairs, splits, p.near_duplicate, p.seed, p.api, store)
     else:
-        pairs = file_rows(Path(p.source), 2, p.n_pairs, splits, p.near_duplicate, p.seed)
-    if p.unrelated == "grammar":
-        assert p.n_unrelated is not None
-        unrelated = grammar_unrelated(p.n_unrelated, splits, p.seed)
-    elif p.unrelated == "api":
+        pairs = pairs_of(p)
+    if p.unrelated == "api":
         assert p.n_unrelated is not None
         others = [pair[half] for pair in pairs for half in ("harmful", "safe")]
-        store = Store(STORE / "store.sqlite")
         unrelated = api_unrelated(p.n_unrelated, splits, p.near_duplicate, p.seed, p.api, store, others)
     else:
-        unrelated = file_rows(Path(p.unrelated), 1, p.n_unrelated, splits, p.near_duplicate, p.seed)
+        unrelated = unrelated_of(p)
     OUT.mkdir(parents=True, exist_ok=True)
     write_jsonl(OUT / "pairs.jsonl", pairs)
     write_jsonl(OUT / "unrelated.jsonl", unrelated)

@@ -37,7 +37,7 @@ def _no_network(monkeypatch):
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory):
     """The folder of a small study that has run whole, in a Git repository of its own, and what `dvc repro` said. To be copied."""
-    from pipeline.test_pipeline import copy, run, small
+    from pipeline.study import copy, run, small
 
     folder = small(copy(tmp_path_factory.mktemp("finished") / "study"))
     return folder, run(folder, "dvc", "repro")

@@ -81,7 +81,7 @@ def test_in_a_browser(opened, width, scheme):
 
 
 def test_the_command_reads_the_metrics_of_each_revision(tmp_path, monkeypatch, capsys):
-    from pipeline.test_pipeline import run
+    from pipeline.study import run
 
     monkeypatch.chdir(tmp_path)
     for command in ("git init -q", "git config user.name t", "git config user.email t@localhost"):

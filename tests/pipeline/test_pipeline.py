@@ -3,79 +3,16 @@
 import csv
 import json
 import math
-import os
-import shutil
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import yaml
 
-ROOT = Path(__file__).parents[2]
-PLUMBING = {"errors", "params", "store", "tables", "__init__"}
+from pipeline.study import ROOT, change, run, stages_run
 
-
-def run(folder: Path, *command: str, ok: bool = True) -> str:
-    """Run a command of the environment in a folder; its output. The environment's programs come first on PATH."""
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    done = subprocess.run(command, cwd=folder, env={**os.environ, "PATH": path}, capture_output=True, text=True)
-    assert (done.returncode == 0) is ok, done.stdout[-4000:] + done.stderr[-4000:]
-    return done.stdout + done.stderr
-
-
-def stages_run(output: str) -> list[str]:
-    return [line.split("'")[1] for line in output.splitlines() if line.startswith("Running stage")]
-
-
-def copy(folder: Path) -> Path:
-    """The files of this repository as they are now, without results."""
-    names = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True)
-    for name in names.stdout.splitlines():
-        if (ROOT / name).is_file() and not name.startswith(("metrics/", "plots/")) and name != "dvc.lock":
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(ROOT / name, folder / name)
-    return folder
-
-
-def small(folder: Path) -> Path:
-    """A Git repository of a copy, with a small study in its params.yaml."""
-    params = yaml.safe_load((folder / "params.yaml").read_text())
-    params["prompts"] |= {"n_pairs": 60, "n_unrelated": 60}
-    params["organism"] |= {
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 2,
-        "ablation_layer": 2,
-    }
-    params["organism"]["phase_1"] |= {"steps": 60, "batch_size": 8}
-    params["organism"]["phase_2"] |= {"steps": 64, "batch_size": 8}
-    params["directions"] |= {"n_resamples": 20, "n_sign_flips": 20}
-    params["sweep"] |= {"alphas": [1.0, 2.0], "n_random": 1, "max_new_tokens": 6}
-    params["judge"]["n_resamples"] = params["evaluate"]["n_resamples"] = params["benchmark"]["n_resamples"] = 20
-    params["benchmark"] |= {"suite": ["organism_capitals"], "limit": 6}
-    params["compute"]["threads"] = 1
-    (folder / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
-    run(folder, "git", "init", "-q")
-    run(folder, "git", "config", "user.name", "t")
-    run(folder, "git", "config", "user.email", "t@localhost")
-    run(folder, "git", "add", "-A")
-    run(folder, "git", "commit", "-qm", "start")
-    return folder
-
-
-def change(folder: Path, section: str, **values: object) -> None:
-    params = yaml.safe_load((folder / "params.yaml").read_text())
-    params[section] |= values
-    (folder / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
-
-
-@pytest.fixture(scope="module")
-def study(finished, tmp_path_factory):
-    original, output = finished
-    folder = shutil.copytree(original, tmp_path_factory.mktemp("pipeline") / "study", symlinks=True)
-    return folder, stages_run(output)
+PLUMBING = {"errors", "params", "store", "tables", "tally", "record", "__init__"}
+# Stages that run the model, and whether what they take is known to the pass before they run.
+PASSES = {"model": False, "activations": True, "sweep": False, "evaluate": False}
 
 
 def numbers(value: object) -> list[float]:
@@ -90,9 +27,23 @@ def test_every_stage_runs_once_and_a_second_repro_does_nothing(study):
     folder, ran = study
     declared = list(yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"])
     assert {name.split("@")[0] for name in ran} == set(declared)
-    assert len(ran) == len(declared) + 2  # activations run once for each of three methods
+    assert len(ran) == len(declared)
     again = run(folder, "dvc", "repro")
     assert stages_run(again) == [] and "up to date" in again
+
+
+def test_the_plan_counts_what_runs(study):
+    folder, _ = study
+    plan = run(folder, sys.executable, "-m", "stages.plan")
+    planned = {line.split()[0]: line.split()[1:3] for line in plan.splitlines() if line.split()[0] in PASSES}
+    ran = [json.loads(line) for line in (folder / ".refusal-store/runs.jsonl").read_text().splitlines()]
+    for stage, exact in PASSES.items():
+        passes, tokens = (int(figure.replace(",", "")) for figure in planned[stage])
+        first = next(line for line in ran if line["stage"] == stage)
+        # Completions that end early take less than planned; texts that are read whole take just that.
+        assert first["passes"] == passes if exact else 0 < first["passes"] <= passes, stage
+        assert 0.2 * tokens < first["tokens"] <= 1.5 * tokens, stage  # padding is in the run's and not in the plan's
+    assert "2 a parameter and token" in plan and "GB of disk are free" in plan
 
 
 def test_metrics_hold_no_nan_and_every_cell(study):

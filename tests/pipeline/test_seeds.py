@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from pipeline.test_pipeline import ROOT, change, copy, run
+from pipeline.study import ROOT, change, copy, run
 
 
 @pytest.mark.slow

@@ -1,0 +1,155 @@
+"""What a run will take, counted from its parameters before anything is computed: forward passes, tokens, judge calls, disk.
+
+A *forward pass* is one prompt or document through the model once, or one new token of it: batches change how long that takes,
+not how much there is. New tokens are counted as if every completion were as long as it may be, so a run takes less.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from refusal.anatomy import Anatomy
+from refusal.benchmark import tasks_of
+from refusal.params import Params
+
+# (documents, requests a document, tokens a request) of the write-up's tasks. Documents: the split that lm-eval's task files
+# score, as the hub's dataset cards give their sizes. The other two were measured on 200 rows of each with Qwen's tokenizer.
+STANDARD = {
+    "arc_easy": (2376, 4.0, 32.2),
+    "arc_challenge": (1172, 4.0, 35.9),
+    "boolq": (3270, 2.0, 144.9),
+    "hellaswag": (10042, 4.0, 43.3),
+    "piqa": (1838, 2.0, 35.8),
+    "truthfulqa_mc1": (817, 5.1, 179.4),
+    "winogrande": (1267, 2.0, 22.1),
+}
+COPIES = 2  # of each output: the workspace's and DVC's cache's (one, where the file system shares blocks)
+
+
+@dataclass(frozen=True)
+class Size:
+    """What is known of a model before its weights are there. `n_bytes`: its weight files."""
+
+    n_parameters: int
+    n_bytes: int
+    anatomy: Anatomy
+    downloaded: int  # bytes still to fetch
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """How many prompts there are by `<split>.<harmful, safe or unrelated>` (the organism's `facts` too), and their tokens in the
+    model's chat format."""
+
+    n: Mapping[str, int]
+    tokens: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One stage's share. `calls`: requests to an endpoint that may cost money; `tokens` and `passes` None where unknown."""
+
+    stage: str
+    passes: int | None = 0
+    tokens: int | None = 0
+    calls: int = 0
+    n_bytes: int = 0
+    note: str = ""
+
+
+def steps(params: Params, size: Size, prompts: Prompts) -> list[Step]:
+    """The stages that cost something, in the pipeline's order.
+
+    `passes` and `tokens` are at most what the stage computes, and just that where every completion runs to
+    `sweep.max_new_tokens` and every layer but 0 has a direction; `calls` at most, since equal completions are asked about once.
+    """
+    s, n, t = params.sweep, prompts.n, prompts.tokens
+    width = {"float32": 4, "float16": 2, "bfloat16": 2}[params.model.dtype]
+    n_layers, new = size.anatomy.n_layers, s.max_new_tokens
+
+    def completed(sets: Sequence[str], arms: int = 1) -> tuple[int, int]:
+        """(passes, tokens) of greedy completions: a prefill gives the first new token, a pass each of the others."""
+        rows = arms * sum(n[name] for name in sets)
+        return rows * new, arms * sum(t[name] for name in sets) + rows * (new - 1)
+
+    def read(sets: Sequence[str], arms: int = 1, answers: int = 0) -> tuple[int, int]:
+        """(passes, tokens) of texts read once, with `answers` tokens after each."""
+        rows = arms * sum(n[name] for name in sets)
+        return rows, arms * sum(t[name] for name in sets) + rows * answers
+
+    def total(*parts: tuple[int, int]) -> tuple[int, int]:
+        return sum(p for p, _ in parts), sum(tokens for _, tokens in parts)
+
+    organism = params.model.id == "organism"
+    collected = [f"{split}.{part}" for split in ("train", "val") for part in ("harmful", "safe", "unrelated")]
+    layers = n_layers - 1 if s.layers is None else len(s.layers)  # layer 0 has no direction where the last token is the same
+    cells = 1 + s.n_random + layers * len(s.alphas)
+    test = ["test.harmful", "test.safe"]
+    passes = {
+        "model": total(completed(["val.harmful", "val.safe"]), completed(["val.harmful", "facts"]) if organism else (0, 0)),
+        "activations": read(collected, len(params.activations.methods)),
+        "sweep": completed(["val.harmful"], cells),
+        # Baseline, run time, weights and random directions; addition; then the cost on harmless text of each of these and
+        # of every alpha, and the identity, each beside the base model.
+        "evaluate": total(
+            completed(test, 3 + s.n_random),
+            completed(["test.safe"]),
+            completed(["test.unrelated"]),
+            read(["test.unrelated"], 2 * (3 + s.n_random + 1 + len(s.alphas) + params.orthogonalize.include_embedding), new),
+        ),
+    }
+    checkpoints = params.select.top + 1
+    documents = [_documents(task, params.benchmark.limit) for task in tasks_of(params.benchmark.suite)]
+    unknown = [task for task, found in zip(tasks_of(params.benchmark.suite), documents, strict=True) if found is None]
+    scored = [found for found in documents if found is not None]
+    judged = 0
+    if params.judge.kind == "llm":
+        judged = cells * n["val.harmful"], (3 + s.n_random) * (n["test.harmful"] + n["test.safe"]) + n["test.safe"]
+    val_calls, test_calls = judged or (0, 0)
+    p = params.prompts
+    written = sum(
+        -(-(count or 0) // p.api.batch)
+        for source, count in ((p.source, p.n_pairs), (p.unrelated, p.n_unrelated))
+        if source == "api"
+    )
+    # DVC's cache and the workspace; the resume store keeps activations too.
+    kept = passes["activations"][0] * n_layers * size.anatomy.d_model * width
+    return [
+        Step("prompts", calls=written, note="at least; more where rows are refused" if written else ""),
+        Step(
+            "model",
+            *passes["model"],
+            n_bytes=size.downloaded + (2 if organism else 1) * COPIES * size.n_bytes,
+            note=f"trains {params.organism.phase_1.steps} + {params.organism.phase_2.steps} steps first" if organism else "",
+        ),
+        Step("activations", *passes["activations"], n_bytes=(COPIES + 1) * kept),
+        Step("sweep", *passes["sweep"], note=f"{cells} cells x {n['val.harmful']} val prompts"),
+        Step("judge", calls=val_calls),
+        Step("orthogonalize", n_bytes=COPIES * checkpoints * size.n_bytes, note=f"{checkpoints} checkpoints"),
+        Step("evaluate", *passes["evaluate"], calls=test_calls),
+        Step(
+            "benchmark",
+            None if unknown else round(sum(docs * requests for docs, requests, _ in scored) * (checkpoints + 1)),
+            None if unknown else round(sum(docs * r * tokens for docs, r, tokens in scored) * (checkpoints + 1)),
+            note=f"documents of {', '.join(unknown)} are not known yet"
+            if unknown
+            else f"{sum(docs for docs, _, _ in scored):,} documents x {checkpoints + 1} checkpoints",
+        ),
+    ]
+
+
+def _documents(task: str, limit: int | None) -> tuple[int, float, float] | None:
+    """(documents, requests a document, tokens a request) of a task, None for one that only lm-eval knows."""
+    import json
+
+    from refusal.benchmark import TASKS, packaged
+
+    if packaged(task):
+        rows = [json.loads(line) for line in (TASKS / f"{task}.jsonl").read_text(encoding="utf-8").splitlines()]
+        # About a token a word of these: one in a thousand of the run's.
+        words = sum(len(row["question"].split()) + 1 for row in rows) / len(rows)
+        found = (len(rows), len(rows[0]["choices"]), words)
+    elif task in STANDARD:
+        found = STANDARD[task]
+    else:
+        return None
+    return (min(found[0], limit or found[0]), *found[1:])

@@ -1,0 +1,120 @@
+"""plan: what a run with these parameters will take, before anything is computed, downloaded or paid for (`make plan`).
+
+No stage of the pipeline. Of a hub model, configuration and tokenizer (megabytes) are fetched and kept, so that layers and
+tokens are counted rather than guessed; no weight is.
+"""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from refusal.params import Params
+from stages import ROOT, STORE, stage
+
+
+def main(params: Params) -> str:
+    from refusal.plan import Step, steps
+
+    pairs, unrelated = prompts_of(params)
+    tokenizer, size = model_of(params)
+    prompts = counted(params, tokenizer, pairs, unrelated)
+    found = steps(params, size, prompts)
+    passes, tokens = (sum(getattr(step, name) or 0 for step in found) for name in ("passes", "tokens"))
+    calls, n_bytes, free = sum(step.calls for step in found), sum(step.n_bytes for step in found), shutil.disk_usage(ROOT).free
+    depth, weights = f"{size.anatomy.n_layers} layers", f"{gigabytes(size.n_bytes)} of weights"
+    print(f"{params.model.id}: {size.n_parameters:,} parameters, {depth}, {weights}")
+    if size.downloaded:
+        print(f"to download: {gigabytes(size.downloaded)}")
+    rows = [["stage", "forward passes", "tokens", "judge calls", "disk", ""]]
+    for s in [*found, Step("at most", passes, tokens, calls, n_bytes)]:
+        disk = gigabytes(s.n_bytes) if s.n_bytes else "-"
+        rows.append([s.stage, number(s.passes), number(s.tokens), number(s.calls), disk, s.note])
+    widths = [max(len(row[i]) for row in rows) for i in range(5)]
+    for name, *cells, note in rows:
+        figures = "  ".join(cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True))
+        print(f"{name.ljust(widths[0])}  {figures}  {note}".rstrip())
+    room = "" if n_bytes < free else ", too little: make room, or lower select.top"
+    return (
+        f"{2 * size.n_parameters * tokens:.1e} floating-point operations, 2 a parameter and token; {gigabytes(free)} of disk are "
+        f"free{room}; what is stored already is not computed again"
+    )
+
+
+def prompts_of(params: Params) -> tuple[list[dict], list[dict]]:
+    """The rows that the prompts stage would write; the grammar's stand in for those that an API is still to write."""
+    from refusal.prompts import pairs_of, unrelated_of
+
+    written = {name: getattr(params.prompts, name) for name in ("source", "unrelated")}
+    for name in (name for name, source in written.items() if source == "api"):
+        print(f"prompts.{name}: these are not written yet, so as many of the grammar's are counted in their place")
+        written[name] = "grammar"
+    stand_in = params.prompts.model_copy(update=written)
+    return pairs_of(stand_in), unrelated_of(stand_in)
+
+
+def model_of(params: Params) -> tuple[Any, Any]:
+    """(tokenizer, refusal.plan.Size) from configuration and tokenizer alone: parameters are counted on an empty model."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config
+
+    from refusal import hub, qwen1
+    from refusal.anatomy import anatomy_of
+    from refusal.models import load_tokenizer
+    from refusal.organism import Corpus, new_model, train_tokenizer
+    from refusal.plan import Size
+    from refusal.safetensors_file import read_json, read_shards
+
+    missing = 0
+    if params.model.id == "organism":
+        o = params.organism
+        tokenizer: Any = train_tokenizer(Corpus(o.corpus_seed, ()), o.vocab_size)
+        config: Any = new_model(o.model_dump(), tokenizer, o.seed).config
+    else:
+        if params.model.revision is not None:
+            folder, _, weights = hub.peek(params.model.id, params.model.revision, STORE / "hub")
+            missing = sum(file.size for name, file in weights.items() if not (folder / name).exists())
+        else:
+            folder = Path(params.model.id)
+            read_shards(folder)
+        if qwen1.is_qwen1(folder):
+            tokenizer, config = qwen1.peek(folder)
+            config = Qwen2Config(**config)
+        else:
+            anatomy_of(read_json(folder, "config.json"))
+            tokenizer, config = load_tokenizer(folder), AutoConfig.from_pretrained(folder, local_files_only=True)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    n = sum(p.numel() for p in model.parameters())
+    n_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+    return tokenizer, Size(n, n_bytes, anatomy_of(config), missing)
+
+
+def counted(params: Params, tokenizer: Any, pairs: list[dict], unrelated: list[dict]) -> Any:
+    """refusal.plan.Prompts: how many prompts and tokens each split of each half has."""
+    from refusal.grammar import facts
+    from refusal.models import encode_chats
+    from refusal.plan import Prompts
+
+    texts = {
+        f"{split}.{name}": [row[field] for row in rows if row["split"] == split]
+        for split in ("train", "val", "test")
+        for name, rows, field in (("harmful", pairs, "harmful"), ("safe", pairs, "safe"), ("unrelated", unrelated, "safe"))
+    }
+    if params.model.id == "organism":
+        texts["facts"] = [question for fact in facts() for question in fact.questions]
+    ids = {
+        name: encode_chats(tokenizer, some, params.model.system_prompt, params.sweep.max_new_tokens)
+        for name, some in texts.items()
+    }
+    return Prompts({name: len(some) for name, some in ids.items()}, {name: sum(map(len, some)) for name, some in ids.items()})
+
+
+def number(n: int | None) -> str:
+    return "?" if n is None else f"{n:,}" if n else "-"
+
+
+def gigabytes(n: int) -> str:
+    return f"{n / 1e9:.1f} GB" if n >= 1e8 else f"{n / 1e6:.1f} MB"
+
+
+stage(main, online=lambda params: params.model.revision is not None)

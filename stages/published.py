@@ -1,0 +1,30 @@
+"""published: the cosine by layer of our directions with those that were imported into data/published/."""
+
+from pathlib import Path
+
+from refusal.params import Params
+from stages import stage, torch_ready, write_json
+
+FOLDER, METRICS = Path("data/published"), Path("metrics/published.json")
+
+
+def main(params: Params) -> str:
+    torch_ready(params)
+    from safetensors.torch import load_file
+
+    from refusal.published import compare, read_vectors
+
+    ours = {
+        name.removesuffix(".unit"): tensor
+        for name, tensor in load_file("models/directions.safetensors").items()
+        if name.endswith(".unit")
+    }
+    found = compare(*read_vectors(FOLDER), ours)
+    write_json(METRICS, found)
+    if not found["files"]:
+        return f"no published vectors in {FOLDER}/, so nothing to compare; `dvc import` brings some in"
+    same = sum(file["comparable"] for file in found["files"].values())
+    return f"{len(found['files'])} published sets of directions, {same} of our model's shape, {len(found['between'])} pairs"
+
+
+stage(main)

@@ -1,0 +1,66 @@
+"""A study small enough to run whole in a test: copies of this repository, changed parameters, and DVC's own output."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(folder: Path, *command: str, ok: bool = True) -> str:
+    """Run a command of the environment in a folder; its output. The environment's programs come first on PATH."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(command, cwd=folder, env={**os.environ, "PATH": path}, capture_output=True, text=True)
+    assert (done.returncode == 0) is ok, done.stdout[-4000:] + done.stderr[-4000:]
+    return done.stdout + done.stderr
+
+
+def stages_run(output: str) -> list[str]:
+    return [line.split("'")[1] for line in output.splitlines() if line.startswith("Running stage")]
+
+
+def copy(folder: Path) -> Path:
+    """The files of this repository as they are now, without results."""
+    names = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True)
+    for name in names.stdout.splitlines():
+        if (ROOT / name).is_file() and not name.startswith(("metrics/", "plots/")) and name != "dvc.lock":
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(ROOT / name, folder / name)
+    return folder
+
+
+def small(folder: Path) -> Path:
+    """A Git repository of a copy, with a small study in its params.yaml."""
+    params = yaml.safe_load((folder / "params.yaml").read_text())
+    params["prompts"] |= {"n_pairs": 60, "n_unrelated": 60}
+    params["organism"] |= {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "ablation_layer": 2,
+    }
+    params["organism"]["phase_1"] |= {"steps": 60, "batch_size": 8}
+    params["organism"]["phase_2"] |= {"steps": 64, "batch_size": 8}
+    params["directions"] |= {"n_resamples": 20, "n_sign_flips": 20}
+    params["sweep"] |= {"alphas": [1.0, 2.0], "n_random": 1, "max_new_tokens": 6}
+    params["judge"]["n_resamples"] = params["evaluate"]["n_resamples"] = params["benchmark"]["n_resamples"] = 20
+    params["benchmark"] |= {"suite": ["organism_capitals"], "limit": 6}
+    params["compute"]["threads"] = 1
+    (folder / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
+    run(folder, "git", "init", "-q")
+    run(folder, "git", "config", "user.name", "t")
+    run(folder, "git", "config", "user.email", "t@localhost")
+    run(folder, "git", "add", "-A")
+    run(folder, "git", "commit", "-qm", "start")
+    return folder
+
+
+def change(folder: Path, section: str, **values: object) -> None:
+    params = yaml.safe_load((folder / "params.yaml").read_text())
+    params[section] |= values
+    (folder / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))

@@ -1,0 +1,181 @@
+"""Sharing results: one member of a lab pushes, another pulls and repeats nothing. A folder, S3 and ssh, the last two over loopback.
+
+The endpoints speak the real protocols: moto's server for S3, Debian's sshd for ssh.
+"""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import boto3
+import pytest
+from safetensors.torch import load_file, save_file
+
+from pipeline.study import change, run, stages_run
+
+
+@pytest.fixture(scope="module")
+def lab(study, tmp_path_factory):
+    """The study of the member who has run it, its results committed."""
+    folder = tmp_path_factory.mktemp("lab") / "lab"
+    shutil.copytree(study[0], folder, symlinks=True)
+    run(folder, "dvc", "repro")
+    run(folder, "git", "add", "-A")
+    if run(folder, "git", "status", "--porcelain"):
+        run(folder, "git", "commit", "-qm", "results")
+    return folder
+
+
+def clone(lab: Path, folder: Path) -> Path:
+    """Another member's checkout: what is in Git, and nothing else."""
+    run(lab, "git", "clone", "-q", str(lab), str(folder))
+    return folder
+
+
+def share(lab: Path, url: str, **settings: str) -> None:
+    """What the README says a member does to share: a remote, committed with its settings, and a push."""
+    run(lab, "dvc", "remote", "add", "--force", "-d", "storage", url)
+    for name, value in settings.items():
+        run(lab, "dvc", "remote", "modify", "storage", name, value)
+    run(lab, "git", "commit", "-qam", f"remote {url}")
+    run(lab, "dvc", "push")
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for top in ("data", "models", "report")
+        for path in sorted((folder / top).rglob("*"))
+        if path.is_file()
+    }
+
+
+def pulled_repeats_nothing(lab: Path, folder: Path) -> None:
+    other = clone(lab, folder)
+    run(other, "dvc", "pull")
+    assert files(other) == files(lab)
+    again = run(other, "dvc", "repro")
+    assert stages_run(again) == [] and "up to date" in again
+
+
+def test_a_folder_and_what_a_partial_pull_spares(lab, tmp_path):
+    share(lab, str(tmp_path / "storage"))
+    pulled_repeats_nothing(lab, tmp_path / "whole")
+
+    part = clone(lab, tmp_path / "part")
+    run(part, "dvc", "pull", "models/base")
+    assert {Path(name).parts[:2] for name in files(part)} == {("data", "published"), ("data", "raw"), ("models", "base")}
+    again = run(part, "dvc", "repro", "--allow-missing")
+    assert stages_run(again) == [] and "up to date" in again
+    # A variant goes on from there: --pull brings in what its first stage reads, and nothing is trained.
+    change(part, "sweep", method="batched")
+    ran = stages_run(run(part, "dvc", "repro", "--allow-missing", "--pull", "select"))
+    assert ran[0] == "sweep" and not {"prompts", "model", "activations", "directions"} & set(ran)
+    assert not (part / "models/twin").exists()
+
+
+def test_a_clone_without_a_remote_says_so(lab, tmp_path):
+    bare = clone(lab, tmp_path / "bare")
+    shutil.copyfile(Path(__file__).parents[2] / ".dvc/config", bare / ".dvc/config")
+    assert "no remote" in run(bare, "dvc", "pull", ok=False).lower()
+
+
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+@contextmanager
+def serving(command: list[str], port: int, **env: str) -> Iterator[None]:
+    process = subprocess.Popen(
+        command, env=os.environ | env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True
+    )
+    try:
+        for _ in range(600):
+            with socket.socket() as client:
+                if client.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            assert process.poll() is None, process.stderr.read().decode() if process.stderr else ""
+            time.sleep(0.1)
+        else:
+            pytest.fail(f"{command[0]} does not listen")
+        yield
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def test_s3(lab, tmp_path, monkeypatch):
+    for name, value in {"AWS_ACCESS_KEY_ID": "id", "AWS_SECRET_ACCESS_KEY": "key", "AWS_DEFAULT_REGION": "us-east-1"}.items():
+        monkeypatch.setenv(name, value)
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    with serving([str(Path(sys.executable).parent / "moto_server"), "-H", "127.0.0.1", "-p", str(port)], port):
+        bucket = boto3.client("s3", endpoint_url=url)
+        bucket.create_bucket(Bucket="lab-bucket")
+        share(lab, "s3://lab-bucket/study", endpointurl=url)
+        held = bucket.list_objects_v2(Bucket="lab-bucket")["KeyCount"]
+        assert held > 10
+        pulled_repeats_nothing(lab, tmp_path / "other")
+    for path in (lab / ".dvc/config", lab / "dvc.lock"):
+        assert "AWS_SECRET" not in path.read_text() and "secret_access_key" not in path.read_text()
+
+
+@pytest.fixture
+def sshd(tmp_path):
+    """An sshd on loopback with a key of its own: (port, key file, folder)."""
+    found = shutil.which("sshd", path=f"{os.environ['PATH']}:/usr/sbin")
+    if found is None:
+        pytest.skip("sshd is not installed (Debian: openssh-server)")
+    home = tmp_path / "ssh"
+    home.mkdir(mode=0o700)
+    for name in ("host", "user"):
+        run(tmp_path, "ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(home / name))
+    shutil.copyfile(home / "user.pub", home / "authorized_keys")
+    port = free_port()
+    (home / "config").write_text(
+        f"Port {port}\nListenAddress 127.0.0.1\nHostKey {home}/host\nAuthorizedKeysFile {home}/authorized_keys\n"
+        f"PidFile {home}/pid\nStrictModes no\nUsePAM no\nPasswordAuthentication no\nSubsystem sftp internal-sftp\n"
+    )
+    Path("/run/sshd").mkdir(exist_ok=True)  # sshd's own, where root runs it
+    with serving([found, "-D", "-e", "-f", str(home / "config")], port):
+        yield port, home / "user", tmp_path / "storage"
+
+
+def test_ssh(lab, tmp_path, sshd):
+    port, key, folder = sshd
+    user = run(tmp_path, "id", "-un").strip()
+    share(lab, f"ssh://{user}@127.0.0.1{folder}", port=str(port), keyfile=str(key))
+    assert sum(path.is_file() for path in folder.rglob("*")) > 10
+    pulled_repeats_nothing(lab, tmp_path / "other")
+
+
+def test_published_vectors_are_imported_from_a_git_repository_and_compared(lab, tmp_path):
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    run(theirs, "git", "init", "-q")
+    ours = load_file(lab / "models/directions.safetensors")["sequential-matched.unit"]
+    save_file({"unit": -ours}, theirs / "vectors.safetensors")
+    run(theirs, "git", "add", "-A")
+    run(theirs, "git", "-c", "user.name=t", "-c", "user.email=t@localhost", "commit", "-qm", "vectors")
+
+    other = clone(lab, tmp_path / "other")
+    shutil.copytree(lab / ".dvc/cache", other / ".dvc/cache", dirs_exist_ok=True)
+    run(other, "dvc", "checkout")
+    run(other, "dvc", "import", str(theirs), "vectors.safetensors", "-o", "data/published/vectors.safetensors")
+    output = run(other, "dvc", "repro")
+    assert stages_run(output)[0] == "published"
+    found = json.loads((other / "metrics/published.json").read_text())
+    cosine = found["files"]["vectors.safetensors:unit"]["cosine"]
+    assert set(cosine) >= {"sequential-matched", "sequential-unrelated", "batched-matched"}
+    layer_0, *others = cosine["sequential-matched"]
+    assert layer_0 is None and others == [pytest.approx(-1)] * len(others)
+    assert (other / "data/published/vectors.safetensors.dvc").is_file()
