@@ -18,7 +18,7 @@ ROWS = {
     "evaluated": Path("data/evaluated/completions.jsonl"),
 }
 CAPABILITY, LOCK, PUBLISHED = Path("plots/capability.csv"), Path("requirements.lock"), Path("refusal/published.json")
-BASE, DIRECTIONS = Path("models/base"), Path("models/directions.safetensors")
+BASE, DIRECTIONS, IMPORTED = Path("models/base"), Path("models/directions.safetensors"), Path("metrics/published.json")
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "lm_eval", "numpy", "scipy", "dvc")
 
 
@@ -29,6 +29,7 @@ def main(params: Params) -> str:
     from refusal.reproduction import published, reproduce, summary
 
     metrics = {name: read_json(Path(f"metrics/{name}.json")) for name in METRICS}
+    imported = read_json(IMPORTED)
     rows = {name: read_jsonl(path) for name, path in ROWS.items()}
     with CAPABILITY.open(encoding="utf-8", newline="") as file:
         capability = [{key: float(text) for key, text in row.items()} for row in csv.DictReader(file)]
@@ -60,7 +61,7 @@ def main(params: Params) -> str:
         DIRECTIONS,
         *(ROWS[name] for name in ("sweep", "verdicts", "evaluated")),
         *(Path(f"metrics/{name}.json") for name in METRICS),
-        *(CAPABILITY, PUBLISHED, LOCK),
+        *(IMPORTED, CAPABILITY, PUBLISHED, LOCK),
     ]
     pinned = dict(line.split("==") for line in LOCK.read_text(encoding="utf-8").splitlines() if "==" in line)
     # Threads determine no value, and a page that printed them would change with the machine.
@@ -70,6 +71,7 @@ def main(params: Params) -> str:
             params=params.model_dump(exclude={"compute"}),
             capability=capability,
             reproduction=reproduction,
+            imported=imported,
             **read,
             versions={name: pinned[name] for name in PACKAGES},
             hashes=hashes(inputs),

@@ -156,6 +156,7 @@ def study(model_id: str = "organism", kind: str = "single", n_examples: int = 3,
             "rules_and_llm": {"kappa": None, "n": None},
             "labelled": {"file": None, "rules": None, "llm": None},
         },
+        imported={"files": {}, "between": {}, "figures": {}},
         versions={"torch": "1"},
         hashes={"metrics/judge.json": "0" * 64},
     )
@@ -248,6 +249,29 @@ def test_a_judge_that_is_a_model_is_named_and_compared():
     assert "<td>0.812</td><td>11</td>" in text and text.count("<td>0.900 [0.740, 0.970]</td>") == 2
     offline = page(study())
     assert "rules, exact here" in offline and "Judge beside" not in offline
+
+
+def test_published_directions_stand_beside_ours():
+    files = {
+        IMAGE: {
+            "n_layers": 3,
+            "d_model": 8,
+            "comparable": True,
+            "note": None,
+            "cosine": {"sequential-matched": [None, 0.25, -0.75], "batched-matched": [None, 1.0, 1.0]},
+        },
+        "other.pt": {
+            "n_layers": 24,
+            "d_model": 2048,
+            "comparable": False,
+            "note": "ours are [3, 8]: another model",
+            "cosine": {},
+        },
+    }
+    text = page(study()._replace(imported={"files": files, "between": {}, "figures": {}}))
+    assert "<td>3</td><td>8</td><td>0.2500</td><td>1</td><td>−0.7500</td><td></td>" in text and "<img" not in text
+    assert "<td>24</td><td>2048</td><td>–</td><td>–</td><td>–</td><td>ours are [3, 8]: another model</td>" in text
+    assert "Published directions in" not in page(study())
 
 
 def test_headings_are_in_order_and_tables_have_scopes():

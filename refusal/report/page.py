@@ -25,8 +25,8 @@ Rows = Sequence[dict[str, Any]]
 class Study(NamedTuple):
     """What a page is made of: the sections of params.yaml, every stage's metrics, and the rows behind them.
 
-    `capability` are the rows of plots/capability.csv as numbers; `versions` and `hashes` are package: version and
-    path: sha256 of every input, as printed.
+    `imported` is metrics/published.json, other people's directions beside ours; `capability` the rows of plots/capability.csv
+    as numbers; `versions` and `hashes` are package: version and path: sha256 of every input, as printed.
     """
 
     params: dict[str, Any]
@@ -45,6 +45,7 @@ class Study(NamedTuple):
     benchmark: dict[str, Any]
     reproduction: dict[str, Any]
     agreement: dict[str, Any]
+    imported: dict[str, Any]
     versions: dict[str, str]
     hashes: dict[str, str]
 
@@ -192,6 +193,7 @@ def _context(study: Study) -> dict[str, Any]:
         "methods": [m for m in METHODS if f"{m}-{pairing}" in d],
         "pairings": _pairings(study),
         "judged_by": _judged_by(study),
+        "imported": [_beside(name, file, arm) for name, file in study.imported["files"].items()],
         "params_text": yaml.safe_dump(p, sort_keys=False, default_flow_style=None, width=100, allow_unicode=True),
         "cell_examples": CELL_EXAMPLES,
     }
@@ -201,6 +203,15 @@ def _pairings(study: Study) -> list[str]:
     """The pairings that the swept method has directions for, those of a user's own among them."""
     prefix = f"{study.params['sweep']['method']}-"
     return [arm.removeprefix(prefix) for arm in study.directions if arm.startswith(prefix)]
+
+
+def _beside(name: str, file: dict[str, Any], arm: str) -> list[Any]:
+    """A set of published directions as a row: file, layers, d_model, and where it agrees most and least with ours."""
+    cosines = [(c, layer) for layer, c in enumerate(file["cosine"].get(arm, ())) if c is not None]
+    if not cosines:
+        return [name, file["n_layers"], file["d_model"], "–", "–", "–", file["note"] or "no layer where both are defined"]
+    (most, at), (least, _) = max(cosines), min(cosines)
+    return [name, file["n_layers"], file["d_model"], num(most, 4), at, num(least, 4), ""]
 
 
 def _judged_by(study: Study) -> str:
