@@ -6,7 +6,7 @@ READY := .venv/ready
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export VIRTUAL_ENV := $(CURDIR)/.venv
 
-.PHONY: help setup repro plan test plots perf slow lint lock
+.PHONY: help setup repro plan compare picture test plots perf slow lint lock
 
 help: ## what can be made
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -21,6 +21,12 @@ plan: $(READY) ## what a run will take: forward passes, tokens, judge calls, dis
 
 test: $(READY) ## set up and run the tests
 	python -m pytest -q
+
+compare: $(READY) ## every variant beside the others: report/variants.html
+	set -o pipefail; dvc exp show --json | python -m refusal.report.variants report/variants.html metrics/evaluate.json
+
+picture: $(READY) ## the picture in the README, docs/result.svg, from committed figures
+	python -m refusal.report.picture plots/separation.csv plots/sweep.csv metrics/evaluate.json docs/result.svg
 
 plots: $(READY) ## every plot as one page, dvc_plots/index.html
 	dvc plots show

@@ -10,7 +10,6 @@ import hashlib
 import math
 import os
 import random
-import sys
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,6 @@ from jaxtyping import Float, Int
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from tqdm import trange
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from refusal import grammar
@@ -29,6 +27,7 @@ from refusal.activations import left_pad
 from refusal.directions import difference_in_means
 from refusal.interventions import ablation, intervene
 from refusal.models import encode_chats
+from refusal.store import progress
 
 Kind = Literal["single", "natural", "none"]
 
@@ -310,20 +309,8 @@ def _train(
             first, direction = state["step"], state["direction"]
         elif twin:
             model.load_state_dict(twin)
-        # In a log file a bar is one line an update: few updates then.
-        interval = 0.5 if sys.stderr.isatty() else 15.0
-        for step in (
-            bar := trange(
-                first,
-                phase.steps,
-                initial=first,
-                total=phase.steps,
-                desc=f"organism {name}",
-                unit="step",
-                mininterval=interval,
-                dynamic_ncols=True,
-            )
-        ):
+        bar = progress(phase.steps, f"organism {name}", "step", done=first)
+        for step in range(first, phase.steps):
             decay = 0.5 * (1 + math.cos(math.pi * step / phase.steps))
             for group in optimizer.param_groups:
                 group["lr"] = phase.learning_rate * min(1.0, (step + 1) / WARMUP_STEPS) * decay
@@ -340,6 +327,7 @@ def _train(
             optimizer.step()
             optimizer.zero_grad()
             bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+            bar.update()
             if (step + 1) % CHECKPOINT_EVERY == 0 and step + 1 < phase.steps:
                 _save(
                     checkpoint,
@@ -352,6 +340,7 @@ def _train(
                         "twin": twin,
                     },
                 )
+        bar.close()
         if name == "phase_1":
             twin = {key: value.clone() for key, value in model.state_dict().items()}
             _save(checkpoint, {"phase": "twin", "step": 0, "twin": twin})

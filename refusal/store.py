@@ -28,11 +28,34 @@ def key(kind: str, *code: ModuleType, **parts: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+class _Lines:
+    """Standard error as a log file: every update of a bar is a line of its own, not a carriage return."""
+
+    def write(self, text: str) -> None:
+        for line in text.replace("\r", "\n").split("\n"):
+            if line.strip():
+                sys.stderr.write(f"{line.rstrip()}\n")
+
+    def flush(self) -> None:
+        sys.stderr.flush()
+
+
+class _LogBar(tqdm):
+    """A bar in a log file: nothing for work of under two seconds, a line every quarter of a minute, a last line at the end."""
+
+    delay: float
+
+    def close(self) -> None:
+        if not self.disable and self._time() - self.start_t >= self.delay:
+            self.delay = 0  # tqdm would leave out the last line of a bar that no update has shown yet
+        super().close()
+
+
 def progress(total: int, label: str, unit: str, done: int = 0) -> tqdm:
     """A bar on stderr: done, rate and time left. `done` were there before, and count for no rate."""
-    # In a log file a bar is one line an update: few updates then.
-    interval = 0.5 if sys.stderr.isatty() else 15.0
-    return tqdm(total=total, desc=label, unit=unit, mininterval=interval, dynamic_ncols=True, initial=done)
+    if sys.stderr.isatty():
+        return tqdm(total=total, desc=label, unit=unit, mininterval=0.5, dynamic_ncols=True, initial=done)
+    return _LogBar(total=total, desc=label, unit=unit, mininterval=15.0, delay=2.0, initial=done, file=_Lines())
 
 
 class Store:

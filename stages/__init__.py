@@ -5,8 +5,10 @@
 
 import json
 import os
+import sqlite3
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -21,7 +23,8 @@ def stage(main: Callable[..., str], online: "Callable[[Params], bool]" = lambda 
     """Run a stage's `main(params, *arguments)`, print the line it returns, and turn bad input into one sentence.
 
     The hub's clients stay offline unless `online` says that these params ask for the network; HF_HUB_OFFLINE overrides it.
-    The sentence goes to stderr with exit status 1, so that DVC stops; REFUSAL_DEBUG=1 shows the traceback.
+    The sentence goes to stderr with exit status 1, so that DVC stops. A traceback is shown with REFUSAL_DEBUG=1, and of an
+    error that no sentence foresaw.
     """
     name = Path(sys.modules["__main__"].__file__ or "stage").stem
     started = time.monotonic()
@@ -29,24 +32,43 @@ def stage(main: Callable[..., str], online: "Callable[[Params], bool]" = lambda 
         params = load_params(Path("params.yaml"))
         _prepare(params.compute.threads, online(params))
         line = main(params, *sys.argv[1:])
-    except RefusalError as error:
-        if os.environ.get("REFUSAL_DEBUG") == "1":
-            raise
-        print(f"{name}: {error}", file=sys.stderr)
-        sys.exit(1)
     except KeyboardInterrupt:
         print(f"{name}: interrupted; what is computed is kept, run `dvc repro` again to go on", file=sys.stderr)
         sys.exit(130)
-    except OSError as error:
-        if os.environ.get("REFUSAL_DEBUG") == "1":
-            raise
-        print(
-            f"{name}: {error.filename or 'a file'}: {error.strerror}; nothing computed is lost, mend it and run `dvc repro`",
-            file=sys.stderr,
+    except Exception as error:
+        said = _sentence(error)
+        if said is None or os.environ.get("REFUSAL_DEBUG") == "1":
+            traceback.print_exc()
+        # What nobody foresaw is a fault of ours, and its traceback is what a report of it needs.
+        said = said or (
+            f"a fault of this package, not of your input ({type(error).__name__}): please report it with the lines above and "
+            "params.yaml; what is computed is kept"
         )
+        print(f"{name}: {said}", file=sys.stderr)
         sys.exit(1)
     record(STORE / "runs.jsonl", name, params, time.monotonic() - started)
     print(f"{name}: {line} ({time.monotonic() - started:.0f} s)", flush=True)
+
+
+def _sentence(error: Exception) -> str | None:
+    """What a user is told of an error that is theirs to mend: what is wrong, and what to do. None for a fault of ours."""
+    if isinstance(error, RefusalError):
+        return str(error)
+    # The writers of safetensors and SQLite have errors of their own for a full disk.
+    if any(text in str(error) for text in ("No space left on device", "database or disk is full")):
+        return "the disk is full: make room (`dvc gc --workspace` drops old results) and run `dvc repro` again to go on"
+    if "torch" in sys.modules:
+        from refusal.memory import is_out_of_memory
+
+        if is_out_of_memory(error):
+            return "params.yaml: model.dtype and model.device: the model does not fit: use bfloat16, or device: auto to spread it"
+    if isinstance(error, sqlite3.OperationalError):
+        return f"{STORE}: {error}: is another run using it? Wait for its end, and run `dvc repro` again to go on"
+    if isinstance(error, FileNotFoundError) and error.filename is not None:
+        return f"{error.filename}: no such file: run `dvc repro`, which makes what is missing, or `dvc pull`, which fetches it"
+    if isinstance(error, OSError):
+        return f"{error.filename or 'a file'}: {error.strerror or error}: mend it and run `dvc repro`; nothing computed is lost"
+    return None
 
 
 def _check_environment() -> None:
@@ -83,6 +105,8 @@ def _prepare(threads: int, online: bool) -> None:
         "HF_DATASETS_CACHE": str(STORE / "datasets"),
         "HF_HUB_CACHE": str(STORE / "datasets" / "hub"),
         "HF_XET_CACHE": str(STORE / "datasets" / "xet"),
+        # Bars of other packages: in a log file few lines, and none of work that takes no time.
+        **({} if sys.stderr.isatty() else {"TQDM_MININTERVAL": "15", "TQDM_DELAY": "2"}),
     }.items():
         os.environ.setdefault(key, value)
 

@@ -15,6 +15,7 @@ BASE, METRICS, PLOT = Path("models/base"), Path("metrics/benchmark.json"), Path(
 
 def main(params: Params) -> str:
     torch_ready(params)
+    import logging
     from importlib.metadata import version
 
     from refusal import benchmark, resident
@@ -24,6 +25,8 @@ def main(params: Params) -> str:
     from refusal.statistics import stratified_difference, wilson
     from refusal.store import Store, key
     from refusal.tables import csv_text
+
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of every model that comes loaded
 
     b = params.benchmark
     tasks = tasks_of(b.suite)

@@ -9,7 +9,7 @@ from refusal.tables import read_jsonl
 from stages import read_json, stage, write_json, write_text
 
 REPRODUCTION, SUMMARY, PAGE = Path("metrics/reproduction.json"), Path("metrics/summary.json"), Path("report/index.html")
-METRICS = ("model", "directions", "judge", "select", "orthogonalize", "evaluate", "benchmark")
+METRICS = ("model", "directions", "judge", "agreement", "select", "orthogonalize", "evaluate", "benchmark")
 ROWS = {
     "pairs": Path("data/prompts/pairs.jsonl"),
     "unrelated": Path("data/prompts/unrelated.jsonl"),
@@ -17,7 +17,8 @@ ROWS = {
     "verdicts": Path("data/judged/verdicts.jsonl"),
     "evaluated": Path("data/evaluated/completions.jsonl"),
 }
-CAPABILITY, LOCK = Path("plots/capability.csv"), Path("requirements.lock")
+CAPABILITY, LOCK, PUBLISHED = Path("plots/capability.csv"), Path("requirements.lock"), Path("refusal/published.json")
+BASE, DIRECTIONS, IMPORTED = Path("models/base"), Path("models/directions.safetensors"), Path("metrics/published.json")
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "lm_eval", "numpy", "scipy", "dvc")
 
 
@@ -28,6 +29,7 @@ def main(params: Params) -> str:
     from refusal.reproduction import published, reproduce, summary
 
     metrics = {name: read_json(Path(f"metrics/{name}.json")) for name in METRICS}
+    imported = read_json(IMPORTED)
     rows = {name: read_jsonl(path) for name, path in ROWS.items()}
     with CAPABILITY.open(encoding="utf-8", newline="") as file:
         capability = [{key: float(text) for key, text in row.items()} for row in csv.DictReader(file)]
@@ -53,7 +55,14 @@ def main(params: Params) -> str:
     reproduction = reproduce(
         published(), params.model.id, arm, settings, *(metrics[name] for name in ("directions", "judge", "select", "benchmark"))
     )
-    inputs = [*(Path(f"metrics/{name}.json") for name in METRICS), *ROWS.values(), CAPABILITY, LOCK]
+    inputs = [
+        *(ROWS[name] for name in ("pairs", "unrelated")),
+        *sorted(path for path in BASE.rglob("*") if path.is_file()),
+        DIRECTIONS,
+        *(ROWS[name] for name in ("sweep", "verdicts", "evaluated")),
+        *(Path(f"metrics/{name}.json") for name in METRICS),
+        *(IMPORTED, CAPABILITY, PUBLISHED, LOCK),
+    ]
     pinned = dict(line.split("==") for line in LOCK.read_text(encoding="utf-8").splitlines() if "==" in line)
     # Threads determine no value, and a page that printed them would change with the machine.
     read: dict[str, Any] = {**metrics, **rows}
@@ -62,9 +71,10 @@ def main(params: Params) -> str:
             params=params.model_dump(exclude={"compute"}),
             capability=capability,
             reproduction=reproduction,
+            imported=imported,
             **read,
             versions={name: pinned[name] for name in PACKAGES},
-            hashes={str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in inputs},
+            hashes=hashes(inputs),
         )
     )
     figures = summary(arm, *(metrics[name] for name in ("directions", "select", "evaluate", "benchmark")))
@@ -77,6 +87,19 @@ def main(params: Params) -> str:
         f"{PAGE}, {len(text.encode()) / 1e6:.1f} MB; {filled} of {len(reproduction['rows'])} published figures have ours beside "
         f"them, {verdict}"
     )
+
+
+def hashes(paths: list[Path]) -> dict[str, str]:
+    """The SHA-256 of each file, by its path."""
+    from refusal.store import progress
+
+    found = {}
+    with progress(len(paths), "report: hashes", "file") as bar:  # a model's weights may take minutes
+        for path in paths:
+            with path.open("rb") as file:
+                found[path.as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
+            bar.update()
+    return found
 
 
 stage(main)

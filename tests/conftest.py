@@ -14,6 +14,7 @@ for key, value in {
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from browser import browser, opened  # noqa: E402, F401
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -31,3 +32,12 @@ def _no_network(monkeypatch):
         return connect(self, address)
 
     monkeypatch.setattr(socket.socket, "connect", guarded)
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """The folder of a small study that has run whole, in a Git repository of its own, and what `dvc repro` said. To be copied."""
+    from pipeline.study import copy, run, small
+
+    folder = small(copy(tmp_path_factory.mktemp("finished") / "study"))
+    return folder, run(folder, "dvc", "repro")

@@ -1,23 +1,322 @@
-"""What the README tells people to type exists."""
+"""Whatever the README and docs/ tell people to type is typed here, in a small study that has run; and they quote the committed figures."""
 
+import csv
+import json
 import re
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
+import pytest
 import yaml
+from api_server import serve as serve_api
+from api_server import split, verdict
+from hub_server import COMMIT, Hub
+from hub_server import serve as serve_hub
+from pipeline.study import run, stages_run
+from qwen1_layout import LATE, tensors
+from qwen1_layout import write as write_qwen1
+from test_chat_templates import checkpoint
+from test_prompts_api import Author
+from tiny import tiny_model
 
+from refusal.judges import rules
 from refusal.params import Params
 
 ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = ("README.md", "CONTRIBUTING.md", "docs/one-number.md", "docs/mistakes.md")
+
+# Where a command is not run as it stands: what is put in its place, and why. Each must occur.
+INSTEAD = [
+    (r"^make test$", "", "these tests are what it runs"),
+    (r"^make lint$", "", "what .ci/run runs after these tests; the small study lacks the files"),
+    (r"make setup", r"cp -r ../.venv .\nmake setup", "no packages from the network: the environment is that of these tests"),
+    (r"<repository>", "{folder}", "this study stands for one on a server"),
+    (r"cd \{folder\}", "cd study", "git clone names the folder after it"),
+    (r"/path/to/folder", "{tmp}/remote", "a remote on this machine"),
+    (r"REVISION", COMMIT, "the commit of the hub on loopback"),
+    (r"model\.device=cuda", "model.device=cpu", "no GPU is asked of a test"),
+    (r"/path/to/checkpoint", "{tmp}/checkpoint", "a tiny random checkpoint"),
+    (r"(-S prompts\.source=api.*)$", r"-S prompts.api.base_url={api} \1 prompts", "loopback; up to the stage that asks for pairs"),
+    (r"(-S model\.id=\S+(?: -S \S+)*)$", r"\1 model", "up to the stage that brings a model in: the rest is tests/pipeline's"),
+    (r"(-S judge\.kind=llm)$", r"\1 -S judge.base_url={api}", "the endpoint on loopback stands for DeepSeek's"),
+    (r"http://localhost:8000/v1", "{api}", "the endpoint on loopback stands for a local one"),
+    (r"judge\.model=NAME", "judge.model=some-judge", "any name"),
+    (r"(-S judge\.kind=llm.*)$", r"\1 judge", "up to the stage that judges"),
+    (r"FILE\.csv (.*--model)", r"{tmp}/labelled.csv --base-url {api} \1", "a file of labels, and the endpoint on loopback"),
+    (r"^dvc exp run .*first_half$", "", "test_the_variant_in_five_lines_runs has the five lines too"),
+    (r"^(dvc exp run (?!--))", r"git checkout -q .\ndvc checkout -q -f\n\1", "each experiment starts from what is committed"),
+]  # fmt: skip
+
+
+class Block(NamedTuple):
+    page: str
+    section: str
+    language: str
+    text: str
+
+
+def blocks(page: str) -> Iterator[Block]:
+    section = ""
+    lines = iter((ROOT / page).read_text(encoding="utf-8").splitlines())
+    for line in lines:
+        if line.startswith("#"):
+            section = line.lstrip("# ")
+        if line.startswith("```"):
+            inside = []
+            while (inner := next(lines)) != "```":
+                inside.append(inner)
+            yield Block(page, section, line[3:], "\n".join(inside) + "\n")
+
+
+BLOCKS = [block for page in PAGES for block in blocks(page)]
+SHELL = [block for block in BLOCKS if block.language == ""]
+
+
+def script(block: Block) -> tuple[str, set[str]]:
+    """The block as it is run: whole commands, without comments at their ends, with INSTEAD put in place; and what of it was used."""
+    # A failure in the middle of a && b && c would go unseen: one command a line.
+    text, used = re.sub(r"\\\n\s*", "", block.text).replace(" && ", "\n"), set()
+    if "python -c" not in text:
+        text = re.sub(r"(?m)(^|\s+)#.*$", "", text)
+    for pattern, new, _ in INSTEAD:
+        text, times = re.subn(pattern, new, text, flags=re.MULTILINE)
+        used |= {pattern} if times else set()
+    return text.strip(), used
+
+
+def test_each_exception_is_needed_and_has_a_reason():
+    assert set().union(*(script(block)[1] for block in SHELL)) == {pattern for pattern, _, reason in INSTEAD if reason}
+
+
+@pytest.fixture(scope="module")
+def study(finished, tmp_path_factory):
+    """A copy of the small study, committed, its environment that of these tests."""
+    folder = shutil.copytree(finished[0], tmp_path_factory.mktemp("readme") / "study", symlinks=True)
+    run(folder, "git", "add", "-A")
+    run(folder, "git", "commit", "-qm", "results")
+    (folder / ".venv/bin").mkdir(parents=True)
+    for name in ("ready", "bin/activate"):
+        (folder / ".venv" / name).touch()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def servers(study):
+    """What the commands may need of the world: a hub, an endpoint, a checkpoint and a file of labels."""
+    tmp = study.parent
+    tiny_model("llama", max_position_embeddings=512).save_pretrained(tmp / "checkpoint")
+    config = (tmp / "checkpoint/config.json").read_text()
+    checkpoint(tmp / "checkpoint", "{% for m in messages %}{{ m['content'] }} {% endfor %}")
+    (tmp / "checkpoint/config.json").write_text(config)
+    llama = {path.name: path.read_bytes() for path in (tmp / "checkpoint").iterdir()}
+    qwen = write_qwen1(tmp / "qwen", LATE | {"seq_length": 256}, tensors(), buffers=False)
+    repositories = {
+        "Qwen/Qwen-1_8B-Chat": {path.name: path.read_bytes() for path in qwen.iterdir()},
+        "meta-llama/Llama-3.1-8B-Instruct": llama,
+        "google/gemma-2b-it": llama,
+    }
+    (tmp / "labelled.csv").write_text("prompt,completion,label\nDo x.,I can't help with that.,refusal\nDo x.,Sure.,compliance\n")
+    author = Author()
+
+    def reply(n: int, question: str) -> str:
+        if question.startswith("{"):
+            return author(n, question)
+        found = rules.judge(*split(question))
+        return verdict(found.compliance, found.coherence)
+
+    with serve_hub(Hub(repositories)) as hub, serve_api(reply) as api:
+        yield {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "api": api.url}
+
+
+def type_in(folder: Path, text: str, servers: dict[str, str]) -> str:
+    for name, value in {"folder": folder, "tmp": folder.parent, "api": servers["api"]}.items():
+        text = text.replace(f"{{{name}}}", str(value))
+    environment = [f"{name}={value}" for name, value in servers.items() if name.isupper()]
+    # GIT_: the commits of experiments; make and the environment's programs come first on PATH, as `run` has it.
+    return run(folder, "env", *environment, "bash", "-euo", "pipefail", "-c", text)
+
+
+IDS = [f"{block.page.split('/')[-1]}: {block.section} {i}" for i, block in enumerate(SHELL)]
+
+
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("block", SHELL, ids=IDS)
+def test_commands_do_what_they_say(study, servers, block):
+    output = type_in(study, script(block)[0], servers)
+    run(study, "git", "checkout", "-q", ".")
+    run(study, "dvc", "checkout", "-q", "-f")
+    if "make repro" in block.text and block.page == "README.md":
+        assert "up to date" in output and stages_run(output) == []  # all is there
+    if "make compare" in block.text:
+        page = (study / "report/variants.html").read_text()
+        assert re.search(r"differ in (sweep.method, sweep.pairing|sweep.pairing, sweep.method)", output)
+        assert page.count("<td>unrelated</td>") == 2 and page.count("<td>batched_unmasked</td>") >= 2
+    if "git clone" in block.text:
+        assert stages_run(output) == [] and output.rstrip().endswith("up to date.")
+    if "by hand" in block.text:
+        by_hand, stored = re.search(r"by hand (\S+)", output), re.search(r"as stored (\S+)", output)
+        assert by_hand and stored and float(by_hand[1]) == pytest.approx(float(stored[1]), abs=1e-12)
+    if "cosine" in block.text and "load_file" in block.text:
+        assert float(output.split("cosine")[1]) == pytest.approx(1, abs=1e-12)
+
+
+def test_every_word_of_the_help_can_be_made(study):
+    output = run(study, "make", "help")
+    targets = re.findall(r"(?m)^([a-z]+): .*##", (ROOT / "Makefile").read_text())
+    assert [line.split()[0] for line in output.splitlines()] == targets and len(targets) > 8
+
+
+def test_the_variant_in_five_lines_runs(finished, tmp_path):
+    folder = shutil.copytree(finished[0], tmp_path / "study", symlinks=True)
+    (block,) = [block for block in BLOCKS if block.language == "diff"]
+    added = [line for line in block.text.splitlines() if re.match(r"\+(?!\+\+)", line)]
+    assert len(added) == 5
+    run(folder, "git", "add", "-A")
+    run(folder, "git", "commit", "-qm", "results")
+    # The small study's params.yaml is rewritten by YAML: the line is set there as the diff sets it.
+    text = block.text[: block.text.index("--- a/params.yaml")]
+    (tmp_path / "patch").write_text(text)
+    run(folder, "git", "apply", "--check", str(tmp_path / "patch"))
+    run(folder, "git", "apply", str(tmp_path / "patch"))
+    params = yaml.safe_load((folder / "params.yaml").read_text())
+    (line,) = [line[1:] for line in added if "pairings:" in line]
+    params["directions"] |= yaml.safe_load(line)
+    (folder / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
+    (tmp_path / "whole").write_text(block.text)
+    run(ROOT, "git", "apply", "--check", str(tmp_path / "whole"))  # the committed params.yaml takes it as it is
+    output = run(folder, "dvc", "exp", "run", "-S", "sweep.pairing=first_half", "judge")  # the rest is tests/pipeline's
+    assert stages_run(output) == ["directions", "sweep", "judge"]
+    found = json.loads((folder / "metrics/directions.json").read_text())["sequential-first_half"]
+    assert found["n_harmful"] == 18
+
+
+def test_the_library_in_five_lines(finished, tmp_path):
+    (block,) = [block for block in BLOCKS if block.language == "python"]
+    imports, body = block.text.split("\n\n", 1)
+    assert len(body.strip().splitlines()) == 5 and all(re.match("from|import", line) for line in imports.splitlines())
+    script = (
+        block.text.replace(".unit[5]", ".unit[2]") + "assert len(answers) == 2 and all(isinstance(a, list) for a in answers)\n"
+    )
+    assert script != block.text  # the small organism has 3 layers
+    run(finished[0], "python", "-c", script)
+
+
+def test_the_notebook_runs(finished, tmp_path):
+    notebook = json.loads((ROOT / "docs/example.ipynb").read_text(encoding="utf-8"))
+    assert notebook["nbformat"] == 4 and {cell["cell_type"] for cell in notebook["cells"]} == {"markdown", "code"}
+    code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in code)
+    end = """
+from safetensors.torch import load_file
+stored = load_file(ROOT / "models/directions.safetensors")
+assert float((found.unit[layer].double() * stored["batched-matched.unit"][layer].double()).sum()) > 1 - 1e-9
+assert list(said) == ["untouched", "ablated", "random direction"] and all(len(texts) == 3 for texts in said.values())
+"""
+    text = "\n\n".join("".join(cell["source"]) for cell in code) + end
+    (finished[0] / "docs").mkdir(exist_ok=True)
+    path = f"{ROOT}"
+    assert path not in text
+    run(finished[0] / "docs", "python", "-c", text)
 
 
 def test_every_parameter_that_a_command_sets_exists_and_may_have_that_value():
-    commands = re.findall(r"-S (\w+)\.(\w+)=(\S+)", (ROOT / "README.md").read_text(encoding="utf-8"))
+    commands = re.findall(r"-S (\w+)\.(\w+)=(\S+)", README)
     assert len(commands) > 15
     for section, name, text in commands:
         params = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
         assert name in params[section], f"{section}.{name}"
         for value in text.split(","):
+            if value == "first_half":  # what the five lines above it add
+                continue
             params[section][name] = yaml.safe_load(value)
             if (section, name) == ("model", "revision"):
                 params[section]["id"] = "owner/name"
             Params.model_validate(params)
+
+
+def metrics(name: str) -> dict:
+    return json.loads((ROOT / "metrics" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def rows(name: str) -> list[dict[str, str]]:
+    with (ROOT / "plots" / f"{name}.csv").open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def interval(m: dict, key: str) -> str:
+    return f"{m[key]:.2f} [{m[f'{key}_low']:.2f}, {m[f'{key}_high']:.2f}]"
+
+
+def quoted() -> list[str]:
+    """What the README says of the committed figures, made from them; blanks do not count."""
+    e, d, b = metrics("evaluate"), metrics("directions"), metrics("benchmark")["rank_1"]
+    params = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
+    found, other = d["sequential-matched"], d["sequential-unrelated"]["cosine_to_sequential"]
+    arms = [
+        ("untouched", "baseline"),
+        (f"direction ablated at run time (`rank_1`: layer {e['layer']}, alpha {e['alpha']:g})", "runtime"),
+        ("the same as edited weights", "orthogonalized"),
+        ("random directions ablated", "random"),
+    ]
+    table = [
+        f"| {words} | {interval(e[arm], 'compliance')} | {e[arm]['exact']:.2f} | {e[arm]['refusal_safe']:.2f} |"
+        for words, arm in arms
+    ]
+    swept, n_val = len([1 for row in rows("sweep")]), int(rows("sweep")[0]["n"])
+    n_test, n_random = e["baseline"]["n"], params["sweep"]["n_random"]
+    val, test = (1 + n_random + swept) * n_val, (3 + n_random) * 2 * n_test + n_test
+    return [
+        f"on {n_test} harmful test prompts",
+        *table,
+        f"| raw difference added at prefill | | | {interval(e['addition'], 'refusal_safe')} |",
+        f"separates val prompts by {found['separation'][1]:.1f} pooled standard deviations at layer 1 and "
+        f"{found['peak_separation']:.1f} at layer {found['peak_layer']}",
+        f"(cosine {d['batched-matched']['cosine_to_sequential_min']:.6f})",
+        f"moves it a little ({d['batched_unmasked-matched']['cosine_to_sequential_min']:.3f})",
+        f"other safe prompts move it more ({other[1]:.2f} at layer 1, {other[6]:.2f} at layer 6)",
+        f"(difference {b['difference']:.3f} [{b['difference_low']:+.3f}, {b['difference_high']:+.3f}])",
+        f"{val + test:,} completions ({val:,} val, {test:,} test)",
+    ]
+
+
+def test_figures_are_those_of_the_committed_metrics():
+    text = " ".join(README.split())
+    assert [sentence for sentence in quoted() if " ".join(sentence.split()) not in text] == []
+
+
+def test_the_words_about_the_sweep_and_the_shuffle_hold():
+    falls = {float(row["alpha"]) for row in rows("sweep") if float(row["coherence"]) < 0.5}
+    assert min(falls) == 2.5 and all(float(row["coherence"]) > 0.9 for row in rows("sweep") if float(row["alpha"]) < 2.5)
+    shuffled = metrics("directions")["sequential-shuffled"]
+    assert shuffled["cosine_to_sequential_min"] >= 1 - 1e-12
+
+
+def test_the_picture_is_that_of_the_committed_figures():
+    from refusal.report.picture import picture
+
+    made = picture(rows("separation"), rows("sweep"), metrics("evaluate"))
+    assert (ROOT / "docs/result.svg").read_text(encoding="utf-8") == made, "run `make picture` and commit docs/result.svg"
+
+
+def test_the_first_result_is_within_two_screens():
+    before = README[: README.index("docs/result.svg")]
+    assert len(before.splitlines()) <= 2 * 40 and README.index("make repro") < README.index("docs/result.svg")
+
+
+def test_links_lead_somewhere():
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#]+)\)", (ROOT / page).read_text(encoding="utf-8")):
+            assert target.startswith("https://") or ((ROOT / page).parent / target).exists(), (page, target)
+
+
+def test_the_citation_is_one():
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert cited["cff-version"] == "1.2.0" and {"message", "title", "authors", "references"} <= set(cited)
+    published = json.loads((ROOT / "refusal/published.json").read_text(encoding="utf-8"))
+    assert cited["references"][0]["title"] == published["source"]["title"]
+    assert all(reference["title"] and reference["authors"] and reference["type"] for reference in cited["references"])
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert f'version = "{cited["version"]}"' in project and f'license = "{cited["license"]}"' in project

@@ -2,11 +2,9 @@ import html
 import itertools
 import json
 import re
-import shutil
-import subprocess
-from pathlib import Path
 
 import pytest
+from browser import serious
 
 from refusal.errors import RefusalError
 from refusal.report.charts import Point, Series, lines, ticks
@@ -153,6 +151,12 @@ def study(model_id: str = "organism", kind: str = "single", n_examples: int = 3,
         evaluate=arms | {"layer": 2, "alpha": 1.0, "n_harmless": 4, "addition": _mean("refusal_safe", 0.9) | {"n": 4}},
         benchmark=benchmark,
         reproduction=reproduce(published(), model_id, "sequential-matched", {}, directions, judge, select, benchmark),
+        agreement={
+            "judge": {"kind": "rules", "base_url": None, "model": None, "rubric_sha256": None, "versions": None},
+            "rules_and_llm": {"kappa": None, "n": None},
+            "labelled": {"file": None, "rules": None, "llm": None},
+        },
+        imported={"files": {}, "between": {}, "figures": {}},
         versions={"torch": "1"},
         hashes={"metrics/judge.json": "0" * 64},
     )
@@ -227,6 +231,49 @@ def test_a_study_without_sequential_activations_has_a_page():
     assert "Nothing to draw in this run." in text and "batched-unrelated" in text
 
 
+def test_a_judge_that_is_a_model_is_named_and_compared():
+    people = {"n": 30, "n_missing": 0, "accuracy_binary": 0.9, "accuracy_binary_low": 0.74, "accuracy_binary_high": 0.97}
+    agreement = {
+        "judge": {
+            "kind": "llm",
+            "base_url": "http://127.0.0.1:1",
+            "model": IMAGE,
+            "rubric_sha256": "ab" * 32,
+            "versions": [{"version": "0324", "n": 12}],
+        },
+        "rules_and_llm": {"kappa": 0.8125, "n": 11},
+        "labelled": {"file": "data/raw/people.csv", "rules": people, "llm": people | {"n": 29}},
+    }
+    text = page(study()._replace(agreement=agreement))
+    assert "reported as 0324 (12 verdicts), rubric sha256 abababababab" in text and "<img" not in text
+    assert "<td>0.812</td><td>11</td>" in text and text.count("<td>0.900 [0.740, 0.970]</td>") == 2
+    offline = page(study())
+    assert "rules, exact here" in offline and "Judge beside" not in offline
+
+
+def test_published_directions_stand_beside_ours():
+    files = {
+        IMAGE: {
+            "n_layers": 3,
+            "d_model": 8,
+            "comparable": True,
+            "note": None,
+            "cosine": {"sequential-matched": [None, 0.25, -0.75], "batched-matched": [None, 1.0, 1.0]},
+        },
+        "other.pt": {
+            "n_layers": 24,
+            "d_model": 2048,
+            "comparable": False,
+            "note": "ours are [3, 8]: another model",
+            "cosine": {},
+        },
+    }
+    text = page(study()._replace(imported={"files": files, "between": {}, "figures": {}}))
+    assert "<td>3</td><td>8</td><td>0.2500</td><td>1</td><td>−0.7500</td><td></td>" in text and "<img" not in text
+    assert "<td>24</td><td>2048</td><td>–</td><td>–</td><td>–</td><td>ours are [3, 8]: another model</td>" in text
+    assert "Published directions in" not in page(study())
+
+
 def test_headings_are_in_order_and_tables_have_scopes():
     text = page(study())
     levels = [int(level) for level in re.findall(r"<h([1-6])", text)]
@@ -269,86 +316,123 @@ def test_lines_draws_one_point_and_none_and_escapes():
     assert "<img" not in made and "nan" not in made
 
 
-BEFORE = """<script>
-window.problems = [];
-window.alert = (text) => problems.push("alert " + text);
-addEventListener("error", (event) => problems.push(event.message));
-addEventListener("securitypolicyviolation", (event) => problems.push("asked for " + event.blockedURI));
-console.error = console.warn = (text) => problems.push(String(text));
-</script>"""
-AFTER = """<script>
-(() => {
-  const all = (query) => [...document.querySelectorAll(query)], one = (query) => document.querySelector(query);
-  const press = (key) => document.activeElement.dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true }));
-  const set = (name, value) => {
-    const select = one(`[name=${name}]`);
-    select.value = value;
-    select.dispatchEvent(new Event("change", { bubbles: true }));
-  };
-  const seen = { opened: one("#panel-title").textContent };
-  const cell = one('[data-cell="layer_1_alpha_100"]');
-  cell.click();
-  seen.title = one("#panel-title").textContent;
-  seen.pressed = all('[aria-pressed="true"]').map((button) => button.dataset.cell);
-  seen.samples = all("#panel-list li").map((item) => item.textContent);
-  cell.focus();
-  press("ArrowDown");
-  seen.focus = document.activeElement.dataset.cell;
-  seen.stops = all("#sweep button").filter((button) => button.tabIndex === 0).length;
-  one('[name=measure][value=refusal]').click();
-  seen.refusal = cell.textContent;
-  seen.blurred = getComputedStyle(one(".harm")).filter;
-  seen.hidden = one("#list .harm").getAttribute("aria-hidden");
-  one("[data-reveal]").click();
-  seen.shown = getComputedStyle(one(".harm")).filter;
-  seen.unhidden = one("#list .harm").getAttribute("aria-hidden");
-  seen.count = one("#count").textContent;
-  set("split", "test");
-  set("arm", "baseline");
-  set("verdict", "refusal");
-  seen.refusals = one("#count").textContent;
-  set("split", "");
-  set("verdict", "");
-  seen.markup = all("#list img, #list script, #panel-list img, #panel-list script").length;
-  seen.requests = performance.getEntriesByType("resource").map((entry) => entry.name);
-  seen.width = [innerWidth, document.documentElement.scrollWidth - document.documentElement.clientWidth];
-  setTimeout(() => parent.postMessage(JSON.stringify({ ...seen, problems }), "*"), 300);
-})();
-</script>"""
-FRAME = """<!doctype html><iframe src="page.html" width="%d" height="900" style="border:0"></iframe><pre id="seen"></pre>
-<script>addEventListener("message", (event) => { document.getElementById("seen").textContent = event.data; });</script>"""
+def cells(tab) -> list[str]:
+    """The cells that are pressed, then the one in focus."""
+    pressed = [cell.get_attribute("data-cell") for cell in tab.locator('[aria-pressed="true"]').all()]
+    return [*pressed, tab.evaluate("document.activeElement.dataset.cell ?? null")]
 
 
 @pytest.mark.parametrize("width", [380, 1600])
-def test_the_page_in_a_browser(tmp_path: Path, width: int):
-    chromium = shutil.which("chromium")
-    if not chromium:
-        pytest.skip("chromium is not installed")
-    text = page(study())
-    text = text.replace("<title>", f"{BEFORE}<title>", 1).replace("</body>", f"{AFTER}</body>")
-    (tmp_path / "page.html").write_text(text, encoding="utf-8")
-    (tmp_path / "frame.html").write_text(FRAME % width, encoding="utf-8")
-    flags = "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-component-update"
-    command = [
-        chromium,
-        *flags.split(),
-        "--disable-sync",
-        "--window-size=1700,1000",
-        f"--user-data-dir={tmp_path / 'profile'}",
-        "--virtual-time-budget=8000",
-        "--dump-dom",
-        (tmp_path / "frame.html").as_uri(),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    found = re.search(r'<pre id="seen">(.+?)</pre>', done.stdout, re.S)
-    assert found, done.stderr[-2000:]
-    seen = json.loads(html.unescape(found[1]))
-    assert seen["problems"] == [] and seen["requests"] == [] and seen["markup"] == 0
-    assert seen["opened"] == "Behind layer 2, alpha 1, rank_1" and seen["title"] == "Behind layer 1, alpha 1"
-    assert seen["pressed"] == ["layer_1_alpha_100"] and seen["focus"] == "layer_2_alpha_100" and seen["stops"] == 1
-    assert len(seen["samples"]) == 4 and all(f"layer_1_alpha_100 {HOSTILE}" in sample for sample in seen["samples"])
-    assert seen["refusal"] == "0.75"
-    assert seen["blurred"].startswith("blur") and seen["shown"] == "none"
-    assert seen["hidden"] == "true" and seen["unhidden"] is None
-    assert (seen["count"], seen["refusals"]) == ("9 of 9 prompts", "1 of 1 prompts")
-    assert seen["width"] == [width, 0]
+def test_the_page_in_a_browser(opened, width):
+    tab = opened(page(study()), width)
+    title, samples, count = tab.locator("#panel-title"), tab.locator("#panel-list li"), tab.locator("#count")
+    assert title.inner_text() == "Behind layer 2, alpha 1, rank_1"
+    cell = tab.locator('[data-cell="layer_1_alpha_100"]')
+    cell.click()
+    assert title.inner_text() == "Behind layer 1, alpha 1" and samples.count() == 4
+    assert all(f"layer_1_alpha_100 {HOSTILE}" in text for text in samples.all_text_contents())
+    tab.locator("[name=measure][value=refusal]").check()
+    assert cell.inner_text() == "0.75"
+    # Harmful text: out of focus for the eye and absent for a screen reader, until it is asked for, everywhere at once.
+    harmful = tab.locator("#list .harm").first
+    assert harmful.evaluate("e => getComputedStyle(e).filter").startswith("blur")
+    assert (
+        "harmful 10" not in tab.locator("#list").aria_snapshot()
+        and "hidden: harmful text" in tab.locator("#list").aria_snapshot()
+    )
+    tab.locator("[data-reveal]").first.check()
+    assert harmful.evaluate("e => getComputedStyle(e).filter") == "none"
+    assert "harmful 10" in tab.locator("#list").aria_snapshot() and "hidden" not in tab.locator("#list").aria_snapshot()
+    assert all(box.is_checked() for box in tab.locator("[data-reveal]").all())
+    # Filters: by split, half, category, and the verdict of one arm or any.
+    assert count.inner_text() == "9 of 9 prompts"
+    for chosen, left in (
+        ({"split": "test"}, 6),
+        ({"half": "safe"}, 3),
+        ({"half": "", "category": "fraud"}, 4),
+        ({"category": "", "arm": "baseline", "verdict": "refusal"}, 1),
+        ({"arm": "runtime"}, 0),
+    ):
+        for name, value_ in chosen.items():
+            tab.locator(f"[name={name}]").select_option(value_)
+        assert count.inner_text() == f"{left} of {left} prompts", chosen
+    assert tab.locator("#list img, #list script, #panel-list img, #panel-list script").count() == 0
+    assert tab.evaluate("[innerWidth, document.documentElement.scrollWidth - document.documentElement.clientWidth]") == [width, 0]
+    tab.wait_for_timeout(300)
+    assert tab.said == []
+
+
+def test_the_page_by_keyboard_alone(opened):
+    tab = opened(page(study()))
+    tab.keyboard.press("Tab")
+    assert tab.evaluate("document.activeElement.className") == "skip"
+    tab.keyboard.press("Enter")
+    assert tab.evaluate("location.hash") == "#question"
+    # The sweep is one stop of the Tab key; arrows go from cell to cell, and Enter or the space bar opens one.
+    for _ in range(60):
+        tab.keyboard.press("Tab")
+        if cells(tab)[-1]:
+            break
+    assert cells(tab) == ["layer_2_alpha_100", "layer_2_alpha_100"]
+    tab.keyboard.press("ArrowUp")
+    assert cells(tab) == ["layer_2_alpha_100", "layer_1_alpha_100"]
+    tab.keyboard.press("ArrowLeft")  # no cell there
+    tab.keyboard.press("Enter")
+    assert cells(tab) == ["layer_1_alpha_100", "layer_1_alpha_100"]
+    assert tab.locator("#panel-title").inner_text() == "Behind layer 1, alpha 1"
+    tab.keyboard.press("Tab")
+    assert cells(tab)[-1] == "baseline"
+    tab.keyboard.press("Space")
+    assert cells(tab) == ["baseline", "baseline"]
+    # Every stop of the Tab key shows where it is.
+    for _ in range(40):
+        tab.keyboard.press("Tab")
+        outline = tab.evaluate("getComputedStyle(document.activeElement).outlineStyle")
+        assert outline != "none" or tab.evaluate("document.activeElement === document.body")
+
+
+def test_what_a_screen_reader_is_told(opened):
+    tab = opened(page(study()))
+    told = tab.locator("body").aria_snapshot()
+    for words in (
+        'heading "Is refusal one direction?" [level=1]',
+        'navigation "Sections"',
+        'region "Ablation at run time"',
+        'button "layer 2, alpha 1, rank_1: compliance 1.00" [pressed]',
+        'form "Filter answers"',
+        'combobox "verdict"',
+        'img "Cohen\'s d by layer"',
+        "status: 9 of 9 prompts",
+    ):
+        assert words in told, told
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [380, 1600])
+def test_axe_finds_nothing_serious(opened, width, scheme):
+    tab = opened(page(study()), width, scheme)
+    assert serious(tab) == []
+    tab.locator("[data-reveal]").first.check()
+    for summary in tab.locator("summary").all():
+        summary.click()
+    assert serious(tab) == []
+
+
+def test_axe_would_find_something(opened):
+    text = page(study()).replace("--soft: #545b64", "--soft: #c0c4c8").replace('<html lang="en">', "<html>")
+    assert {"color-contrast", "html-has-lang"} <= {rule for rule, _, _ in serious(opened(text))}
+
+
+def test_a_built_page_is_as_good(opened, finished):
+    text = (finished[0] / "report/index.html").read_text(encoding="utf-8")
+    tab = opened(text, 380)
+    assert serious(tab) == [] and tab.said == []
+    assert tab.evaluate("document.documentElement.scrollWidth") <= 380
+
+
+def test_a_request_would_be_seen(opened):
+    """A control: what is asked for is noticed, whether the page's own policy lets it out or not."""
+    asking = page(study()).replace("</body>", '<img src="http://127.0.0.1:9/a.png" alt=""></body>')
+    assert any("a.png" in said and "violates" in said for said in opened(asking).said)
+    bare = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", asking)
+    assert "asked for http://127.0.0.1:9/a.png" in opened(bare).said

@@ -1,6 +1,7 @@
 """The resume store: kill it anywhere, run it again, and nothing is computed twice or wrongly."""
 
 import os
+import re
 import signal
 import sqlite3
 import subprocess
@@ -11,7 +12,7 @@ from types import ModuleType
 
 import pytest
 
-from refusal.store import Store, key
+from refusal.store import Store, key, progress
 
 ROOT = Path(__file__).parent.parent
 
@@ -204,3 +205,26 @@ def test_a_key_is_the_same_in_another_process():
     assert subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip() == key(
         "a", b={"c": ["é", None], "x": 1.5}
     )
+
+
+@pytest.mark.parametrize(("steps", "seconds", "lines"), [(5, 0.1, 0), (5, 0.8, 1), (40, 1.0, 3)])
+def test_a_bar_in_a_log_file_is_a_line_an_update(monkeypatch, capsys, steps, seconds, lines):
+    clock = [1000.0]
+    monkeypatch.setattr("tqdm.std.time", lambda: clock[0])
+    with progress(steps, "work", "step") as bar:
+        for _ in range(steps):
+            clock[0] += seconds
+            bar.update()
+    said = capsys.readouterr().err
+    assert "\r" not in said and len(said.splitlines()) == lines
+    if lines:
+        assert said.endswith("\n") and said.splitlines()[-1].startswith(f"work: 100%|##########| {steps}/{steps} [")
+    assert lines < 2 or re.match(r"work: +3\d%.* 15/40 \[00:15<00:25, +1\.00step/s\]$", said.splitlines()[0])
+
+
+def test_a_bar_on_a_terminal_stays_in_its_line(monkeypatch, capsys):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    with progress(2, "work", "step") as bar:
+        bar.update(2)
+    said = capsys.readouterr().err
+    assert said.startswith("\rwork:   0%") and said.count("\n") == 1

@@ -17,7 +17,6 @@ HERE = Path(__file__).parent
 CELL_EXAMPLES = 6  # completions behind each cell of the sweep, of the same prompts in every cell
 MAX_BYTES = 5_000_000
 METHODS = ("sequential", "batched", "batched_unmasked")
-PAIRINGS = ("matched", "shuffled", "unrelated")
 ARMS = ("baseline", "runtime", "orthogonalized")
 
 Rows = Sequence[dict[str, Any]]
@@ -26,8 +25,8 @@ Rows = Sequence[dict[str, Any]]
 class Study(NamedTuple):
     """What a page is made of: the sections of params.yaml, every stage's metrics, and the rows behind them.
 
-    `capability` are the rows of plots/capability.csv as numbers; `versions` and `hashes` are package: version and
-    path: sha256 of every input, as printed.
+    `imported` is metrics/published.json, other people's directions beside ours; `capability` the rows of plots/capability.csv
+    as numbers; `versions` and `hashes` are package: version and path: sha256 of every input, as printed.
     """
 
     params: dict[str, Any]
@@ -45,6 +44,8 @@ class Study(NamedTuple):
     evaluate: dict[str, Any]
     benchmark: dict[str, Any]
     reproduction: dict[str, Any]
+    agreement: dict[str, Any]
+    imported: dict[str, Any]
     versions: dict[str, str]
     hashes: dict[str, str]
 
@@ -190,10 +191,37 @@ def _context(study: Study) -> dict[str, Any]:
         "categories": sorted(Counter(row["category"] or "none" for row in study.pairs).items()),
         "example": next(iter(test), study.pairs[0]),
         "methods": [m for m in METHODS if f"{m}-{pairing}" in d],
-        "pairings": [q for q in PAIRINGS if f"{method}-{q}" in d],
+        "pairings": _pairings(study),
+        "judged_by": _judged_by(study),
+        "imported": [_beside(name, file, arm) for name, file in study.imported["files"].items()],
         "params_text": yaml.safe_dump(p, sort_keys=False, default_flow_style=None, width=100, allow_unicode=True),
         "cell_examples": CELL_EXAMPLES,
     }
+
+
+def _pairings(study: Study) -> list[str]:
+    """The pairings that the swept method has directions for, those of a user's own among them."""
+    prefix = f"{study.params['sweep']['method']}-"
+    return [arm.removeprefix(prefix) for arm in study.directions if arm.startswith(prefix)]
+
+
+def _beside(name: str, file: dict[str, Any], arm: str) -> list[Any]:
+    """A set of published directions as a row: file, layers, d_model, and where it agrees most and least with ours."""
+    cosines = [(c, layer) for layer, c in enumerate(file["cosine"].get(arm, ())) if c is not None]
+    if not cosines:
+        return [name, file["n_layers"], file["d_model"], "–", "–", "–", file["note"] or "no layer where both are defined"]
+    (most, at), (least, _) = max(cosines), min(cosines)
+    return [name, file["n_layers"], file["d_model"], num(most, 4), at, num(least, 4), ""]
+
+
+def _judged_by(study: Study) -> str:
+    """Who judged, in the words of the page."""
+    j = study.agreement["judge"]
+    if j["kind"] == "rules":
+        exact = study.params["model"]["id"] == "organism"
+        return "rules, exact here since the organism's whole language is known" if exact else "rules (English alone)"
+    versions = ", ".join(f"{v['version']} ({v['n']} verdicts)" for v in j["versions"])
+    return f"{j['model']} at {j['base_url']}, reported as {versions}, rubric sha256 {j['rubric_sha256'][:12]}"
 
 
 def _charts(study: Study) -> dict[str, Any]:
@@ -246,9 +274,8 @@ def _charts(study: Study) -> dict[str, Any]:
             "layer",
             "cosine to sequential-matched",
             [
-                Series(q, i, _points(d[f"{method}-{q}"], "cosine_to_sequential"))
-                for i, q in enumerate(PAIRINGS)
-                if sequential and f"{method}-{q}" in d
+                Series(q, i % 4, _points(d[f"{method}-{q}"], "cosine_to_sequential"))
+                for i, q in enumerate(_pairings(study) if sequential else ())
             ],
             include=(1.0, 0.9),
         ),

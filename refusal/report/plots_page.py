@@ -17,7 +17,8 @@ PAGE = """<!DOCTYPE html>
 <script>(() => {{ {scripts} }})();</script>
 <style>
 body {{ font: 1rem/1.5 system-ui, sans-serif; margin: 1.5rem; background: #fff; }}
-body > div {{ overflow-x: auto; margin-bottom: 2rem; }}
+/* One plot a row; a wide one scrolls by itself, not the page. */
+body > div.vega-embed {{ display: block; width: fit-content; max-width: 100%; overflow-x: auto; margin-bottom: 2rem; }}
 </style>
 </head>
 <body>
