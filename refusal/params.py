@@ -111,7 +111,7 @@ class TrainingPhase(Section):
 
 
 class Organism(Section):
-    kind: Literal["single", "natural", "none"]
+    kind: Literal["single", "planted", "distributed", "natural", "none"]
     seed: Seed
     corpus_seed: Seed
     hidden_size: Count
