@@ -194,6 +194,13 @@ class Evaluate(Section):
     seed: Seed
 
 
+class Science(Section):
+    level: Literal["mediation", "basic", "full"]
+    n_random: Annotated[int, Field(ge=1)]
+    n_resamples: Count
+    seed: Seed
+
+
 class Benchmark(Section):
     suite: str | list[str]
     apply_chat_template: bool
@@ -232,6 +239,7 @@ class Params(Section):
     select: Select
     orthogonalize: Orthogonalize
     evaluate: Evaluate
+    science: Science
     benchmark: Benchmark
     report: Report
     compute: Compute
