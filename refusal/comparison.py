@@ -5,6 +5,7 @@ from collections.abc import Hashable, Mapping, Sequence
 
 import numpy as np
 
+from refusal.statistics import expanded
 from refusal.verdicts import Judged
 
 
@@ -39,7 +40,10 @@ def independent_difference(
     n_resamples: int,
     seed: int,
 ) -> tuple[float, float, float]:
-    """Mean of ours minus mean of theirs on other prompts, with a percentile bootstrap interval, both clustered."""
+    """Mean of ours minus mean of theirs on other prompts, with an expanded percentile bootstrap interval, both clustered.
+
+    Expanded for the smaller number of clusters; two sets that each hold one value alone get an interval of no width.
+    """
     rng = np.random.default_rng(seed)
     resampled, means = [], []
     for values, clusters in ((ours, our_clusters), (theirs, their_clusters)):
@@ -49,7 +53,8 @@ def independent_difference(
         drawn = rng.multinomial(len(index), np.full(len(index), 1 / len(index)), size=n_resamples)
         resampled.append((drawn @ sums) / (drawn @ sizes))
         means.append(sums.sum() / sizes.sum())
-    low, high = np.quantile(resampled[0] - resampled[1], [0.025, 0.975])
+    fewest = min(len(set(our_clusters)), len(set(their_clusters)))
+    low, high = np.quantile(resampled[0] - resampled[1], expanded(fewest) if fewest > 1 else (0.0, 1.0))
     return float(means[0] - means[1]), float(low), float(high)
 
 
