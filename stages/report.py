@@ -17,6 +17,7 @@ ROWS = {
     "verdicts": Path("data/judged/verdicts.jsonl"),
     "evaluated": Path("data/evaluated/completions.jsonl"),
 }
+SCIENCE, ALPHAS = Path("metrics/science.json"), Path("plots/science/alphas.csv")
 CAPABILITY, LOCK = Path("plots/capability.csv"), Path("requirements.lock")
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "lm_eval", "numpy", "scipy", "dvc")
 
@@ -26,6 +27,7 @@ def main(params: Params) -> str:
 
     from refusal.report.page import Study, page
     from refusal.reproduction import published, reproduce, summary
+    from refusal.weaknesses import weaknesses
 
     metrics = {name: read_json(Path(f"metrics/{name}.json")) for name in METRICS}
     rows = {name: read_jsonl(path) for name, path in ROWS.items()}
@@ -52,6 +54,15 @@ def main(params: Params) -> str:
         settings |= {name: getattr(params.organism, key) for name, key in shape.items()}
     reproduction = reproduce(
         published(), params.model.id, arm, settings, *(metrics[name] for name in ("directions", "judge", "select", "benchmark"))
+    )
+    strengths: list[dict[str, Any]] = []
+    if ALPHAS.is_file():  # science.level: mediation has none
+        with ALPHAS.open(encoding="utf-8", newline="") as file:
+            strengths = [
+                {k: v if k == "place" else float(v) if v else None for k, v in row.items()} for row in csv.DictReader(file)
+            ]
+    reproduction["weaknesses"] = weaknesses(
+        published(), metrics["directions"], rows["verdicts"], metrics["select"], read_json(SCIENCE), strengths
     )
     inputs = [*(Path(f"metrics/{name}.json") for name in METRICS), *ROWS.values(), CAPABILITY, LOCK]
     pinned = dict(line.split("==") for line in LOCK.read_text(encoding="utf-8").splitlines() if "==" in line)

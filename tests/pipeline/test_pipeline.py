@@ -53,7 +53,8 @@ def small(folder: Path) -> Path:
     params["organism"]["phase_2"] |= {"steps": 64, "batch_size": 8}
     params["directions"] |= {"n_resamples": 20, "n_sign_flips": 20}
     params["sweep"] |= {"alphas": [1.0, 2.0], "n_random": 1, "max_new_tokens": 6}
-    params["judge"]["n_resamples"] = params["evaluate"]["n_resamples"] = params["benchmark"]["n_resamples"] = 20
+    for section in ("judge", "evaluate", "science", "benchmark"):
+        params[section]["n_resamples"] = 20
     params["benchmark"] |= {"suite": ["organism_capitals"], "limit": 6}
     params["compute"]["threads"] = 1
     (folder / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
@@ -114,7 +115,7 @@ def test_metrics_hold_no_nan_and_every_cell(study):
     ("section", "values", "rerun"),
     [
         ("report", {"n_examples": 3}, ["report"]),
-        ("sweep", {"pairing": "unrelated"}, ["sweep", "judge", "select", "orthogonalize", "evaluate", "benchmark", "report"]),
+        ("sweep", {"pairing": "unrelated"}, ["sweep", "judge", "select", "orthogonalize", "evaluate", "science", "benchmark", "report"]),
     ],
 )
 def test_one_changed_parameter_reruns_what_depends_on_it(study, section, values, rerun):
