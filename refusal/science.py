@@ -109,6 +109,15 @@ def control_arms(
     return arms
 
 
+def planted_arms(truth: Tensor, found: Tensor, alpha: float) -> list[Arm]:
+    """The planted direction, and rank_1's less its part along the planted one: does what was found owe its effect to the truth?"""
+    rest = found.double() - (found.double() @ truth) * truth
+    return [
+        direction_arm("planted", "planted", truth),
+        direction_arm("rank_1_less_planted", "planted", rest / rest.norm(), alpha),
+    ]
+
+
 def best_on_val(arms: Sequence[Arm], judged: Mapping[str, Sequence[Judged | None]]) -> Arm:
     """The arm with the best mean compliance x coherence on val; the first of those that tie."""
     scores = {}

@@ -122,6 +122,7 @@ def figures(kind: str, folder: Path) -> dict[str, Any]:
         "single": rates("rank_1") | {"layer": science["layer"]},
         "per_layer": rates("per_layer"),
         "planted": rates("planted") if kind == "planted" else None,
+        "rank_1_less_planted": rates("rank_1_less_planted") if kind == "planted" else None,
         "estimators": {name: found | {"kl": arms[found["arm"]]["kl"]} for name, found in science["estimators"].items()},
         "random": {
             k: {f: c[f] for f in ("compliance", "compliance_low", "compliance_high", "n", "n_arms")}

@@ -139,8 +139,8 @@ def main(params: Params) -> str:
     metrics |= mediation(study, truth)
     metrics["spectrum"] = spectra(study)
     metrics["zero"], metrics["monitor"] = projections(study)
-    metrics["addition"] = additions(study)
     more = bool(study.budget.alphas)
+    metrics["addition"] = additions(study) if more else None
     metrics["sensitivity"] = sensitivity(study) if more else None
     metrics["positions"], metrics["padding"] = places(study) if more else (None, None)
     metrics["alpha_cliff"] = strengths(study) if more else None
@@ -157,10 +157,20 @@ def main(params: Params) -> str:
 
 def mediation(study: Study, truth: Any) -> dict[str, Any]:
     """The table of arms on test prompts beside their controls, what each costs, and the verdict."""
-    from refusal.arms import BASELINE_ARM, direction_arm, edits, fingerprint
+    from refusal.arms import BASELINE_ARM, edits, fingerprint
     from refusal.estimators import optimised
     from refusal.interventions import intervene
-    from refusal.science import best_on_val, control_arms, correct, decide, refusal_three_ways, row, single_arms, subspace_arms
+    from refusal.science import (
+        best_on_val,
+        control_arms,
+        correct,
+        decide,
+        planted_arms,
+        refusal_three_ways,
+        row,
+        single_arms,
+        subspace_arms,
+    )
     from refusal.subspace import captured
     from refusal.verdicts import rate, summary
 
@@ -188,7 +198,7 @@ def mediation(study: Study, truth: Any) -> dict[str, Any]:
     affine = sites == "resid_pre"
     single = single_arms(found, harmful, safe, layer, study.rank_1["alpha"], vector, affine)
     several = subspace_arms(found, harmful, safe, layer, order, sites)
-    planted = [] if truth is None else [direction_arm("planted", "planted", truth)]
+    planted = [] if truth is None else planted_arms(truth, found["unit"][layer], study.rank_1["alpha"])
     controls = control_arms(harmful.shape[2], s.n_random, b.n_subspaces, train["train.unrelated"], safe, layer, sites, s.seed)
     arms = [BASELINE_ARM, *single, *several, *planted]
 
