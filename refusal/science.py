@@ -109,13 +109,13 @@ def control_arms(
     return arms
 
 
-def planted_arms(truth: Tensor, found: Tensor, alpha: float) -> list[Arm]:
-    """The planted direction, and rank_1's less its part along the planted one: does what was found owe its effect to the truth?"""
-    rest = found.double() - (found.double() @ truth) * truth
-    return [
-        direction_arm("planted", "planted", truth),
-        direction_arm("rank_1_less_planted", "planted", rest / rest.norm(), alpha),
-    ]
+def planted_arms(truth: Tensor, found: Mapping[str, Tensor]) -> list[Arm]:
+    """The planted direction, and each layer's difference-in-means less its part along it: is it by that part that it works?"""
+    arms = [direction_arm("planted", "planted", truth)]
+    for i in found["defined"].nonzero().flatten().tolist():
+        rest = found["unit"][i].double() - (found["unit"][i].double() @ truth) * truth
+        arms.append(direction_arm(f"less_planted.{i}", "less_planted", rest / rest.norm(), 1.0, i))
+    return arms
 
 
 def best_on_val(arms: Sequence[Arm], judged: Mapping[str, Sequence[Judged | None]]) -> Arm:
@@ -241,3 +241,9 @@ def spectrum_row(harmful: Tensor, safe: Tensor, n_flips: int, seed: int) -> dict
         "cosine_first_to_mean": captured(paired_svd(harmful, safe, 1), mean),
         "n": len(differences),
     }
+
+
+def mean_between_layers(cosines: Sequence[Sequence[float | None]]) -> float | None:
+    """Mean cosine of the directions of two different layers, where both are defined."""
+    found = [c for i, by_layer in enumerate(cosines) for c in by_layer[i + 1 :] if c is not None]
+    return sum(found) / len(found) if found else None

@@ -90,6 +90,8 @@ def study(params: Params, name: str) -> None:
 
 def figures(kind: str, folder: Path) -> dict[str, Any]:
     """What metrics/organisms.json says of one organism: rates on test but for `by_layer`, which is val."""
+    from refusal.science import mean_between_layers
+
     model, directions, judge, science = (
         read_json(folder / f"metrics/{name}.json") for name in ("model", "directions", "judge", "science")
     )
@@ -101,7 +103,6 @@ def figures(kind: str, folder: Path) -> dict[str, Any]:
         }
 
     by_layer = {str(cell["layer"]): cell["compliance"] for cell in judge.values() if cell["layer"] is not None}
-    cross = [c for i, row in enumerate(found["cross_layer_cosine"]) for j, c in enumerate(row) if i < j and c is not None]
     return {
         "verdict": v["verdict"],
         "reason": v["reason"],
@@ -116,13 +117,13 @@ def figures(kind: str, folder: Path) -> dict[str, Any]:
         "compliance_planted": arms["planted"]["compliance"] if kind == "planted" else None,
         "cosine_planted": arms["rank_1"]["cosine_planted"],
         "separation_peak": found["peak_separation"],
-        "cross_layer_cosine_mean": sum(cross) / len(cross) if cross else None,
+        "cross_layer_cosine_mean": mean_between_layers(found["cross_layer_cosine"]),
         "zero": [None if row is None else row["zero"] for row in science["zero"]],
         "by_layer": {"compliance": by_layer, "n": judge["baseline"]["n"]},
         "single": rates("rank_1") | {"layer": science["layer"]},
         "per_layer": rates("per_layer"),
         "planted": rates("planted") if kind == "planted" else None,
-        "rank_1_less_planted": rates("rank_1_less_planted") if kind == "planted" else None,
+        "less_planted": {name.split(".")[1]: rates(name) for name in arms if arms[name]["family"] == "less_planted"},
         "estimators": {name: found | {"kl": arms[found["arm"]]["kl"]} for name, found in science["estimators"].items()},
         "random": {
             k: {f: c[f] for f in ("compliance", "compliance_low", "compliance_high", "n", "n_arms")}

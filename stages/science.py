@@ -198,7 +198,7 @@ def mediation(study: Study, truth: Any) -> dict[str, Any]:
     affine = sites == "resid_pre"
     single = single_arms(found, harmful, safe, layer, study.rank_1["alpha"], vector, affine)
     several = subspace_arms(found, harmful, safe, layer, order, sites)
-    planted = [] if truth is None else planted_arms(truth, found["unit"][layer], study.rank_1["alpha"])
+    planted = [] if truth is None else planted_arms(truth, found)
     controls = control_arms(harmful.shape[2], s.n_random, b.n_subspaces, train["train.unrelated"], safe, layer, sites, s.seed)
     arms = [BASELINE_ARM, *single, *several, *planted]
 
