@@ -3,11 +3,14 @@
 import argparse
 import json
 import os
+import sys
 import time
 from importlib import import_module
 from pathlib import Path
 
 from rich.console import Console
+
+from refusal.errors import RefusalError
 
 SECTIONS = ("extraction", "sweep", "orthogonalization", "pipeline", "growth")
 METRICS = Path("metrics/perf.json")
@@ -49,7 +52,10 @@ def main() -> None:
     for name in chosen:
         started = time.monotonic()
         console.rule(name)
-        scalars = import_module(f"perf.{name}").run(console)
+        try:
+            scalars = import_module(f"perf.{name}").run(console)
+        except RefusalError as error:
+            sys.exit(f"{name}: {error}")
         for section in merge(METRICS, machine, name, scalars):
             console.print(f"{METRICS}: {section} was measured on another machine and is taken out; run it again", style="bold")
         console.print(f"{name}: {time.monotonic() - started:.0f} s", style="dim", highlight=False)

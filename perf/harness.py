@@ -60,20 +60,18 @@ class Measured:
 
 
 def measure(arms: Mapping[str, Callable[[], Any]], console: Console, rounds: int = 3) -> Measured:
-    """One round that warms up and samples memory, untimed; then `rounds` in which the arms take turns and are timed."""
-    found = Measured()
-    for arm, run in arms.items():
-        console.print(f"  {arm}: warm-up and memory", style="dim", highlight=False)
-        with Peak() as peak:
-            found.values[arm] = run()
-        found.peak_mb[arm], found.seconds[arm] = peak.mb, []
+    """`rounds` rounds in which the arms take turns; each run is timed and its memory sampled, its first value kept."""
+    found = Measured({arm: [] for arm in arms}, dict.fromkeys(arms, 0.0))
     for n in range(rounds):
         for arm, run in arms.items():
-            gc.collect()
-            started = time.perf_counter()
-            run()
-            found.seconds[arm].append(time.perf_counter() - started)
+            with Peak() as peak:
+                started = time.perf_counter()
+                value = run()
+                found.seconds[arm].append(time.perf_counter() - started)
+            found.values.setdefault(arm, value)
+            found.peak_mb[arm] = max(found.peak_mb[arm], peak.mb)
             console.print(f"  round {n + 1} of {rounds}: {arm} {found.seconds[arm][-1]:.3f} s", style="dim", highlight=False)
+            del value
     return found
 
 
@@ -96,7 +94,7 @@ class Peak:
         return self
 
     def _watch(self) -> None:
-        while not self._stop.wait(0.005):
+        while not self._stop.wait(0.01):
             self.high = max(self.high, anonymous_bytes(self._process))
 
     def __exit__(self, *_: object) -> None:

@@ -171,7 +171,7 @@ class Writer:
     def put(self, name: str, rows: Sequence[int], values: Tensor) -> None:
         """Write values [len(rows), ...], of the tensor's dtype, as these rows of `name`."""
         dtype, shape = self.tensors[name]
-        if values.dtype != dtype or values.shape != (len(rows), *shape[1:]) or not set(rows) <= set(range(shape[0])):
+        if values.dtype != dtype or values.shape != (len(rows), *shape[1:]) or not all(0 <= row < shape[0] for row in rows):
             given = f"{values.dtype} {list(values.shape)} for rows {list(rows)[:3]}..."
             raise ValueError(f"{name}: rows of {dtype} {list(shape)} were expected, not {given}")
         for row, value in zip(rows, values.detach().cpu().contiguous(), strict=True):
