@@ -163,11 +163,8 @@ def moves(monkeypatch):
     return called
 
 
-PREFILLS = (0, 99)  # rows of one length each; all padded to the longest
-
-
 def test_rows_enter_as_others_leave(model, monkeypatch, moves):
-    """Two slots for eleven rows of three cells, each with its own addition: every row as if alone and without a cache."""
+    """Two or four slots for eleven rows of three cells, each with its own addition: every row as if alone and without a cache."""
     directions, alphas = tiny_direction(rows=3), torch.tensor([0.0, 1.0, 1.5])
     vectors = 3 * tiny_direction(rows=3, seed=7)
     vectors -= (vectors * directions).sum(-1, keepdim=True) * directions  # so that it does not matter which acts first
@@ -179,10 +176,9 @@ def test_rows_enter_as_others_leave(model, monkeypatch, moves):
     wanted = until(free, stop)
     assert len({len(run) for run in wanted}) > 2
     edit, add = ablation(directions, alphas, "resid_pre"), Addition(vectors, 1)
-    for forward in PREFILLS:
+    for forward, slots in ((0, 2), (99, 4)):  # rows of one length a prefill; all padded to the longest
         monkeypatch.setattr(activations, "_FORWARD", forward)
-        for slots in (2, 4):
-            assert generate(model, ENTERING, stop, N_NEW, 0, edit, add, CELL, slots) == wanted
+        assert generate(model, ENTERING, stop, N_NEW, 0, edit, add, CELL, slots) == wanted
     assert "move_rows" in moves
     if model.config.model_type not in ("gemma", "qwen3_moe"):  # whose completions are too short to fill the columns
         assert "move_window" in moves
@@ -190,12 +186,11 @@ def test_rows_enter_as_others_leave(model, monkeypatch, moves):
 
 
 @pytest.mark.parametrize("sites", ["paper", "writes"])
-def test_cells_share_slots_at_other_sites(model, sites, monkeypatch):
+def test_cells_share_slots_at_other_sites(model, sites):
     directions, alphas = tiny_direction(rows=3), torch.tensor([0.5, 1.0, 1.5])
-    wanted = [naive(model, ids, edit=(directions[c], float(alphas[c]), sites)) for ids, c in zip(ENTERING, CELL, strict=True)]
-    for forward in PREFILLS:
-        monkeypatch.setattr(activations, "_FORWARD", forward)
-        assert generate(model, ENTERING, (), N_NEW, 0, ablation(directions, alphas, sites), rows=CELL, slots=4) == wanted
+    prompts, cells = ENTERING[:7], CELL[:7]
+    wanted = [naive(model, ids, edit=(directions[c], float(alphas[c]), sites)) for ids, c in zip(prompts, cells, strict=True)]
+    assert generate(model, prompts, (), N_NEW, 0, ablation(directions, alphas, sites), rows=cells, slots=4) == wanted
 
 
 @pytest.fixture
