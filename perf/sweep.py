@@ -22,7 +22,7 @@ from transformers import LogitsProcessor, PreTrainedModel
 
 from perf import workload
 from perf.harness import measure
-from refusal.generation import shared_prefix
+from refusal.activations import Prefix
 from refusal.store import Store
 from refusal.sweep import Cell, complete
 
@@ -135,9 +135,9 @@ def compare(found: Tokens, reference: Tokens, gaps: Sequence[Sequence[float]]) -
     return same / len(reference), near
 
 
-def tokens_needed(prompts: Sequence[Sequence[int]], n_new: int) -> int:
+def tokens_needed(model: PreTrainedModel, prompts: Sequence[Sequence[int]], n_new: int) -> int:
     """Tokens that one cell must compute: the common beginning once, the rest of each prompt, all new tokens but the last."""
-    shared = len(shared_prefix(prompts))
+    shared = len(Prefix(model, prompts).ids)
     return shared + sum(len(prompt) - shared + n_new - 1 for prompt in prompts)
 
 
@@ -158,7 +158,7 @@ def run(console: Console, n_prompts: int = workload.N_PROMPTS, n_new: int = work
     directions = workload.random_directions(1, model.config.hidden_size)
     some = sorted(prompts, key=len)[:: max(1, n_prompts // N_RECOMPUTED)][:N_RECOMPUTED] if n_prompts > N_RECOMPUTED else prompts
     scale = tokens_recomputed(prompts, n_new) / tokens_recomputed(some, n_new)
-    needed, gaps = tokens_needed(prompts, n_new), []
+    needed, gaps = tokens_needed(model, prompts, n_new), []
     arms = {
         "recompute": lambda: recompute(model, some, directions[0], n_new),
         # The first call, which is not timed, notes the gaps.

@@ -16,12 +16,10 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
+from refusal.activations import Prefix, batches
 from refusal.interventions import Ablation, Addition, intervene
 from refusal.kv_cache import SlotCache
 from refusal.memory import fitting
-
-# What one more forward costs, in tokens: reading all weights once takes as long as computing about so many more tokens.
-FORWARD = 64
 
 
 @torch.inference_mode()
@@ -54,29 +52,6 @@ def generate(
     return fitting(decoded, min(slots or len(prompts), len(prompts)), "generation")
 
 
-def groups(lengths: Sequence[int], forward: int) -> list[tuple[int, int]]:
-    """How to cut rows of ascending length into forwards, [(first, last), ...]: as few tokens as can be, padding included, where
-    one more forward counts as `forward` tokens."""
-    cuts = [0, *(i for i in range(1, len(lengths)) if lengths[i] != lengths[i - 1]), len(lengths)]
-    best: list[tuple[int, int]] = [(0, 0)]  # up to each cut: the cost, and the cut before
-    for k in range(1, len(cuts)):
-        best.append(min((best[j][0] + forward + (cuts[k] - cuts[j]) * lengths[cuts[k] - 1], j) for j in range(k)))
-    parts, k = [], len(cuts) - 1
-    while k > 0:
-        parts.append((cuts[best[k][1]], cuts[k]))
-        k = best[k][1]
-    return parts[::-1]
-
-
-def shared_prefix(prompts: Sequence[Sequence[int]]) -> list[int]:
-    """The tokens that all prompts begin with, each prompt's last one left out."""
-    shortest = min(prompts, key=len)[:-1]
-    n = 0
-    while n < len(shortest) and all(prompt[n] == shortest[n] for prompt in prompts):
-        n += 1
-    return list(shortest[:n])
-
-
 Layers = list[tuple[Tensor, Tensor]]  # keys and values of each layer, [batch, n_kv_heads, seq, head_dim]
 
 
@@ -103,6 +78,7 @@ class _Job:
         self.live: list[int] = []  # the prompt of each slot ...
         self.tokens: list[int] = []  # ... the token it computes next ...
         self.lengths: list[int] = []  # ... and how many are in the cache before it: its position
+        self.assigned: list[int] = []  # the ablation's row of each row of the last forward
         self.start = len(prompts[self.waiting[-1]]) - 1  # the column from which there is room for every prompt to enter
         # Without rows that enter late the window never moves; else it moves every quarter of a completion, or less often.
         spare = max(16, max_new_tokens // 4) if slots < len(prompts) else 0
@@ -124,10 +100,8 @@ class _Job:
 
     def _compute_prefix(self) -> None:
         """Keys and values of what all prompts begin with, once for each row of the interventions that is in use."""
-        shared = shared_prefix(self.prompts)
         used = sorted(set(self.rows))
-        if len(shared) * (len(self.prompts) - len(used)) <= FORWARD:
-            shared = []
+        shared = Prefix(self.model, self.prompts).ids if len(used) < len(self.prompts) else []
         self.prefix: Layers = []
         self.n_shared, self.place = len(shared), {row: i for i, row in enumerate(used)}
         if shared:
@@ -138,13 +112,13 @@ class _Job:
         if not self.live:
             self.cache.window.end = self.start
         rests = [len(self.prompts[i]) - 1 - self.n_shared for i in entering]
-        for first, last in groups(rests, FORWARD):
-            group = entering[first:last]
+        for batch in batches(rests, "batched", len(rests)):
+            group = [entering[i] for i in batch]
             rows = [self.rows[i] for i in group]
             inputs = [self.prompts[i][self.n_shared : -1] for i in group]
             places = [self.place[row] for row in rows]
             past = [(keys[places], values[places]) for keys, values in self.prefix]
-            if rests[last - 1] > 0:
+            if rests[batch[-1]] > 0:
                 past = self._prefill(inputs, rows, past)
             if past:
                 self.cache.enter(len(self.live), past, [len(self.prompts[i]) - 1 for i in group])
@@ -214,7 +188,7 @@ class _Job:
         return len(intervention.basis if isinstance(intervention, Ablation) else intervention.vector) > 1
 
     def _assign(self, rows: Sequence[int]) -> None:
-        if self.ablation is not None and self._many(self.ablation) and rows != getattr(self, "assigned", None):
+        if self.ablation is not None and self._many(self.ablation) and rows != self.assigned:
             self.ablation.assign(torch.tensor(rows))
             self.assigned = list(rows)
 

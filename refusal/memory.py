@@ -1,7 +1,8 @@
 """Out of memory halves the batch and goes on.
 
 Batches are units of work in the store, with a fixed composition and a fixed padding. So a batch is never cut anew: its rows,
-padded together as ever, are computed in parts, and the parts are put together again.
+padded together as ever, are computed in parts, and the parts are put together again. A unit of completions stays whole, too:
+half as many of its rows are decoded at once.
 """
 
 import gc

@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from refusal import anatomy, generation, interventions, kv_cache
+from refusal import activations, anatomy, generation, interventions, kv_cache
 from refusal import store as stores
 from refusal.errors import RefusalError
 from refusal.generation import generate
@@ -26,7 +26,7 @@ from refusal.interventions import Ablation, Addition, ablation
 from refusal.selection import cell_name
 from refusal.store import Store
 
-CODE = (anatomy, generation, interventions, kv_cache)
+CODE = (activations, anatomy, generation, interventions, kv_cache)
 ROUNDS = 4  # batches in a unit of work
 
 

@@ -1,14 +1,12 @@
 """Greedy generation against transformers' own, and batches of interventions against each row alone, with no cache."""
 
-from itertools import combinations, pairwise
-
 import pytest
 import torch
 from tiny import tiny_direction, tiny_model
 
-from refusal import generation
+from refusal import activations
 from refusal.anatomy import SUPPORTED
-from refusal.generation import generate, groups, shared_prefix
+from refusal.generation import generate
 from refusal.interventions import Addition, ablation, intervene
 from refusal.kv_cache import SlotCache
 
@@ -42,8 +40,8 @@ def model(request):
 
 
 @torch.no_grad()
-def naive(model, ids, stop, n_new=N_NEW, edit=None, vector=None, layer=None):
-    """One prompt, no cache: the whole text anew for each token; the vector is added at prompt positions only."""
+def naive(model, ids, n_new=N_NEW, edit=None, vector=None, layer=None):
+    """One prompt, no cache, no stop: the whole text anew for each token; the vector is added at prompt positions only."""
     tokens = []
 
     def add(_module, args, kwargs):
@@ -57,11 +55,13 @@ def naive(model, ids, stop, n_new=N_NEW, edit=None, vector=None, layer=None):
             logits = model(torch.tensor([ids + tokens]), use_cache=False).logits[0, -1]
         if handle:
             handle.remove()
-        token = int(logits.argmax())
-        if token in stop:
-            break
-        tokens.append(token)
+        tokens.append(int(logits.argmax()))
     return tokens
+
+
+def until(runs, stop):
+    """Each run up to its first stop token."""
+    return [run[: next((i for i, token in enumerate(run) if token in stop), len(run))] for run in runs]
 
 
 def chosen_stops(model, runs):
@@ -75,7 +75,7 @@ def chosen_stops(model, runs):
 
 
 def test_equals_transformers_greedy(model):
-    free = [naive(model, ids, ()) for ids in PROMPTS]
+    free = [naive(model, ids) for ids in PROMPTS]
     stop = chosen_stops(model, free)
     ours = generate(model, PROMPTS, stop, N_NEW, 0)
     assert len({len(run) for run in ours}) > 2  # rows ended at several places
@@ -103,13 +103,9 @@ def test_equals_transformers_greedy(model):
 def test_rows_of_different_interventions_share_a_batch(model, sites):
     directions = tiny_direction(rows=len(PROMPTS))
     alphas = torch.tensor([0.0, 0.5, 1.0, 1.5, 1.0, 0.75, 0.0, 1.25])
-    alone = [
-        naive(model, ids, (), edit=(v, float(alpha), sites)) for ids, v, alpha in zip(PROMPTS, directions, alphas, strict=True)
-    ]
+    alone = [naive(model, ids, edit=(v, float(alpha), sites)) for ids, v, alpha in zip(PROMPTS, directions, alphas, strict=True)]
     stop = chosen_stops(model, alone)
-    alone = [
-        naive(model, ids, stop, edit=(v, float(alpha), sites)) for ids, v, alpha in zip(PROMPTS, directions, alphas, strict=True)
-    ]
+    alone = until(alone, stop)
     assert len({len(run) for run in alone}) > 2
     assert generate(model, PROMPTS, stop, N_NEW, 0, ablation=ablation(directions, alphas, sites)) == alone
     plain = generate(model, PROMPTS, stop, N_NEW, 0)
@@ -119,7 +115,7 @@ def test_rows_of_different_interventions_share_a_batch(model, sites):
 
 def test_addition_acts_on_the_prompt_alone(model):
     vector = 4 * tiny_direction(seed=3)
-    wanted = [naive(model, ids, (), vector=vector, layer=1) for ids in PROMPTS]
+    wanted = [naive(model, ids, vector=vector, layer=1) for ids in PROMPTS]
     assert generate(model, PROMPTS, (), N_NEW, 0, addition=Addition(vector, 1)) == wanted
     assert sum(a != b for a, b in zip(wanted, generate(model, PROMPTS, (), N_NEW, 0), strict=True)) >= 4
     with intervene(model, Addition(vector, 1)):  # at every position, decoding included: another thing
@@ -131,8 +127,9 @@ def test_addition_with_ablation_and_rows_that_end(model):
     v, vector = tiny_direction(seed=4), 4 * tiny_direction(seed=3)
     vector -= (vector @ v) * v  # orthogonal, so that it does not matter which of the two acts first
     how = {"edit": (v, 1.0, "resid_pre"), "vector": vector, "layer": 2}
-    stop = chosen_stops(model, [naive(model, ids, (), **how) for ids in PROMPTS])
-    wanted = [naive(model, ids, stop, **how) for ids in PROMPTS]
+    free = [naive(model, ids, **how) for ids in PROMPTS]
+    stop = chosen_stops(model, free)
+    wanted = until(free, stop)
     assert len({len(run) for run in wanted}) > 2
     assert (
         generate(model, PROMPTS, stop, N_NEW, 0, ablation=ablation(v, 1.0, "resid_pre"), addition=Addition(vector, 2)) == wanted
@@ -151,12 +148,6 @@ ENTERING = [[*SHARED, *tail] for tail in random_prompts((4, 1, 9, 4, 6, 1, 2, 6,
 CELL = [0, 1, 2, 0, 1, 2, 0, 1, 2, 0, 1]
 
 
-@pytest.fixture(params=[1, 64], ids=["prefix apart, rows of one length", "no prefix, padded"])
-def forward_cost(request, monkeypatch):
-    monkeypatch.setattr(generation, "FORWARD", request.param)
-    return request.param
-
-
 @pytest.fixture
 def moves(monkeypatch):
     """The calls that move rows and the window of columns."""
@@ -172,27 +163,34 @@ def moves(monkeypatch):
     return called
 
 
-def test_rows_enter_as_others_leave(model, forward_cost, moves):
-    """Two slots for eleven rows of three cells, each with its own addition: every row as if alone and without a cache."""
+def test_rows_enter_as_others_leave(model, monkeypatch, moves):
+    """Two or four slots for eleven rows of three cells, each with its own addition: every row as if alone and without a cache."""
     directions, alphas = tiny_direction(rows=3), torch.tensor([0.0, 1.0, 1.5])
     vectors = 3 * tiny_direction(rows=3, seed=7)
     vectors -= (vectors * directions).sum(-1, keepdim=True) * directions  # so that it does not matter which acts first
-    how = [{"edit": (directions[c], float(alphas[c]), "resid_pre"), "vector": vectors[c], "layer": 1} for c in CELL]
-    stop = chosen_stops(model, [naive(model, ids, (), **h) for ids, h in zip(ENTERING, how, strict=True)])
-    wanted = [naive(model, ids, stop, **h) for ids, h in zip(ENTERING, how, strict=True)]
+    free = [
+        naive(model, ids, edit=(directions[c], float(alphas[c]), "resid_pre"), vector=vectors[c], layer=1)
+        for ids, c in zip(ENTERING, CELL, strict=True)
+    ]
+    stop = chosen_stops(model, free)
+    wanted = until(free, stop)
     assert len({len(run) for run in wanted}) > 2
     edit, add = ablation(directions, alphas, "resid_pre"), Addition(vectors, 1)
-    for slots in (2, 4):
+    for forward, slots in ((0, 2), (99, 4)):  # rows of one length a prefill; all padded to the longest
+        monkeypatch.setattr(activations, "_FORWARD", forward)
         assert generate(model, ENTERING, stop, N_NEW, 0, edit, add, CELL, slots) == wanted
-    assert set(moves) == {"move_rows", "move_window"}
+    assert "move_rows" in moves
+    if model.config.model_type not in ("gemma", "qwen3_moe"):  # whose completions are too short to fill the columns
+        assert "move_window" in moves
     assert generate(model, ENTERING, stop, N_NEW, 0, edit, add, CELL) == wanted  # the tables are as constructed still
 
 
 @pytest.mark.parametrize("sites", ["paper", "writes"])
-def test_cells_share_slots_at_other_sites(model, sites, forward_cost):
+def test_cells_share_slots_at_other_sites(model, sites):
     directions, alphas = tiny_direction(rows=3), torch.tensor([0.5, 1.0, 1.5])
-    wanted = [naive(model, ids, (), edit=(directions[c], float(alphas[c]), sites)) for ids, c in zip(ENTERING, CELL, strict=True)]
-    assert generate(model, ENTERING, (), N_NEW, 0, ablation(directions, alphas, sites), rows=CELL, slots=4) == wanted
+    prompts, cells = ENTERING[:7], CELL[:7]
+    wanted = [naive(model, ids, edit=(directions[c], float(alphas[c]), sites)) for ids, c in zip(prompts, cells, strict=True)]
+    assert generate(model, prompts, (), N_NEW, 0, ablation(directions, alphas, sites), rows=cells, slots=4) == wanted
 
 
 @pytest.fixture
@@ -213,7 +211,7 @@ def counted(model):
 @pytest.mark.parametrize("model", ["qwen2", "gemma3_text"], indirect=True)
 def test_counts_are_the_closed_form(model, counted, monkeypatch):
     """With slots for 4 of 8 rows, and prompts in two groups of equal length that fill them."""
-    monkeypatch.setattr(generation, "FORWARD", 1)
+    monkeypatch.setattr(activations, "_FORWARD", 0)
     tokens, logits = counted
     prompts = [[*SHARED, *tail] for tail in random_prompts((3, 6, 6, 3, 3, 6, 3, 6), seed=2)]
     generate(model, prompts, (), N_NEW, 0, ablation(tiny_direction(rows=2), torch.ones(2), "paper"), None, [0, 1] * 4, 4)
@@ -230,34 +228,13 @@ def test_counts_are_the_closed_form(model, counted, monkeypatch):
 @pytest.mark.parametrize("model", ["qwen2"], indirect=True)
 def test_ended_rows_are_not_computed(model, counted):
     tokens, logits = counted
-    free = [naive(model, ids, ()) for ids in PROMPTS]
+    free = [naive(model, ids) for ids in PROMPTS]
     stop = chosen_stops(model, free)
     tokens.clear(), logits.clear()
     ours = generate(model, PROMPTS, stop, N_NEW, 0)
     # A row that ends by a stop token has computed it too.
     assert sum(logits) == sum(min(len(run) + 1, N_NEW) for run in ours) < len(PROMPTS) * N_NEW
     assert logits == sorted(logits, reverse=True)
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_groups_cost_least(seed):
-    generator = torch.Generator().manual_seed(seed)
-    n, forward = 1 + seed % 8, (0, 1, 5, 20)[seed % 4]
-    lengths = sorted(torch.randint(0, 12, (n,), generator=generator).tolist())
-
-    def cost(parts):
-        return sum(forward + (last - first) * lengths[last - 1] for first, last in parts)
-
-    found = groups(lengths, forward)
-    assert [i for first, last in found for i in range(first, last)] == list(range(n))
-    cuts = [(0, *chosen, n) for k in range(n) for chosen in combinations(range(1, n), k)]
-    assert cost(found) == min(cost(list(pairwise(c))) for c in cuts)
-
-
-def test_shared_prefix_leaves_every_prompt_a_token():
-    assert shared_prefix([[1, 2, 3], [1, 2, 4, 5]]) == [1, 2]
-    assert shared_prefix([[1, 2], [1, 2, 3]]) == [1]
-    assert shared_prefix([[7, 8]]) == [7] and shared_prefix([[7], [7, 8]]) == [] == shared_prefix([[1, 2], [3, 2]])
 
 
 def test_no_prompts_and_no_tokens():

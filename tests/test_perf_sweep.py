@@ -5,7 +5,7 @@ import torch
 from tiny import tiny_direction, tiny_model
 
 from perf import sweep
-from refusal import generation
+from refusal import activations
 from refusal.interventions import ablation, intervene
 
 N_NEW = 6
@@ -54,9 +54,9 @@ def test_rows_are_compared_up_to_a_near_tie():
 
 
 def test_tokens_computed_are_the_closed_forms(model, computed, monkeypatch):
-    monkeypatch.setattr(generation, "FORWARD", 0)  # without padding
+    monkeypatch.setattr(activations, "_FORWARD", 0)  # without padding
     sweep.ours(model, PROMPTS, tiny_direction(rows=1), N_NEW, 4)
-    assert sum(computed) == sweep.tokens_needed(PROMPTS, N_NEW)
+    assert sum(computed) == sweep.tokens_needed(model, PROMPTS, N_NEW)
     computed.clear()
     sweep.recompute(model, PROMPTS, tiny_direction(), N_NEW)
     assert sum(computed) == sweep.tokens_recomputed(PROMPTS, N_NEW) and len(computed) == N_NEW * len(PROMPTS)
