@@ -21,7 +21,7 @@ from refusal.params import Params
 from stages import STORE, read_json, stage, write_json
 
 KINDS, SEEDS = ("single", "planted", "distributed", "none", "natural"), (0, 1, 2)
-STAGES = ("model", "activations batched", "directions", "sweep", "judge", "select", "science")
+STAGES = ("model", "activations", "directions", "sweep", "judge", "select", "science")
 # The study of params.yaml, cut to the question of mediation: one method and pairing, alpha 1 alone.
 CUT: dict[str, dict[str, Any]] = {
     "model": {"id": "organism", "revision": None, "dtype": "float32", "device": "cpu", "system_prompt": None},
@@ -80,12 +80,13 @@ def study(params: Params, name: str) -> None:
     for data in ("data/prompts", "data/raw"):
         shutil.copytree(data, folder / data, dirs_exist_ok=True)
     environment = {**os.environ, "DVC_ROOT": str(STORE.parent), "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
-    for command in STAGES:
-        print(f"organisms: {name}: {command}", file=sys.stderr, flush=True)
-        module, *rest = command.split()
-        done = subprocess.run([sys.executable, "-m", f"stages.{module}", *rest], cwd=folder, env=environment)
+    declared = yaml.safe_load(Path("dvc.yaml").read_text(encoding="utf-8"))["stages"]
+    for stage_name in STAGES:
+        print(f"organisms: {name}: {stage_name}", file=sys.stderr, flush=True)
+        _, *command = declared[stage_name]["cmd"].replace("${item.method}", CUT["sweep"]["method"]).split()
+        done = subprocess.run([sys.executable, *command], cwd=folder, env=environment)
         if done.returncode:
-            raise RefusalError(f"{folder}: {module} failed as it says above; mend it and run `make organisms` again")
+            raise RefusalError(f"{folder}: {stage_name} failed as it says above; mend it and run `make organisms` again")
 
 
 def figures(kind: str, folder: Path) -> dict[str, Any]:
