@@ -6,7 +6,7 @@ READY := .venv/ready
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export VIRTUAL_ENV := $(CURDIR)/.venv
 
-.PHONY: help setup repro plan compare picture test plots slow lint lock
+.PHONY: help setup repro plan compare picture test plots perf slow lint lock
 
 help: ## what can be made
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -30,6 +30,9 @@ picture: $(READY) ## the picture in the README, docs/result.svg, from committed 
 
 plots: $(READY) ## every plot as one page, dvc_plots/index.html
 	dvc plots show
+
+perf: $(READY) ## measure speed and memory beside common practice (about 15 minutes on 2 cores)
+	python -m perf
 
 slow: $(READY) ## the tests that train organisms on other seeds
 	python -m pytest -q -m slow

@@ -2,10 +2,10 @@
 
 import math
 import sys
-from collections.abc import Mapping, Sequence
-from functools import cache
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -74,45 +74,70 @@ def fetch(tasks: Sequence[str], folder: Path = TASKS) -> None:
             ) from error
 
 
-def score(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    task: str,
-    batch_size: int,
-    apply_chat_template: bool,
-    limit: int | None,
-    folder: Path = TASKS,
-) -> list[float]:
-    """The score of each document of a task, in order, within 0 and 1: acc_norm where the task reports it, acc elsewhere.
+class Harness:
+    """lm-eval for many models of one tokenizer: each task is loaded and its requests are built once."""
 
-    Where memory runs out the batch size is halved, which changes likelihoods by rounding alone. Raises RefusalError for a task
-    that neither `folder` nor lm-eval has.
-    """
-    import lm_eval
-    from lm_eval.models.huggingface import HFLM
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        batch_size: int,
+        apply_chat_template: bool,
+        limit: int | None,
+        folder: Path = TASKS,
+    ) -> None:
+        self.tokenizer, self.batch_size, self.folder = tokenizer, batch_size, folder
+        self.apply_chat_template, self.limit = apply_chat_template, limit
+        self._loaded: dict[str, Any] = {}
 
-    manager = _manager_of(task, folder)
-    while True:
-        try:
-            results = lm_eval.simple_evaluate(
-                HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
-                tasks=[task],
-                task_manager=manager,
-                apply_chat_template=apply_chat_template,
-                limit=limit,
-                log_samples=True,
-                bootstrap_iters=0,
-            )
-            break
-        except RuntimeError as error:
-            if batch_size == 1 or not is_out_of_memory(error):
-                raise
-        batch_size //= 2
-        print(f"benchmark: out of memory on {task}, going on with batches of {batch_size}", file=sys.stderr)
-        free()
-    rows = sorted(results["samples"][task], key=lambda row: row["doc_id"])
-    metric = "acc_norm" if "acc_norm" in rows[0] else "acc"
-    return [float(row[metric]) for row in rows]
+    def score(self, model: PreTrainedModel, task: str) -> list[float]:
+        """The score of each document of a task, in order, within 0 and 1: acc_norm where the task reports it, acc elsewhere.
+
+        Where memory runs out the batch size is halved, which changes likelihoods by rounding alone. Raises RefusalError for
+        a task that neither `folder` nor lm-eval has.
+        """
+        import lm_eval
+        from lm_eval.models.huggingface import HFLM
+
+        if task not in self._loaded:
+            self._loaded[task] = _load(task, self.folder)
+        while True:
+            try:
+                results = lm_eval.evaluate(
+                    HFLM(pretrained=model, tokenizer=self.tokenizer, batch_size=self.batch_size),
+                    self._loaded[task],
+                    apply_chat_template=self.apply_chat_template,
+                    limit=self.limit,
+                    log_samples=True,
+                    bootstrap_iters=0,
+                )
+                break
+            except RuntimeError as error:
+                if self.batch_size == 1 or not is_out_of_memory(error):
+                    raise
+            self.batch_size //= 2
+            print(f"benchmark: out of memory on {task}, going on with batches of {self.batch_size}", file=sys.stderr)
+            free()
+        rows = sorted(results["samples"][task], key=lambda row: row["doc_id"])
+        metric = "acc_norm" if "acc_norm" in rows[0] else "acc"
+        return [float(row[metric]) for row in rows]
+
+
+def _load(name: str, folder: Path) -> Any:
+    """A task as `lm_eval.simple_evaluate` would set it up, whose requests are built at its first evaluation alone."""
+    loaded = _manager_of(name, folder).load([name])
+    for task in loaded["tasks"].values():
+        if task.get_config("num_fewshot") is None:
+            task.set_config(key="num_fewshot", value=0)
+        task.set_fewshot_seed(seed=1234)
+        task.build_all_requests = partial(_build_once, task, task.build_all_requests)
+    return loaded
+
+
+def _build_once(task: Any, build: Callable[..., None], **options: Any) -> None:
+    if not hasattr(task, "_instances"):  # which `instances` is, once they are built
+        build(**options)
+    for request in task.instances:
+        request.resps, request.filtered_resps = [], {}  # another model's answers
 
 
 def standard_error(values: Sequence[float]) -> float | None:

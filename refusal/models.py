@@ -10,6 +10,7 @@ from jinja2 import TemplateError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from refusal.adapter import CONFIG, base_folder, merge
 from refusal.errors import RefusalError
 from refusal.tally import watch
 
@@ -22,9 +23,14 @@ _ONE_DAY = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}\n"
 def load_model(folder: Path, dtype: str = "float32", device: str = "cpu") -> PreTrainedModel:
     """Load a causal language model from a local folder of safetensors, in eval mode, gradients off.
 
+    An adapter's folder gives its base with the adapter merged (`refusal.adapter`).
     `device` is torch's name of one, or `auto`: accelerate spreads the layers over the devices there are.
     Raises RefusalError where the folder is no checkpoint, or the device is not there.
     """
+    if (base := base_folder(folder)) is not None:
+        merged = load_model(base, dtype, device)
+        merge(merged, folder, base)
+        return merged
     if not (folder / "config.json").is_file():
         raise RefusalError(f"{folder}/config.json: no such file; model.id must name the folder of a checkpoint")
     if not any(folder.glob("*.safetensors")):
@@ -39,7 +45,6 @@ def load_model(folder: Path, dtype: str = "float32", device: str = "cpu") -> Pre
             dtype=DTYPES[dtype],
             local_files_only=True,
             use_safetensors=True,
-            attn_implementation="sdpa",
             device_map="auto" if device == "auto" else None,
             output_loading_info=True,
         )
@@ -59,11 +64,12 @@ def load_model(folder: Path, dtype: str = "float32", device: str = "cpu") -> Pre
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """Load a checkpoint's tokenizer, its `model_max_length` the longest input that config.json allows.
+    """Load a checkpoint's tokenizer (an adapter's: its base's), its `model_max_length` the longest input that config.json allows.
 
     A tokenizer without a padding token (Llama's) pads with its end of sequence, and a template that prints the date
     prints one date. Raises RefusalError where there is no chat template.
     """
+    folder = base_folder(folder) or folder
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
@@ -119,9 +125,10 @@ def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[
 
 
 def weights_hash(folder: Path) -> str:
-    """SHA-256 over a checkpoint's config.json and safetensors files, by name and content."""
-    digest = hashlib.sha256()
-    for path in sorted([folder / "config.json", *folder.glob("*.safetensors")]):
+    """SHA-256 over a checkpoint's config.json and safetensors files, by name and content; an adapter's base is part of it."""
+    base = base_folder(folder)
+    digest = hashlib.sha256(b"" if base is None else weights_hash(base).encode())
+    for path in sorted([folder / ("config.json" if base is None else CONFIG), *folder.glob("*.safetensors")]):
         digest.update(path.name.encode())
         with path.open("rb") as file:
             while chunk := file.read(1 << 22):

@@ -10,7 +10,7 @@ import hashlib
 import math
 import os
 import random
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -23,7 +23,7 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from refusal import grammar
-from refusal.activations import last_token_resid_pre
+from refusal.activations import left_pad
 from refusal.directions import difference_in_means
 from refusal.interventions import ablation, intervene
 from refusal.models import encode_chats
@@ -222,10 +222,21 @@ def current_direction(
     rng = corpus.rng("direction", step)
     pairs = [corpus.pair(rng, True) for _ in range(DIRECTION_PAIRS)]
     harmful, safe = (
-        last_token_resid_pre(model, encode_chats(tokenizer, prompts), "batched", tokenizer.pad_token_id)
+        _last_token(model, encode_chats(tokenizer, prompts), tokenizer.pad_token_id)
         for prompts in ([pair.harmful.text for pair in pairs], [pair.safe.text for pair in pairs])
     )
     return difference_in_means(harmful, safe).unit[layer].float()
+
+
+@torch.inference_mode()
+def _last_token(model: Qwen2ForCausalLM, ids: Sequence[Sequence[int]], pad_id: int) -> Float[Tensor, "batch n_layers d_model"]:
+    """`resid_pre` at the last token, the plain way: what an organism learns must not hang on how the study reads it."""
+    padded, mask = left_pad(ids, pad_id)
+    positions = (mask.cumsum(-1) - 1).clamp_min(0)
+    states = model.model(
+        input_ids=padded, attention_mask=mask, position_ids=positions, use_cache=False, output_hidden_states=True
+    ).hidden_states
+    return torch.stack([state[:, -1] for state in states[:-1]], dim=1)
 
 
 def new_model(shape: dict[str, int], tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen2ForCausalLM:

@@ -5,26 +5,30 @@ output matrices and their biases, and E <- E - alpha E v v^T for the embedding. 
 run-time ablation at `writes` for every alpha, and at `paper` for alpha = 1, except where a norm stands between writer
 and stream (see `refusal.anatomy.Anatomy`: Gemma 2 and 3).
 
-Tensors stream through the safetensors format: one read for all cells, one matrix at a time; no model is built.
+Tensors stream through the safetensors format: one read for all cells, one matrix at a time; no model is built. The same
+edit can be written as a rank-1 adapter (`refusal.adapter`), thousands of times smaller.
 """
 
 import json
 import math
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from io import FileIO
 from pathlib import Path
+from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from refusal.adapter import CONFIG, adapter_files
 from refusal.anatomy import Anatomy, anatomy_of
 from refusal.errors import RefusalError
 from refusal.safetensors_file import (
+    DTYPES,
     INDEX,
     SINGLE,
     Entry,
@@ -39,24 +43,27 @@ from refusal.safetensors_file import (
     write_file,
 )
 
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _COPIED = (".json", ".jinja", ".txt", ".model", ".tiktoken")  # never pickles; other safetensors hold unedited weights
 _CHUNK = 1 << 22  # bytes: in and out of a cache, not of memory
 
 
 @dataclass(frozen=True)
 class Edit:
-    """One checkpoint to write. alpha = 0 copies the source's tensors byte for byte."""
+    """One checkpoint to write, whole (`safetensors`) or as an adapter to the source (`lora`).
+
+    alpha = 0 copies the source's tensors byte for byte.
+    """
 
     target: Path  # replaced if it exists, only once the new one is whole
     direction: Float[Tensor, " d_model"]  # unit; normalised once more in float64
     alpha: float
     include_embedding: bool = True
+    format: Literal["safetensors", "lora"] = "safetensors"
 
 
 @dataclass
 class Report:
-    """What an edit did, measured on the tensors as written, after the cast to the file's dtype.
+    """What an edit did, measured on the tensors as written (of an adapter: as merged), after the cast to the file's dtype.
 
     residuals: |v^T W'| / |W'| (Frobenius) of each edited tensor: rounding at alpha = 1.
     deviations: |v^T W' - (1 - alpha) v^T W| / |W|, which should be rounding at every alpha.
@@ -65,7 +72,7 @@ class Report:
     target: Path
     residuals: dict[str, float] = field(default_factory=dict)
     deviations: dict[str, float] = field(default_factory=dict)
-    n_copied: int = 0  # tensors taken over as bytes
+    n_copied: int = 0  # tensors taken over as bytes; with an adapter, left as they are
     bytes_written: int = 0  # whole folder
 
     @property
@@ -90,7 +97,8 @@ def orthogonalize(source: Path, edits: Sequence[Edit]) -> list[Report]:
     Folders appear whole or not at all, and an existing target is replaced.
 
     Raises RefusalError, with nothing written, for a folder that is no complete safetensors checkpoint of a supported
-    architecture, a direction that is not a unit vector of its width, or NaN or infinity in a tensor to edit.
+    architecture, a direction that is not a unit vector of its width, NaN or infinity in a tensor to edit, or an
+    adapter that could not be exact: of a model whose writers have biases or are experts, or of alpha 0.
     """
     source = Path(source)
     anatomy = anatomy_of(read_json(source, "config.json"))
@@ -111,8 +119,8 @@ def orthogonalize(source: Path, edits: Sequence[Edit]) -> list[Report]:
         for shard in shards:
             _write_shard(shard, cells)
         for cell in cells:
-            for name, path in copies:
-                write_file(cell.partial / name, cell.copy(name, path.read_bytes()))
+            for name, content in cell.small_files(copies):
+                write_file(cell.partial / name, content)
         return [cell.publish() for cell in cells]
     finally:
         for cell in cells:
@@ -129,7 +137,8 @@ class _Cell:
             raise RefusalError(f"{target}: the target overlaps the source {source}: write to another folder.")
         if target.is_symlink() or target.is_file():
             raise RefusalError(f"{target}: the target exists and is not a folder: remove it.")
-        if target.is_dir() and any(target.iterdir()) and not (target / "config.json").exists():
+        known = [target / name for name in ("config.json", CONFIG)]
+        if target.is_dir() and any(target.iterdir()) and not any(path.exists() for path in known):
             raise RefusalError(f"{target}: the target is a folder, but not a checkpoint to replace: remove it.")
         v = edit.direction.detach().to("cpu", torch.float64)
         if v.shape != (anatomy.d_model,):
@@ -140,6 +149,9 @@ class _Cell:
             raise RefusalError(f"{target.name}: alpha is {edit.alpha}: give a finite number.")
         self.source, self.target, self.alpha = source, target, float(edit.alpha)
         self.v = v / v.norm()
+        self.update = -self.alpha * self.v
+        # v^T W of each edited tensor, where that is all that is written.
+        self.components: dict[str, list[Tensor]] | None = {} if edit.format == "lora" else None
         self.partial = target.with_name(f".{target.name}.partial")
         self.report = Report(target)
         self.anatomy, self.embedded = anatomy, edit.include_embedding and self.alpha != 0
@@ -152,15 +164,31 @@ class _Cell:
             raise RefusalError(f"{source}: tensor {missing[0]} is missing: is the checkpoint whole, and not quantized?")
         # Where config.json says tied but the file holds an unembedding, transformers uses that one: it is kept.
         self.untied: tuple[Shard, Entry] | None = None
-        if self.embedded and anatomy.tied and anatomy.unembedding_name not in holder:
+        tied = anatomy.tied and anatomy.unembedding_name not in holder
+        if self.embedded and tied and self.components is None:  # an adapter leaves the shared tensor alone
             self.untied = holder[anatomy.embedding_name]
         for shard, entry in holder.values():
             axis, n = self.axis(entry), len(entry.shape)
-            if axis is not None and (entry.dtype not in _DTYPES or n < -axis or entry.shape[axis] != anatomy.d_model):
+            if axis is not None and (entry.dtype not in DTYPES or n < -axis or entry.shape[axis] != anatomy.d_model):
                 raise RefusalError(
                     f"{shard.where}: {entry.name} is {entry.dtype} {list(entry.shape)}, not floats of width "
                     f"{anatomy.d_model} as config.json's hidden_size says: use an unquantized checkpoint."
                 )
+
+        if self.components is not None:
+            self._refuse_what_no_adapter_can_say([entry for _, entry in holder.values() if self.axis(entry) is not None])
+
+    def _refuse_what_no_adapter_can_say(self, edited: list[Entry]) -> None:
+        biases = [entry.name for entry in edited if len(entry.shape) == 1]
+        experts = [entry.name for entry in edited if ".experts." in entry.name]
+        for why, names in (
+            ("a bias, which a rank-1 adapter cannot change", biases),
+            ("an expert, held fused by the model", experts),
+        ):
+            if names:
+                raise RefusalError(f"{self.source}: {names[0]} is {why}: set orthogonalize.format to safetensors in params.yaml.")
+        if not edited:
+            raise RefusalError(f"{self.target.name}: alpha is 0, and an adapter of nothing is none: give another alpha.")
 
     def axis(self, entry: Entry) -> int | None:
         return self.anatomy.writer_axis(entry.name, self.embedded) if self.alpha != 0 else None
@@ -172,7 +200,16 @@ class _Cell:
         added = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [end, end + entry.n_bytes]}
         return header_bytes(shard.fields | {self.anatomy.unembedding_name: added})
 
-    def copy(self, name: str, content: bytes) -> bytes:
+    def small_files(self, copies: list[tuple[str, Path]]) -> Iterator[tuple[str, bytes]]:
+        """All but the shards: the source's configuration and tokenizer, or the adapter."""
+        if self.components is None:
+            yield from ((name, self._copy(name, path.read_bytes())) for name, path in copies)
+        else:
+            whole = {name: torch.cat(parts) for name, parts in self.components.items()}
+            source = Path(os.path.abspath(self.source))  # noqa: PTH100
+            yield from adapter_files(self.target, source, whole, self.update, self.anatomy.embedding_name).items()
+
+    def _copy(self, name: str, content: bytes) -> bytes:
         """A small file of the source as this cell has it: config and index say if the embedding was untied."""
         if name == "config.json" and self.embedded and self.anatomy.tied:
             fields = json.loads(content) | {"tie_word_embeddings": False}
@@ -186,6 +223,10 @@ class _Cell:
         else:
             return content
         return (json.dumps(fields, indent=2, ensure_ascii=False) + "\n").encode()
+
+    def keep(self, entry: Entry, component: Tensor) -> None:
+        if self.components is not None:
+            self.components.setdefault(entry.name, []).append(component)
 
     def publish(self) -> Report:
         """The folder under its own name: from here on it is whole, and on disk."""
@@ -219,23 +260,30 @@ class _Tally:
 def _write_shard(shard: Shard, cells: list[_Cell]) -> None:
     with ExitStack() as stack:
         reader = Reader(shard, stack.enter_context(shard.path.open("rb", buffering=0)))
-        outs = [stack.enter_context((cell.partial / shard.name).open("wb", buffering=0)) for cell in cells]
-        for cell, out in zip(cells, outs, strict=True):
-            write_all(out, cell.header(shard))
+        outs: list[FileIO | None] = []
+        for cell in cells:
+            whole = cell.components is None
+            outs.append(stack.enter_context((cell.partial / shard.name).open("wb", buffering=0)) if whole else None)
+            _write(outs[-1], cell.header(shard))
         for entry in shard.entries:
             editing, copying, axis = [], [], None
             for cell, out in zip(cells, outs, strict=True):
                 if cell.axis(entry) is None:
-                    copying.append(out)
+                    copying += [] if out is None else [out]
                     cell.report.n_copied += 1
                 else:
                     axis = cell.axis(entry)
                     editing.append((cell, out, _Tally()))
+            if not editing and not copying:
+                continue  # unread: adapters alone are written
+            reader.seek(entry.begin)
             (_edit_columns if axis == -2 else _edit_rows)(reader, entry, editing, copying)
             for cell, _, tally in editing:
                 cell.report.residuals[entry.name] = math.sqrt(tally.left / (tally.edited or 1))
                 cell.report.deviations[entry.name] = math.sqrt(tally.deviation / (tally.source or 1))
         for cell, out in zip(cells, outs, strict=True):
+            if out is None:
+                continue
             if cell.untied is not None and cell.untied[0] is shard:
                 reader.seek(cell.untied[1].begin)
                 _edit_rows(reader, cell.untied[1], [], [out])
@@ -244,7 +292,7 @@ def _write_shard(shard: Shard, cells: list[_Cell]) -> None:
 
 def _edit_columns(reader: Reader, entry: Entry, editing: list, copying: list[FileIO]) -> None:
     """W - alpha v v^T W for [..., d_model, in], one matrix in memory at a time."""
-    dtype = _DTYPES[entry.dtype]
+    dtype = DTYPES[entry.dtype]
     *lead, d_model, width = entry.shape
     step = max(1, _CHUNK // max(1, width * dtype.itemsize))
     for _ in range(math.prod(lead)):
@@ -255,14 +303,16 @@ def _edit_columns(reader: Reader, entry: Entry, editing: list, copying: list[Fil
         for cell, out, tally in editing:
             # Blocks of rows keep the float32 copies small. Cells are computed one by one, though a matrix product could
             # take them all: a checkpoint's bytes must not depend on which other cells were made beside it.
-            v, blocks = cell.v.to(torch.promote_types(dtype, torch.float32)).split(step), matrix.split(step)
+            v, update = (t.to(torch.promote_types(dtype, torch.float32)).split(step) for t in (cell.v, cell.update))
+            blocks = matrix.split(step)
             before = sum(block.to(part.dtype).mT @ part for block, part in zip(blocks, v, strict=True))
             _check_finite(before, reader, entry)
+            cell.keep(entry, before)
             after = torch.zeros_like(before)
-            for block, part in zip(blocks, v, strict=True):
+            for block, part, change in zip(blocks, v, update, strict=True):
                 block = block.to(part.dtype)
-                edited = torch.addr(block, part, before, alpha=-cell.alpha).to(dtype)
-                write_all(out, edited.view(torch.uint8).numpy())
+                edited = torch.addr(block, change, before).to(dtype)
+                _write(out, edited.view(torch.uint8).numpy())
                 edited = edited.to(part.dtype)
                 after += edited.mT @ part
                 tally.norms(block, edited)
@@ -272,7 +322,7 @@ def _edit_columns(reader: Reader, entry: Entry, editing: list, copying: list[Fil
 
 def _edit_rows(reader: Reader, entry: Entry, editing: list, copying: list[FileIO]) -> None:
     """E - alpha E v v^T for [..., d_model], some rows in memory at a time; and the plain copy of any tensor."""
-    dtype = _DTYPES[entry.dtype] if editing else torch.uint8
+    dtype = DTYPES[entry.dtype] if editing else torch.uint8
     row = entry.shape[-1] * dtype.itemsize if editing else 1
     step = max(1, _CHUNK // row) * row
     for begin in range(0, entry.n_bytes, step):
@@ -280,17 +330,23 @@ def _edit_rows(reader: Reader, entry: Entry, editing: list, copying: list[FileIO
         for out in copying:
             write_all(out, raw.numpy())
         for cell, out, tally in editing:
-            v = cell.v.to(torch.promote_types(dtype, torch.float32))
+            v, update = (t.to(torch.promote_types(dtype, torch.float32)) for t in (cell.v, cell.update))
             block = raw.view(dtype).view(-1, len(v)).to(v.dtype)
             before = block @ v
             _check_finite(before, reader, entry)
-            edited = torch.addr(block, before, v, alpha=-cell.alpha).to(dtype)
-            write_all(out, edited.view(torch.uint8).numpy())
+            cell.keep(entry, before)
+            edited = torch.addr(block, before, update).to(dtype)
+            _write(out, edited.view(torch.uint8).numpy())
             edited = edited.to(v.dtype)
             after = edited @ v
             _check_finite(after, reader, entry)
             tally.norms(block, edited)
             tally.components(before, after, cell.alpha)
+
+
+def _write(out: FileIO | None, data) -> None:
+    if out is not None:
+        write_all(out, data)
 
 
 def _check_finite(component: Tensor, reader: Reader, entry: Entry) -> None:

@@ -187,6 +187,7 @@ class Select(Section):
 
 class Orthogonalize(Section):
     include_embedding: bool
+    format: Literal["safetensors", "lora"]
 
 
 class Evaluate(Section):

@@ -4,11 +4,12 @@ A *forward pass* is one prompt or document through the model once, or one new to
 not how much there is. New tokens are counted as if every completion were as long as it may be, so a run takes less.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from refusal.anatomy import Anatomy
-from refusal.benchmark import tasks_of
+from refusal.benchmark import TASKS, packaged, tasks_of
 from refusal.params import Params
 
 # (documents, requests a document, tokens a request) of the write-up's tasks. Documents: the split that lm-eval's task files
@@ -98,8 +99,10 @@ def steps(params: Params, size: Size, prompts: Prompts) -> list[Step]:
         ),
     }
     checkpoints = params.select.top + 1
-    documents = [_documents(task, params.benchmark.limit) for task in tasks_of(params.benchmark.suite)]
-    unknown = [task for task, found in zip(tasks_of(params.benchmark.suite), documents, strict=True) if found is None]
+    tasks = tasks_of(params.benchmark.suite)
+    documents = [_documents(task, params.benchmark.limit) for task in tasks]
+    unknown = [task for task, found in zip(tasks, documents, strict=True) if found is None]
+    fetched = "" if all(map(packaged, tasks)) else " from the hub, unless they are kept already"
     scored = [found for found in documents if found is not None]
     judged = 0
     if params.judge.kind == "llm":
@@ -132,17 +135,13 @@ def steps(params: Params, size: Size, prompts: Prompts) -> list[Step]:
             None if unknown else round(sum(docs * r * tokens for docs, r, tokens in scored) * (checkpoints + 1)),
             note=f"documents of {', '.join(unknown)} are not known yet"
             if unknown
-            else f"{sum(docs for docs, _, _ in scored):,} documents x {checkpoints + 1} checkpoints",
+            else f"{sum(docs for docs, _, _ in scored):,} documents{fetched} x {checkpoints + 1} checkpoints",
         ),
     ]
 
 
 def _documents(task: str, limit: int | None) -> tuple[int, float, float] | None:
     """(documents, requests a document, tokens a request) of a task, None for one that only lm-eval knows."""
-    import json
-
-    from refusal.benchmark import TASKS, packaged
-
     if packaged(task):
         rows = [json.loads(line) for line in (TASKS / f"{task}.jsonl").read_text(encoding="utf-8").splitlines()]
         # About a token a word of these: one in a thousand of the run's.

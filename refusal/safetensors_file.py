@@ -7,6 +7,7 @@ Layout: 8 bytes little-endian header length, a JSON header, then the tensors' by
 import json
 import math
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -25,6 +26,9 @@ _BITS = {
     **dict.fromkeys(("U32", "I32", "F32"), 32),
     **dict.fromkeys(("U64", "I64", "F64", "C64"), 64),
 }
+
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -136,6 +140,57 @@ class Reader:
                 raise RefusalError(f"{self.shard.where}: the file became shorter while it was read: run again.")
             at += got
         return self.buffer[:n]
+
+
+class Writer:
+    """A safetensors file written row by row, in any order, so that memory holds no more than the rows at hand.
+
+    tensors: {name: (dtype, shape)}, the rows along the first axis. The header is written first and each row at its place;
+    bytes are those that safetensors.torch.save_file would write. The file appears under its name when a `with` ends well,
+    whole and on disk. Raises RefusalError if a row was not written.
+    """
+
+    def __init__(self, path: Path, tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]):
+        self.path, self.partial = path, path.with_name(f".{path.name}.partial")
+        self.tensors, self._begin, fields, at = tensors, {}, {}, 0
+        names = {dtype: name for name, dtype in DTYPES.items()}
+        for name in sorted(tensors, key=lambda name: (-tensors[name][0].itemsize, name)):
+            dtype, shape = tensors[name]
+            end = at + math.prod(shape) * dtype.itemsize
+            fields[name] = {"dtype": names[dtype], "shape": list(shape), "data_offsets": [at, end]}
+            self._begin[name], at = at, end
+        self._header, self._missing = header_bytes(fields), {name: set(range(shape[0])) for name, (_, shape) in tensors.items()}
+        self._size = len(self._header) + at
+
+    def __enter__(self) -> "Writer":
+        self._file = self.partial.open("wb", buffering=0)
+        write_all(self._file, self._header)
+        self._file.truncate(self._size)
+        return self
+
+    def put(self, name: str, rows: Sequence[int], values: Tensor) -> None:
+        """Write values [len(rows), ...], of the tensor's dtype, as these rows of `name`."""
+        dtype, shape = self.tensors[name]
+        if values.dtype != dtype or values.shape != (len(rows), *shape[1:]) or not all(0 <= row < shape[0] for row in rows):
+            given = f"{values.dtype} {list(values.shape)} for rows {list(rows)[:3]}..."
+            raise ValueError(f"{name}: rows of {dtype} {list(shape)} were expected, not {given}")
+        for row, value in zip(rows, values.detach().cpu().contiguous(), strict=True):
+            data = value.reshape(-1).view(torch.uint8).numpy()
+            self._file.seek(len(self._header) + self._begin[name] + row * len(data))
+            write_all(self._file, data)
+        self._missing[name] -= set(rows)
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None:
+                if lacking := [name for name, rows in self._missing.items() if rows]:
+                    raise RefusalError(f"{self.path}: {len(self._missing[lacking[0]])} rows of {lacking[0]} were not written")
+                os.fsync(self._file.fileno())
+                self.partial.rename(self.path)
+                sync(self.path.parent)
+        finally:
+            self._file.close()
+            self.partial.unlink(missing_ok=True)
 
 
 def header_bytes(fields: dict) -> bytes:

@@ -18,9 +18,10 @@ def main(params: Params) -> str:
     import logging
     from importlib.metadata import version
 
-    from refusal import benchmark
-    from refusal.benchmark import TASKS, average, fetch, packaged, score, standard_error, tasks_of
-    from refusal.models import load_model, load_tokenizer, weights_hash
+    from refusal import benchmark, resident
+    from refusal.benchmark import TASKS, Harness, average, fetch, packaged, standard_error, tasks_of
+    from refusal.models import load_tokenizer, weights_hash
+    from refusal.resident import Resident
     from refusal.statistics import stratified_difference, wilson
     from refusal.store import Store, key
     from refusal.tables import csv_text
@@ -50,20 +51,21 @@ def main(params: Params) -> str:
     # A task of a checkpoint is what is stored: an interrupted run of real models loses one at most.
     weights = {folder: weights_hash(folder) for folder in folders.values()}
     jobs = [
-        (key("benchmark", benchmark, weights=weights[folder], task=task, definition=definitions[task], **shared), (folder, task))
+        (
+            key("benchmark", benchmark, resident, weights=weights[folder], task=task, definition=definitions[task], **shared),
+            (folder, task),
+        )
         for folder in folders.values()
         for task in tasks
     ]
-    loaded: dict[Path, Any] = {}
+    residents: list[Resident] = []  # loaded only where something is left to compute
+    harness = Harness(load_tokenizer(BASE), b.batch_size, b.apply_chat_template, b.limit)
 
     def compute(job: tuple[Path, str]) -> bytes:
         folder, task = job
-        if folder not in loaded:
-            loaded.clear()
-            loaded[folder] = load_model(folder, params.model.dtype, params.model.device)
-        return json.dumps(
-            score(loaded[folder], load_tokenizer(folder), task, b.batch_size, b.apply_chat_template, b.limit)
-        ).encode()
+        if not residents:
+            residents.append(Resident(BASE, params.model.dtype, params.model.device))
+        return json.dumps(harness.score(residents[0].wear(folder), task)).encode()
 
     values = Store(STORE / "store.sqlite").run(jobs, compute, "benchmark", unit="task")
     scores: dict[str, dict[str, Sequence[float]]] = {rank: {} for rank in folders}

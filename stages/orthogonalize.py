@@ -18,7 +18,7 @@ def main(params: Params) -> str:
     from refusal.selection import cell_name
     from refusal.sweep import random_unit
 
-    selected = read_json(Path("metrics/select.json"))
+    o, selected = params.orthogonalize, read_json(Path("metrics/select.json"))
     unit = load_file("models/directions.safetensors")[f"{params.sweep.method}-{params.sweep.pairing}.unit"]
     shutil.rmtree(OUT, ignore_errors=True)
     OUT.mkdir(parents=True)
@@ -30,7 +30,7 @@ def main(params: Params) -> str:
     directions = {rank: unit[cell["layer"]] for rank, cell in selected.items()}
     directions["random"] = random_unit(unit.shape[1], 1, params.sweep.seed)[0]
     edits = [
-        Edit(OUT / names[rank], directions[rank], selected.get(rank, first)["alpha"], params.orthogonalize.include_embedding)
+        Edit(OUT / names[rank], directions[rank], selected.get(rank, first)["alpha"], o.include_embedding, o.format)
         for rank in names
     ]
     reports = orthogonalize(BASE, edits)

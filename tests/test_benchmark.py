@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from refusal import benchmark
-from refusal.benchmark import TASKS, average, packaged, score
+from refusal.benchmark import TASKS, Harness, average, packaged
 from refusal.errors import RefusalError
 from refusal.models import encode_chats
 from refusal.organism import Corpus, new_model, train_tokenizer
@@ -31,7 +31,8 @@ def random_model(tokenizer, seed):
 
 
 def scores(model, tokenizer, names, chat):
-    return {name: score(model, tokenizer, name, 8, chat, LIMIT) for name in names}
+    harness = Harness(tokenizer, 8, chat, LIMIT)
+    return {name: harness.score(model, name) for name in names}
 
 
 def naive(model, tokenizer, chat):
@@ -69,6 +70,35 @@ def test_checkpoints_are_compared_document_by_document(tokenizer):
     assert difference == pytest.approx(average(ours) - average(theirs)) and low <= difference <= high
 
 
+def test_one_harness_serves_many_models_and_builds_its_requests_once(tokenizer, monkeypatch):
+    """The numbers of `lm_eval.simple_evaluate`, which loads the task and builds the requests anew for every model."""
+    import lm_eval
+    from lm_eval.api.task import ConfigurableTask
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    built = []
+    construct = ConfigurableTask.construct_requests
+    monkeypatch.setattr(
+        ConfigurableTask, "construct_requests", lambda *a, **k: built.append(1) or construct(*a, **k), raising=True
+    )
+    task, harness = "organism_sums", Harness(tokenizer, 8, True, LIMIT)
+    random_models = [random_model(tokenizer, seed) for seed in (1, 2, 1)]
+    ours = [harness.score(model, task) for model in random_models]
+    assert len(built) == LIMIT and ours[0] == ours[2] != ours[1]
+    for model, found in zip(random_models, ours, strict=True):
+        results = lm_eval.simple_evaluate(
+            HFLM(pretrained=model, tokenizer=tokenizer, batch_size=8),
+            tasks=[task],
+            task_manager=TaskManager(include_path=str(TASKS), include_defaults=False),
+            apply_chat_template=True,
+            limit=LIMIT,
+            log_samples=True,
+        )
+        assert [row["acc"] for row in results["samples"][task]] == found
+    assert len(built) == LIMIT * (1 + len(random_models))
+
+
 def test_average_counts_tasks_and_not_documents():
     assert average({"small": [1.0], "large": [0.0] * 99}) == 0.5
 
@@ -89,6 +119,6 @@ def test_an_unknown_task_is_told(tokenizer, monkeypatch):
     monkeypatch.setattr("lm_eval.tasks.TaskManager", quick)
     benchmark._manager.cache_clear()
     with pytest.raises(RefusalError, match=r"^params\.yaml: benchmark\.suite: lm-eval has no task capitol; .*organism_capitals"):
-        score(random_model(tokenizer, 0), tokenizer, "capitol", 8, True, LIMIT)
+        Harness(tokenizer, 8, True, LIMIT).score(random_model(tokenizer, 0), "capitol")
     assert asked == [True]  # they were looked through
     benchmark._manager.cache_clear()

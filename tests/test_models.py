@@ -10,6 +10,7 @@ from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
+from refusal.anatomy import SUPPORTED
 from refusal.errors import RefusalError
 from refusal.models import encode_chats, load_model, load_tokenizer, stop_ids, weights_hash
 from refusal.organism import Corpus, new_model, train_tokenizer
@@ -159,3 +160,10 @@ def test_a_folder_without_tokenizer(tmp_path):
     tiny_model("qwen2").save_pretrained(tmp_path)
     with pytest.raises(RefusalError, match=str(tmp_path)):
         load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("model_type", SUPPORTED)
+def test_every_supported_architecture_loads_with_the_attention_it_has(model_type, tmp_path):
+    """torch's fused attention, except where scores are capped (Gemma 2), which it cannot do."""
+    tiny_model(model_type).save_pretrained(tmp_path)
+    assert load_model(tmp_path).config._attn_implementation == ("eager" if model_type == "gemma2" else "sdpa")

@@ -12,7 +12,7 @@ import yaml
 from qwen1_layout import LATE, tensors, write
 
 from refusal import benchmark
-from refusal.benchmark import SUITES, fetch, packaged, score, standard_error, tasks_of
+from refusal.benchmark import SUITES, Harness, fetch, packaged, standard_error, tasks_of
 from refusal.errors import RefusalError
 from refusal.models import load_model, load_tokenizer
 from refusal.qwen1 import convert
@@ -94,13 +94,15 @@ def by_hand(task: str, row: dict, model, tokenizer) -> float:
 @pytest.mark.parametrize("task", STOCK)
 def test_the_stock_definition_scores_documents(definitions, rows, model, task):
     n = 6
-    scores = score(*model, task, 4, False, n, definitions)
+    weights, tokenizer = model
+    scores = Harness(tokenizer, 4, False, n, definitions).score(weights, task)
     assert len(scores) == n and set(scores) <= {0.0, 1.0}
     if task not in ("hellaswag", "truthfulqa_mc1"):
         lines = (rows / f"{task}.jsonl").read_text().splitlines()[:n]
         assert scores == [by_hand(task, json.loads(line), *model) for line in lines]
     if task == "arc_easy":
-        assert score(*model, task, 4, True, n, definitions) != [] and score(*model, task, 1, False, n, definitions) == scores
+        assert len(Harness(tokenizer, 4, True, n, definitions).score(weights, task)) == n
+        assert Harness(tokenizer, 1, False, n, definitions).score(weights, task) == scores
 
 
 def test_the_suites():

@@ -1,0 +1,83 @@
+"""Time and memory over a factor of 16 in prompts, cells and tokens: a table, and plots/growth.csv for `dvc plots show`."""
+
+import csv
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from perf import extraction, harness, sweep, workload
+
+PLOT = Path("plots/growth.csv")
+FACTORS = (1, 2, 4, 8, 16)
+PROMPTS = 32  # extracted, at factor 1
+CELLS, CELL_TOKENS = 1, 8  # swept, with the new tokens of each
+TOKENS = 8  # generated
+ROWS = 16  # prompts of a sweep, and of its batches: a batch is full at every factor
+
+
+def run(console: Console, rounds: int = 3) -> dict[str, float]:
+    """Time all points, print them, write the plot's data; scalars: time of the last doubling (2: linear), memory's growth."""
+    model = workload.model()
+    with tempfile.TemporaryDirectory() as name:
+        prompts = {PROMPTS * f: partial(extraction.ours, model, workload.prompts(PROMPTS * f), Path(name)) for f in FACTORS}
+        cells = {CELLS * f: sweep.growth(model, ROWS, CELLS * f, CELL_TOKENS, ROWS) for f in FACTORS}
+        tokens = {TOKENS * f: sweep.growth(model, ROWS, 1, TOKENS * f, ROWS) for f in FACTORS}
+        points = []
+        for quantity, arms in (("prompts", prompts), ("cells", cells), ("tokens", tokens)):
+            points += measure(quantity, arms, console, rounds)
+    console.print(table(points))
+    write(PLOT, points)
+    return scalars(points)
+
+
+def measure(quantity: str, arms: dict[int, Callable[[], object]], console: Console, rounds: int) -> list[dict[str, object]]:
+    """A row of the table for each size."""
+    named = {f"{n} {quantity}": arm for n, arm in arms.items()}
+    found, least = harness.measure(named, console, rounds), min(arms)
+    first = found.median(f"{least} {quantity}")
+    return [
+        {
+            "quantity": quantity,
+            "n": n,
+            "factor": n // least,
+            "seconds": round(found.median(f"{n} {quantity}"), 4),
+            "times_as_long": round(found.median(f"{n} {quantity}") / first, 3),
+            "peak_mb": round(found.peak_mb[f"{n} {quantity}"], 1),
+        }
+        for n in arms
+    ]
+
+
+def table(points: list[dict[str, object]]) -> Table:
+    shown = Table(title="growth", title_justify="left", caption="peak MB: anonymous memory beyond the model")
+    for name in points[0]:
+        shown.add_column(name.replace("_", " "), justify="left" if name == "quantity" else "right")
+    for point in points:
+        shown.add_row(*map(str, point.values()), end_section=point["factor"] == FACTORS[-1])
+    return shown
+
+
+def scalars(points: list[dict[str, object]]) -> dict[str, float]:
+    """For each quantity: how long the last doubling took, and how much more memory 16 times as much took."""
+    found = {}
+    for quantity in dict.fromkeys(str(point["quantity"]) for point in points):
+        own = {point["factor"]: point for point in points if point["quantity"] == quantity}
+        last, before, first = own[FACTORS[-1]], own[FACTORS[-2]], own[FACTORS[0]]
+        found[f"{quantity}_last_doubling"] = round(float(str(last["seconds"])) / float(str(before["seconds"])), 3)
+        found[f"{quantity}_peak_mb_growth"] = round(float(str(last["peak_mb"])) - float(str(first["peak_mb"])), 1)
+    return found
+
+
+def write(path: Path, points: list[dict[str, object]]) -> None:
+    """The plot's data, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}")
+    with beside.open("w", encoding="utf-8", newline="") as file:
+        rows = csv.DictWriter(file, list(points[0]), lineterminator="\n")
+        rows.writeheader()
+        rows.writerows(points)
+    beside.rename(path)

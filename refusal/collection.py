@@ -1,0 +1,56 @@
+"""Activations of whole sets of prompts, from the model through the resume store into one safetensors file.
+
+Batches are composed before anything is computed, and rows go to their places in the file as they come: an interrupted run
+ends in the same bytes, and memory holds one batch, however many prompts there are.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from safetensors.torch import load, save
+from transformers import PreTrainedModel
+
+from refusal import activations, anatomy
+from refusal import store as stores
+from refusal.activations import Prefix, batches, last_token_resid_pre
+from refusal.safetensors_file import Writer
+from refusal.store import Store
+
+
+def collect(
+    model: PreTrainedModel,
+    weights: str,
+    sets: Mapping[str, Sequence[Sequence[int]]],
+    method: str,
+    pad_id: int,
+    batch_size: int,
+    store: Store,
+    path: Path,
+) -> None:
+    """Write last-token `resid_pre` of each set of prompts (token ids) to `path`: {set: [prompt, n_layers, d_model]}.
+
+    `weights` is the checkpoint's hash. Batches hold prompts of one set; what all prompts of all sets begin with is
+    computed once (`batched`).
+    """
+    n_layers, d_model = model.config.num_hidden_layers, model.config.hidden_size
+    prefix = Prefix(model, [tokens for prompts in sets.values() for tokens in prompts]) if method == "batched" else None
+    shared = {
+        "weights": weights,
+        "method": method,
+        "dtype": str(model.dtype),
+        "device": model.device.type,
+        "pad": pad_id,
+        "prefix": prefix and prefix.ids,
+    }
+
+    def compute(batch: list[list[int]]) -> bytes:
+        return save({"resid_pre": last_token_resid_pre(model, batch, method, pad_id, prefix)})
+
+    with Writer(path, {name: (model.dtype, (len(prompts), n_layers, d_model)) for name, prompts in sets.items()}) as out:
+        for name, prompts in sets.items():
+            skip = len(prefix.ids) if prefix else 0
+            plan = batches([len(tokens) - skip for tokens in prompts], method, batch_size)
+            chosen = [[list(prompts[i]) for i in batch] for batch in plan]
+            jobs = [(stores.key("activations", activations, anatomy, **shared, ids=batch), batch) for batch in chosen]
+            for batch, value in zip(plan, store.run(jobs, compute, f"{method} {name}"), strict=True):
+                out.put(name, batch, load(value)["resid_pre"])
