@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from refusal.adapter import CONFIG, base_folder, merge
 from refusal.errors import RefusalError
+from refusal.store import progress
 from refusal.tally import watch
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -128,9 +129,12 @@ def weights_hash(folder: Path) -> str:
     """SHA-256 over a checkpoint's config.json and safetensors files, by name and content; an adapter's base is part of it."""
     base = base_folder(folder)
     digest = hashlib.sha256(b"" if base is None else weights_hash(base).encode())
-    for path in sorted([folder / ("config.json" if base is None else CONFIG), *folder.glob("*.safetensors")]):
-        digest.update(path.name.encode())
-        with path.open("rb") as file:
-            while chunk := file.read(1 << 22):
-                digest.update(chunk)
+    paths = sorted([folder / ("config.json" if base is None else CONFIG), *folder.glob("*.safetensors")])
+    with progress(sum(path.stat().st_size for path in paths), f"hash of {folder.name}", "B") as bar:
+        for path in paths:
+            digest.update(path.name.encode())
+            with path.open("rb") as file:
+                while chunk := file.read(1 << 22):
+                    digest.update(chunk)
+                    bar.update(len(chunk))
     return digest.hexdigest()

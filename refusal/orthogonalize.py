@@ -23,6 +23,7 @@ from typing import Literal
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from tqdm import tqdm
 
 from refusal.adapter import CONFIG, adapter_files
 from refusal.anatomy import Anatomy, anatomy_of
@@ -42,6 +43,7 @@ from refusal.safetensors_file import (
     write_all,
     write_file,
 )
+from refusal.store import progress
 
 _COPIED = (".json", ".jinja", ".txt", ".model", ".tiktoken")  # never pickles; other safetensors hold unedited weights
 _CHUNK = 1 << 22  # bytes: in and out of a cache, not of memory
@@ -116,8 +118,9 @@ def orthogonalize(source: Path, edits: Sequence[Edit]) -> list[Report]:
         for cell in cells:
             shutil.rmtree(cell.partial, ignore_errors=True)
             cell.partial.mkdir(parents=True)
-        for shard in shards:
-            _write_shard(shard, cells)
+        with progress(sum(len(shard.entries) for shard in shards), "orthogonalize", "tensor") as bar:
+            for shard in shards:
+                _write_shard(shard, cells, bar)
         for cell in cells:
             for name, content in cell.small_files(copies):
                 write_file(cell.partial / name, content)
@@ -257,7 +260,7 @@ class _Tally:
         self.deviation += (after - (1 - alpha) * before).norm().item() ** 2
 
 
-def _write_shard(shard: Shard, cells: list[_Cell]) -> None:
+def _write_shard(shard: Shard, cells: list[_Cell], bar: tqdm) -> None:
     with ExitStack() as stack:
         reader = Reader(shard, stack.enter_context(shard.path.open("rb", buffering=0)))
         outs: list[FileIO | None] = []
@@ -281,6 +284,7 @@ def _write_shard(shard: Shard, cells: list[_Cell]) -> None:
             for cell, _, tally in editing:
                 cell.report.residuals[entry.name] = math.sqrt(tally.left / (tally.edited or 1))
                 cell.report.deviations[entry.name] = math.sqrt(tally.deviation / (tally.source or 1))
+            bar.update()
         # As the unembedding of the cells that untie it, the embedding is read once more, for all of them.
         untying = [
             (cell.untied[1], out) for cell, out in zip(cells, outs, strict=True) if cell.untied and cell.untied[0] is shard

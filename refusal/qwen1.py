@@ -14,6 +14,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from refusal.errors import RefusalError
@@ -32,6 +33,7 @@ from refusal.safetensors_file import (
     write_all,
     write_file,
 )
+from refusal.store import progress
 
 RANKS = "qwen.tiktoken"
 _CHUNK = 1 << 24  # bytes
@@ -123,10 +125,12 @@ def convert(source: Path, target: Path) -> None:
     target.mkdir(parents=True)
     weight_map: dict[str, str] = {}
     total = 0
+    bar = progress(sum(entry.n_bytes for _, parts in plans for _, entry in parts), "Qwen-1 to Qwen2 layout", "B")
     for shard, parts in plans:
-        _write_shard(shard, parts, target)
+        _write_shard(shard, parts, target, bar)
         weight_map |= {name: shard.name for name, _ in parts}
         total += sum(entry.n_bytes for _, entry in parts)
+    bar.close()
     if [shard.name for shard in shards] != [SINGLE]:
         _write_json(target / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
     end, turn_end = tokenizer.encode(END + TURN_END).ids
@@ -243,7 +247,7 @@ def _parts(shard: Shard, entry: Entry, wanted: dict[str, list[int]]) -> list[tup
     ]
 
 
-def _write_shard(shard: Shard, parts: list[tuple[str, Entry]], target: Path) -> None:
+def _write_shard(shard: Shard, parts: list[tuple[str, Entry]], target: Path, bar: tqdm) -> None:
     fields: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
     for name, entry in parts:
@@ -255,7 +259,9 @@ def _write_shard(shard: Shard, parts: list[tuple[str, Entry]], target: Path) -> 
         for _, entry in parts:
             reader.seek(entry.begin)
             for begin in range(0, entry.n_bytes, _CHUNK):
-                write_all(out, reader.take(min(_CHUNK, entry.n_bytes - begin)).numpy())
+                n = min(_CHUNK, entry.n_bytes - begin)
+                write_all(out, reader.take(n).numpy())
+                bar.update(n)
 
 
 def qwen2_config(c: dict[str, Any], dtype: str, end: int) -> dict[str, Any]:

@@ -52,10 +52,11 @@ class _LogBar(tqdm):
 
 
 def progress(total: int, label: str, unit: str, done: int = 0) -> tqdm:
-    """A bar on stderr: done, rate and time left. `done` were there before, and count for no rate."""
+    """A bar on stderr: done, rate and time left. `done` were there before, and count for no rate. Unit "B": bytes."""
+    size: dict[str, Any] = {"total": total, "desc": label, "unit": unit, "unit_scale": unit == "B", "initial": done}
     if sys.stderr.isatty():
-        return tqdm(total=total, desc=label, unit=unit, mininterval=0.5, dynamic_ncols=True, initial=done)
-    return _LogBar(total=total, desc=label, unit=unit, mininterval=15.0, delay=2.0, initial=done, file=_Lines())
+        return tqdm(**size, mininterval=0.5, delay=1.0, dynamic_ncols=True)
+    return _LogBar(**size, mininterval=15.0, delay=2.0, file=_Lines())
 
 
 class Store:

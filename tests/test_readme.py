@@ -87,6 +87,23 @@ def script(block: Block) -> tuple[str, set[str]]:
     return text.strip(), used
 
 
+# Commands within sentences: what types them, or None for those that are run just so by `test_commands_within_sentences`.
+INLINE = {
+    "dvc pull data/prompts models/base models/twin": "tests/pipeline/test_remotes.py",
+    "git ls-remote https://huggingface.co/<id> main": "asks the hub, and its answer is only copied into a parameter",
+    "dvc repro -f model": None,
+    "python -m refusal.judges.calibrate FILE.csv --judge rules": None,
+    "make picture": None,
+}
+
+
+def inline() -> set[str]:
+    """The commands within sentences of the README that no block has."""
+    prose = re.sub(r"```.*?```", "", README, flags=re.DOTALL)
+    found = {text for text in re.findall(r"`([^`]+)`", prose) if re.match(r"(python -m|dvc|make|git|source) ", text)}
+    return {text for text in found if not any(text in block.text for block in SHELL)}
+
+
 def test_each_exception_is_needed_and_has_a_reason():
     assert set().union(*(script(block)[1] for block in SHELL)) == {pattern for pattern, _, reason in INSTEAD if reason}
 
@@ -161,6 +178,17 @@ def test_commands_do_what_they_say(study, servers, block):
         assert by_hand and stored and float(by_hand[1]) == pytest.approx(float(stored[1]), abs=1e-12)
     if "cosine" in block.text and "load_file" in block.text:
         assert float(output.split("cosine")[1]) == pytest.approx(1, abs=1e-12)
+
+
+@pytest.mark.timeout(1800)
+def test_commands_within_sentences(study, servers):
+    assert inline() == set(INLINE)
+    assert "Running stage 'model'" in type_in(study, "dvc repro -f -s model", servers)  # -s: and no stage after it
+    figures = type_in(study, "python -m refusal.judges.calibrate {tmp}/labelled.csv --judge rules", servers)
+    assert json.loads(figures)["n"] == 2
+    type_in(study, "make picture", servers)
+    assert "<svg" in (study / "docs/result.svg").read_text()
+    run(study, "git", "checkout", "-q", ".")
 
 
 def test_every_word_of_the_help_can_be_made(study):

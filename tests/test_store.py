@@ -222,9 +222,18 @@ def test_a_bar_in_a_log_file_is_a_line_an_update(monkeypatch, capsys, steps, sec
     assert lines < 2 or re.match(r"work: +3\d%.* 15/40 \[00:15<00:25, +1\.00step/s\]$", said.splitlines()[0])
 
 
-def test_a_bar_on_a_terminal_stays_in_its_line(monkeypatch, capsys):
+@pytest.mark.parametrize(("seconds", "shown"), [(0.2, False), (2.0, True)])
+def test_a_bar_on_a_terminal_stays_in_its_line(monkeypatch, capsys, seconds, shown):
+    clock = [1000.0]
+    monkeypatch.setattr("tqdm.std.time", lambda: clock[0])
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
-    with progress(2, "work", "step") as bar:
-        bar.update(2)
+    with progress(2_000_000, "work", "B") as bar:
+        for _ in range(2):
+            clock[0] += seconds
+            bar.update(1_000_000)
     said = capsys.readouterr().err
-    assert said.startswith("\rwork:   0%") and said.count("\n") == 1
+    assert (
+        said == ""
+        if not shown
+        else said.startswith("\r") and said.count("\n") == 1 and "work: 100%" in said and "2.00M/2.00M" in said
+    )

@@ -242,7 +242,7 @@ def _charts(study: Study) -> dict[str, Any]:
         "separation": lines(
             "Cohen's d by layer",
             "layer",
-            "Cohen's d (pooled standard deviations)",
+            "Cohen's d (pooled s.d.)",
             [
                 Series("val, 95 % interval", 0, _points(found, "separation", "separation_low", "separation_high")),
                 Series("in sample", 1, _points(found, "separation_in_sample")),
@@ -251,7 +251,7 @@ def _charts(study: Study) -> dict[str, Any]:
         "separation_methods": lines(
             "Cohen's d by layer and method",
             "layer",
-            "Cohen's d (pooled standard deviations)",
+            "Cohen's d (pooled s.d.)",
             [
                 Series(m, i, _points(d[f"{m}-{pairing}"], "separation", "separation_low", "separation_high"))
                 for i, m in enumerate(METHODS)
