@@ -16,7 +16,7 @@ BASE, TRUTH, METRICS, PLOTS = (
     Path("models/base"),
     Path("models/truth/planted.safetensors"),
     Path("metrics/science.json"),
-    Path("plots"),
+    Path("plots/science"),
 )
 
 
