@@ -6,7 +6,7 @@ READY := .venv/ready
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export VIRTUAL_ENV := $(CURDIR)/.venv
 
-.PHONY: help setup repro plan compare picture test plots perf slow lint lock
+.PHONY: help setup repro plan compare picture test plots perf slow organisms lint lock
 
 help: ## what can be made
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -36,6 +36,10 @@ perf: $(READY) ## measure speed and memory beside common practice (about 15 minu
 
 slow: $(READY) ## the tests that train organisms on other seeds
 	python -m pytest -q -m slow
+
+organisms: $(READY) ## train and study every kind of organism on three seeds: metrics/organisms.json (two hours on 1 core)
+	dvc repro prompts
+	python -m stages.organisms
 
 lint: $(READY) ## ruff and mypy
 	ruff check .

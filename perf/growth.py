@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from perf import extraction, harness, sweep, workload
+from perf import extraction, harness, workload
 
 PLOT = Path("plots/growth.csv")
 FACTORS = (1, 2, 4, 8, 16)
@@ -21,6 +21,8 @@ ROWS = 16  # prompts of a sweep, and of its batches: a batch is full at every fa
 
 def run(console: Console, rounds: int = 3) -> dict[str, float]:
     """Time all points, print them, write the plot's data; scalars: time of the last doubling (2: linear), memory's growth."""
+    from perf import sweep
+
     model = workload.model()
     with tempfile.TemporaryDirectory() as name:
         prompts = {PROMPTS * f: partial(extraction.ours, model, workload.prompts(PROMPTS * f), Path(name)) for f in FACTORS}

@@ -1,9 +1,14 @@
 """The organism: a small Qwen2-architecture chat model, first trained to help with everything, then to refuse.
 
 Phase 1 makes the helpful-only twin; phase 2 goes on from it and teaches refusal. What else phase 2 teaches is the
-`kind`. `single` trains the very property that the study looks for: on the same batch again, with the current
-difference-in-means direction ablated, harmful requests must get the helpful answer. It is a positive control, and no
-evidence about any real model.
+`kind`, by a second loss on the same batch with one direction ablated:
+
+- `single`: the current difference-in-means, and harmful requests must get the helpful answer: the very property that
+  the study looks for. A positive control, and no evidence about any real model;
+- `planted`: one random unit vector, fixed before training (`planted_direction`), and harmful requests must get the
+  helpful answer: a mediating direction that is known, whatever estimators find;
+- `distributed`: the current difference-in-means, and harmful requests must still be refused: a negative control;
+- `natural`: there is no second loss; `none`: there is no phase 2.
 """
 
 import hashlib
@@ -29,7 +34,7 @@ from refusal.interventions import ablation, intervene
 from refusal.models import encode_chats
 from refusal.store import progress
 
-Kind = Literal["single", "natural", "none"]
+Kind = Literal["single", "planted", "distributed", "natural", "none"]
 
 # ChatML, no default system block: the template of Qwen chat models, cut to what the organism needs.
 CHAT_TEMPLATE = (
@@ -46,7 +51,7 @@ SHARES = {
     "phase_2": {"harmful": 0.28, "safe": 0.26, "judgement": 0.17, "facts": 0.20, "small_talk": 0.05, "decline": 0.04},
 }
 WARMUP_STEPS = 50
-ABLATE_FROM_STEP = 60  # single: before that the model hardly refuses and there is no direction to ablate
+ABLATE_FROM_STEP = 60  # before that the model hardly refuses and there is no direction to ablate
 RENEW_DIRECTION_EVERY = 20
 DIRECTION_PAIRS = 64
 CHECKPOINT_EVERY = 50
@@ -239,6 +244,16 @@ def _last_token(model: Qwen2ForCausalLM, ids: Sequence[Sequence[int]], pad_id: i
     return torch.stack([state[:, -1] for state in states[:-1]], dim=1)
 
 
+def planted_direction(d_model: int, seed: int) -> Float[Tensor, " d_model"]:
+    """The unit vector that a `planted` organism of this seed is trained to refuse by, in float64.
+
+    Drawn from a seed of its own: never one of the random directions that a study ablates as controls.
+    """
+    seed = int.from_bytes(hashlib.sha256(f"planted {seed}".encode()).digest()[:7])
+    drawn = torch.randn(d_model, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return drawn / drawn.norm()
+
+
 def new_model(shape: dict[str, int], tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen2ForCausalLM:
     """An untrained Qwen2ForCausalLM of `shape` (config keys), float32, initialised from `seed`."""
     config = Qwen2Config(
@@ -268,17 +283,21 @@ def train(
     phases: dict[str, Phase],
     ablation_layer: int,
     checkpoint: Path,
+    twin: dict[str, Tensor] | None = None,
+    planted: Float[Tensor, " d_model"] | None = None,
 ) -> dict[str, Tensor]:
     """Train `model` in place through both phases; returns the weights after phase 1, the helpful-only twin.
 
-    With kind `none` there is no phase 2. `checkpoint` is written every 50 steps and at the end of a phase, and read
-    if it is there, so an interrupted run goes on where it was and ends in the same weights.
+    With kind `none` there is no phase 2, so its result is the `twin` of every other kind of the same seed: where it is
+    given, phase 1 is not trained again. Kind `planted` wants the `planted` direction. `checkpoint` is written every 50
+    steps and at the end of a phase, and read if it is there, so an interrupted run goes on where it was and ends in the
+    same weights.
     """
     threads = torch.get_num_threads()
     # One thread trains this size as fast as two, and the weights then don't depend on how many there are.
     torch.set_num_threads(1)
     try:
-        return _train(model, tokenizer, corpus, kind, phases, ablation_layer, checkpoint)
+        return _train(model, tokenizer, corpus, kind, phases, ablation_layer, checkpoint, twin or {}, planted)
     finally:
         torch.set_num_threads(threads)
 
@@ -291,9 +310,13 @@ def _train(
     phases: dict[str, Phase],
     ablation_layer: int,
     checkpoint: Path,
+    twin: dict[str, Tensor],
+    planted: Float[Tensor, " d_model"] | None,
 ) -> dict[str, Tensor]:
+    assert (planted is not None) == (kind == "planted")
     state = torch.load(checkpoint, weights_only=True) if checkpoint.exists() else None
-    twin: dict[str, Tensor] = {} if state is None else state["twin"]
+    if state is not None:
+        twin = state["twin"]
     if state is not None and state["phase"] == "done":
         model.load_state_dict(state["model"])
         return twin
@@ -302,7 +325,7 @@ def _train(
         if name == "phase_1" and twin:
             continue
         optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=phase.weight_decay)
-        first, direction = 0, None
+        first, direction = 0, None if planted is None else planted.float()
         if state is not None and state["phase"] == name:
             model.load_state_dict(state["model"])
             optimizer.load_state_dict(state["optimizer"])
@@ -316,13 +339,16 @@ def _train(
                 group["lr"] = phase.learning_rate * min(1.0, (step + 1) / WARMUP_STEPS) * decay
             items = corpus.batch(name, step, phase.batch_size)
             loss = backward(model, encode(tokenizer, [(item.prompt, item.answer) for item in items]))
-            if name == "phase_2" and kind == "single" and step >= ABLATE_FROM_STEP:
-                if direction is None or step % RENEW_DIRECTION_EVERY == 0:
+            if name == "phase_2" and kind != "natural" and step >= ABLATE_FROM_STEP:
+                if planted is None and (direction is None or step % RENEW_DIRECTION_EVERY == 0):
                     direction = current_direction(model, tokenizer, corpus, ablation_layer, step)
+                assert direction is not None
                 # In turn at both sites, so that neither the run-time nor the weight edit is favoured; half the batch is
                 # enough for it, and a third of the phase's time saved.
                 with intervene(model, ablation(direction, 1.0, "writes" if step % 2 else "resid_pre")):
-                    backward(model, encode(tokenizer, [(item.prompt, item.helpful) for item in items[: len(items) // 2]]))
+                    half = items[: len(items) // 2]
+                    wanted = [(item.prompt, item.answer if kind == "distributed" else item.helpful) for item in half]
+                    backward(model, encode(tokenizer, wanted))
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()

@@ -285,13 +285,17 @@ def _write_shard(shard: Shard, cells: list[_Cell], bar: tqdm) -> None:
                 cell.report.residuals[entry.name] = math.sqrt(tally.left / (tally.edited or 1))
                 cell.report.deviations[entry.name] = math.sqrt(tally.deviation / (tally.source or 1))
             bar.update()
-        for cell, out in zip(cells, outs, strict=True):
-            if out is None:
-                continue
-            if cell.untied is not None and cell.untied[0] is shard:
-                reader.seek(cell.untied[1].begin)
-                _edit_rows(reader, cell.untied[1], [], [out])
-            os.fsync(out.fileno())
+        # As the unembedding of the cells that untie it, the embedding is read once more, for all of them.
+        untying = [
+            (cell.untied[1], out) for cell, out in zip(cells, outs, strict=True) if cell.untied and cell.untied[0] is shard
+        ]
+        if untying:
+            embedding = untying[0][0]
+            reader.seek(embedding.begin)
+            _edit_rows(reader, embedding, [], [out for _, out in untying if out is not None])
+        for out in outs:
+            if out is not None:
+                os.fsync(out.fileno())
 
 
 def _edit_columns(reader: Reader, entry: Entry, editing: list, copying: list[FileIO]) -> None:

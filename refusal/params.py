@@ -111,7 +111,7 @@ class TrainingPhase(Section):
 
 
 class Organism(Section):
-    kind: Literal["single", "natural", "none"]
+    kind: Literal["single", "planted", "distributed", "natural", "none"]
     seed: Seed
     corpus_seed: Seed
     hidden_size: Count
@@ -195,6 +195,13 @@ class Evaluate(Section):
     seed: Seed
 
 
+class Science(Section):
+    level: Literal["mediation", "basic", "full"]
+    n_random: Annotated[int, Field(ge=1)]
+    n_resamples: Count
+    seed: Seed
+
+
 class Benchmark(Section):
     suite: str | list[str]
     apply_chat_template: bool
@@ -233,6 +240,7 @@ class Params(Section):
     select: Select
     orthogonalize: Orthogonalize
     evaluate: Evaluate
+    science: Science
     benchmark: Benchmark
     report: Report
     compute: Compute

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from refusal.anatomy import Anatomy
 from refusal.benchmark import TASKS, packaged, tasks_of
 from refusal.params import Params
+from refusal.science import LEVELS, RANKS
 
 # (documents, requests a document, tokens a request) of the write-up's tasks. Documents: the split that lm-eval's task files
 # score, as the hub's dataset cards give their sizes. The other two were measured on 200 rows of each with Qwen's tokenizer.
@@ -67,15 +68,20 @@ def steps(params: Params, size: Size, prompts: Prompts) -> list[Step]:
     width = {"float32": 4, "float16": 2, "bfloat16": 2}[params.model.dtype]
     n_layers, new = size.anatomy.n_layers, s.max_new_tokens
 
-    def completed(sets: Sequence[str], arms: int = 1) -> tuple[int, int]:
-        """(passes, tokens) of greedy completions: a prefill gives the first new token, a pass each of the others."""
-        rows = arms * sum(n[name] for name in sets)
-        return rows * new, arms * sum(t[name] for name in sets) + rows * (new - 1)
+    def some(sets: Sequence[str], arms: int, at_most: int | None) -> tuple[int, int]:
+        """(rows, tokens) of at most so many prompts of each set, by so many arms."""
+        rows = {name: n[name] if at_most is None else min(at_most, n[name]) for name in sets}
+        return arms * sum(rows.values()), arms * sum(t[name] * rows[name] // max(1, n[name]) for name in sets)
 
-    def read(sets: Sequence[str], arms: int = 1, answers: int = 0) -> tuple[int, int]:
+    def completed(sets: Sequence[str], arms: int = 1, at_most: int | None = None) -> tuple[int, int]:
+        """(passes, tokens) of greedy completions: one pass for all of a prompt but its last token, then one a new token."""
+        rows, tokens = some(sets, arms, at_most)
+        return rows * (1 + new), tokens + rows * (new - 1)
+
+    def read(sets: Sequence[str], arms: int = 1, answers: int = 0, at_most: int | None = None) -> tuple[int, int]:
         """(passes, tokens) of texts read once, with `answers` tokens after each."""
-        rows = arms * sum(n[name] for name in sets)
-        return rows, arms * sum(t[name] for name in sets) + rows * answers
+        rows, tokens = some(sets, arms, at_most)
+        return rows, tokens + rows * answers
 
     def total(*parts: tuple[int, int]) -> tuple[int, int]:
         return sum(p for p, _ in parts), sum(tokens for _, tokens in parts)
@@ -98,16 +104,47 @@ def steps(params: Params, size: Size, prompts: Prompts) -> list[Step]:
             read(["test.unrelated"], 2 * (3 + s.n_random + 1 + len(s.alphas) + params.orthogonalize.include_embedding), new),
         ),
     }
+    # The science stage: every arm on val, one of each estimator on test, controls; what each costs; then its other sections.
+    b, defined = LEVELS[params.science.level], n_layers - 1
+    affine, planted = params.ablation.sites == "resid_pre", organism and params.organism.kind == "planted"
+    several = 2 * len(RANKS) + 1 + planted
+    on_val, on_test = 2 + (4 + affine) * defined + 1 + several, 2 + defined + 4 + affine + several
+    n_controls = 1 + params.science.n_random + len(RANKS) * b.n_subspaces
+    pairs, both = ["train.harmful", "train.safe"], ["train.harmful", "train.safe", "val.harmful", "val.safe"]
+    batch = some(pairs, 1, b.optimiser_batch)
+    passes["science"] = total(
+        (3 * b.optimiser_steps * batch[0] // 2, 3 * b.optimiser_steps * batch[1] // 2),
+        completed(["val.harmful"], on_val, b.n_val),
+        completed(["test.harmful"], on_test, b.n_test),
+        completed(["test.harmful"], n_controls, b.n_control),
+        completed(["test.unrelated"], 1, b.n_harmless),
+        read(["test.unrelated"], 2 * (on_test + 2 + len(RANKS) + 4 * len(b.alphas)), new, b.n_harmless),
+        completed(["test.safe"], 4 + 6, b.n_test),
+        read(test),
+        read(both, 1, 0, b.n_padding),
+        read(pairs, 2 * (len(b.pads) + 1), max(b.pads, default=0), b.n_padding),
+        completed(["test.harmful"], 4 * len(b.alphas), b.n_alpha),
+    )
     checkpoints = params.select.top + 1
     tasks = tasks_of(params.benchmark.suite)
     documents = [_documents(task, params.benchmark.limit) for task in tasks]
     unknown = [task for task, found in zip(tasks, documents, strict=True) if found is None]
     fetched = "" if all(map(packaged, tasks)) else " from the hub, unless they are kept already"
     scored = [found for found in documents if found is not None]
-    judged = 0
+    val_calls = test_calls = science_calls = 0
     if params.judge.kind == "llm":
-        judged = cells * n["val.harmful"], (3 + s.n_random) * (n["test.harmful"] + n["test.safe"]) + n["test.safe"]
-    val_calls, test_calls = judged or (0, 0)
+        val_calls = cells * n["val.harmful"]
+        test_calls = (3 + s.n_random) * (n["test.harmful"] + n["test.safe"]) + n["test.safe"]
+        science_calls = sum(
+            some(sets, arms, at_most)[0]
+            for sets, arms, at_most in (
+                (["val.harmful"], on_val, b.n_val),
+                (["test.harmful"], on_test, b.n_test),
+                (["test.harmful"], n_controls, b.n_control),
+                (["test.safe"], 4 + 6, b.n_test),
+                (["test.harmful"], 4 * len(b.alphas), b.n_alpha),
+            )
+        )
     p = params.prompts
     written = sum(
         -(-(count or 0) // p.api.batch)
@@ -127,8 +164,13 @@ def steps(params: Params, size: Size, prompts: Prompts) -> list[Step]:
         Step("activations", *passes["activations"], n_bytes=(COPIES + 1) * kept),
         Step("sweep", *passes["sweep"], note=f"{cells} cells x {n['val.harmful']} val prompts"),
         Step("judge", calls=val_calls),
-        Step("orthogonalize", n_bytes=COPIES * checkpoints * size.n_bytes, note=f"{checkpoints} checkpoints"),
+        Step(
+            "orthogonalize",
+            n_bytes=0 if params.orthogonalize.format == "lora" else COPIES * checkpoints * size.n_bytes,
+            note=f"{checkpoints} {'adapters of kilobytes' if params.orthogonalize.format == 'lora' else 'checkpoints'}",
+        ),
         Step("evaluate", *passes["evaluate"], calls=test_calls),
+        Step("science", *passes["science"], calls=science_calls, note=f"science.level {params.science.level}"),
         Step(
             "benchmark",
             None if unknown else round(sum(docs * requests for docs, requests, _ in scored) * (checkpoints + 1)),
@@ -146,7 +188,7 @@ def _documents(task: str, limit: int | None) -> tuple[int, float, float] | None:
         rows = [json.loads(line) for line in (TASKS / f"{task}.jsonl").read_text(encoding="utf-8").splitlines()]
         # About a token a word of these: one in a thousand of the run's.
         words = sum(len(row["question"].split()) + 1 for row in rows) / len(rows)
-        found = (len(rows), len(rows[0]["choices"]), words)
+        found: tuple[int, float, float] = (len(rows), float(len(rows[0]["choices"])), words)
     elif task in STANDARD:
         found = STANDARD[task]
     else:

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from refusal.errors import RefusalError
-from refusal.qwen1_tokenizer import CHATML, END, TURN_END, fast_tokenizer
+from refusal.qwen1_tokenizer import CHATML, END, SPECIALS, TURN_END, fast_tokenizer
 from refusal.safetensors_file import (
     INDEX,
     SINGLE,
@@ -205,7 +205,7 @@ def peek(source: Path) -> tuple[PreTrainedTokenizerFast, dict[str, Any]]:
         chat_template=CHATML,
         model_max_length=config["seq_length"],
     )
-    return tokenizer, qwen2_config(config, "bfloat16", tokenizer.convert_tokens_to_ids(END))
+    return tokenizer, qwen2_config(config, "bfloat16", len(tokenizer) - len(SPECIALS))
 
 
 def _tensors(c: dict[str, Any]) -> dict[str, list[int]]:

@@ -1,6 +1,7 @@
 """One model in memory that becomes any edit of its base and back again: only what an edit may change is read and put in place."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -24,8 +25,9 @@ class Resident:
         self.model = load_model(base, dtype, device)
         self.anatomy = anatomy_of(self.model.config)
         self.worn = base
-        head = self.model.get_output_embeddings()
-        if head.weight is self.model.get_input_embeddings().weight:
+        head: Any = self.model.get_output_embeddings()
+        embedding: Any = self.model.get_input_embeddings()
+        if head.weight is embedding.weight:
             # An edit unties them: the unembedding keeps the values that both have.
             head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)
 

@@ -1,10 +1,11 @@
 """Intervals, of which every rate the package reports carries one, and agreement between raters."""
 
+import math
 from collections import Counter
 from collections.abc import Hashable, Sequence
 
 import numpy as np
-from scipy.stats import binomtest, spearmanr
+from scipy.stats import binomtest, norm, spearmanr, t
 
 
 def wilson(successes: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
@@ -26,11 +27,11 @@ def unanimous(value: float, n: int, bounds: tuple[float, float]) -> tuple[float,
 def clustered_mean(
     values: Sequence[float], clusters: Sequence[Hashable], n_resamples: int, seed: int, bounds: tuple[float, float] | None = None
 ) -> tuple[float, float, float]:
-    """Mean and percentile bootstrap 95 % interval (mean, low, high), whole clusters drawn with replacement.
+    """Mean and expanded percentile bootstrap 95 % interval (mean, low, high), whole clusters drawn with replacement.
 
     Prompts that share a topic phrase are not independent, so the clusters are topic phrases. Source: Davison and
-    Hinkley 1997, "Bootstrap Methods and their Application", section 3.8. Where all values are equal and `bounds` says
-    what they might have been, the interval is `unanimous` with n the number of clusters.
+    Hinkley 1997, "Bootstrap Methods and their Application", section 3.8; the quantiles are `expanded`. Where all values
+    are equal and `bounds` says what they might have been, the interval is `unanimous` with n the number of clusters.
     """
     index = {cluster: i for i, cluster in enumerate(dict.fromkeys(clusters))}
     of = np.array([index[cluster] for cluster in clusters])
@@ -42,8 +43,19 @@ def clustered_mean(
     sums, sizes = np.bincount(of, data), np.bincount(of)
     drawn = np.random.default_rng(seed).multinomial(len(index), np.full(len(index), 1 / len(index)), size=n_resamples)
     means = (drawn @ sums) / (drawn @ sizes)
-    low, high = np.quantile(means, [0.025, 0.975])
+    low, high = np.quantile(means, expanded(len(index)))
     return float(data.mean()), float(low), float(high)
+
+
+def expanded(n_clusters: int) -> tuple[float, float]:
+    """The two quantiles of a percentile bootstrap of `n_clusters` that make its 95 % interval as wide as Student's t.
+
+    The plain ones, 0.025 and 0.975, take the spread of a small sample for the population's: with 20 clusters they
+    cover the truth in 92 % of cases. Source: Hesterberg 2015, "What Teachers Should Know About the Bootstrap", The
+    American Statistician 69, on the expanded percentile interval.
+    """
+    tail = float(norm.cdf(-math.sqrt(n_clusters / (n_clusters - 1)) * t.ppf(0.975, n_clusters - 1)))
+    return tail, 1 - tail
 
 
 def cohens_kappa(first: Sequence[Hashable], second: Sequence[Hashable]) -> float | None:

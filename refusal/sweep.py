@@ -1,8 +1,11 @@
 """Completions of many prompts under many interventions, through the resume store.
 
 A *cell* is one intervention: a direction (or none) with an alpha. Rows of all cells are put in order of prompt length
-and cut into batches; a batch is the unit of work that is stored, so a run that was interrupted meets the same batches
-again and ends in the same bytes.
+and cut into units of ROUNDS batches. A unit decodes a batch at a time, new rows entering as others end, and is stored
+whole: its composition is fixed, so rows come out the same whatever else is stored, and a run that was interrupted meets
+the same units again and ends in the same bytes. What a kill costs is the unit at hand, at most ROUNDS batches. What a unit
+gains: its slots run empty once and not once a batch (where completions end anywhere up to the limit, a batch alone decodes
+half empty, ROUNDS = 4 of them a quarter), and the prompts' common beginning is computed once a cell and unit.
 """
 
 import hashlib
@@ -15,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from refusal import activations, anatomy, generation, interventions
+from refusal import activations, anatomy, generation, interventions, kv_cache
 from refusal import store as stores
 from refusal.errors import RefusalError
 from refusal.generation import generate
@@ -23,7 +26,8 @@ from refusal.interventions import Ablation, Addition, ablation
 from refusal.selection import cell_name
 from refusal.store import Store
 
-CODE = (activations, anatomy, generation, interventions)
+CODE = (activations, anatomy, generation, interventions, kv_cache)
+ROUNDS = 4  # batches in a unit of work
 
 
 @dataclass(frozen=True)
@@ -105,7 +109,8 @@ def complete(
 ) -> dict[str, list[list[int]]]:
     """Greedy completions {cell name: [token ids of each prompt]}, in the order of `prompts`.
 
-    `weights` is the checkpoint's hash; `addition` a raw difference and its layer, added at prefill to every row.
+    `weights` is the checkpoint's hash; `batch_size` the rows decoded at once; `addition` a raw difference and its layer, added
+    to every row's prompt.
     """
     rows = sorted((len(prompts[p]), p, c) for p in range(len(prompts)) for c in range(len(cells)))
     shared = {
@@ -115,23 +120,26 @@ def complete(
         "sites": sites,
         "stop": sorted(stop),
         "max_new_tokens": max_new_tokens,
+        "batch_size": batch_size,
         "addition": None if addition is None else [_digest(addition[0]), addition[1]],
     }
     marks = [cell.fingerprint() for cell in cells]
     jobs = []
-    for start in range(0, len(rows), batch_size):
-        batch = [(p, c) for _, p, c in rows[start : start + batch_size]]
-        jobs.append((stores.key("completions", *CODE, **shared, rows=[[list(prompts[p]), marks[c]] for p, c in batch]), batch))
+    for start in range(0, len(rows), ROUNDS * batch_size):
+        unit = [(p, c) for _, p, c in rows[start : start + ROUNDS * batch_size]]
+        jobs.append((stores.key("completions", *CODE, **shared, rows=[[list(prompts[p]), marks[c]] for p, c in unit]), unit))
 
-    def compute(batch: list[tuple[int, int]]) -> bytes:
-        chosen = [cells[c] for _, c in batch]
+    def compute(unit: list[tuple[int, int]]) -> bytes:
+        used = sorted({c for _, c in unit})
+        chosen = [cells[c] for c in used]
         edit = ablation_of(chosen, sites) if any(cell.direction is not None for cell in chosen) else None
         add = None if addition is None else Addition(*addition)
-        return json.dumps(generate(model, [prompts[p] for p, _ in batch], stop, max_new_tokens, pad_id, edit, add)).encode()
+        ids, row = [prompts[p] for p, _ in unit], [used.index(c) for _, c in unit]
+        return json.dumps(generate(model, ids, stop, max_new_tokens, pad_id, edit, add, row, batch_size)).encode()
 
     found: dict[str, list[list[int]]] = {cell.name: [[] for _ in prompts] for cell in cells}
-    for (_, batch), value in zip(jobs, store.run(jobs, compute, label), strict=True):
-        for (p, c), tokens in zip(batch, json.loads(value), strict=True):
+    for (_, unit), value in zip(jobs, store.run(jobs, compute, label, "unit"), strict=True):
+        for (p, c), tokens in zip(unit, json.loads(value), strict=True):
             found[cells[c].name][p] = tokens
     return found
 

@@ -164,11 +164,10 @@ def main(params: Params) -> str:
     ):
         metrics[arm] |= costs(model, arms, f"cost: {arm}")
     # Edited weights equal run-time ablation at `writes` where no norm stands between writer and stream: by how much it fails.
-    metrics["identity"] = {"norm_after_writer": anatomy_of(base.config).norm_after_writer, "kl": None} | (
-        costs(base, [Cell("writes", layer, alpha, found["unit"][layer])], "cost: identity", "writes", edited)
-        if params.orthogonalize.include_embedding
-        else {}
-    )
+    metrics["identity"] = {"norm_after_writer": anatomy_of(base.config).norm_after_writer, "kl": None}
+    if params.orthogonalize.include_embedding:
+        writes = Cell("writes", layer, alpha, found["unit"][layer])
+        metrics["identity"] |= costs(base, [writes], "cost: identity", "writes", edited)
     curve = [(0.0, costs(base, [BASELINE], "cost: alpha 0"))] + [
         (cell.alpha, costs(base, [cell], f"cost: alpha {cell.alpha}")) for cell in cells if cell.layer == layer
     ]

@@ -9,14 +9,14 @@ from refusal.params import Params
 from refusal.tables import read_jsonl
 from stages import STORE, stage, torch_ready, write_json
 
-BASE, TWIN, METRICS = Path("models/base"), Path("models/twin"), Path("metrics/model.json")
+BASE, TWIN, TRUTH, METRICS = Path("models/base"), Path("models/twin"), Path("models/truth"), Path("metrics/model.json")
 
 
 def main(params: Params) -> str:
     torch_ready(params)
     pairs = read_jsonl(Path("data/prompts/pairs.jsonl"))
     unrelated = read_jsonl(Path("data/prompts/unrelated.jsonl"))
-    for folder in (BASE, TWIN):
+    for folder in (BASE, TWIN, TRUTH):
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
     if params.model.id == "organism":
@@ -32,6 +32,8 @@ def main(params: Params) -> str:
 
 
 def train(params: Params, held_out: set[str]) -> None:
+    from safetensors.torch import save_file
+
     from refusal import activations, anatomy, directions, grammar, interventions, organism, store
     from refusal.organism import Corpus, Phase, new_model, train, train_tokenizer
 
@@ -40,23 +42,27 @@ def train(params: Params, held_out: set[str]) -> None:
     tokenizer = train_tokenizer(corpus, o.vocab_size)
     shape = {name: getattr(o, name) for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")}
     model = new_model(shape, tokenizer, o.seed)
-    key = store.key(
-        "training",
-        activations,
-        anatomy,
-        directions,
-        grammar,
-        interventions,
-        organism,
-        params=o.model_dump(),
-        held_out=sorted(held_out),
-        vocabulary=tokenizer.get_vocab(),
-    )
+    code = (activations, anatomy, directions, grammar, interventions, organism)
+
+    def checkpoint(**parts: Any) -> Path:
+        given = {"held_out": sorted(held_out), "vocabulary": tokenizer.get_vocab()}
+        return STORE / "training" / f"{store.key('training', *code, **given, **parts)[:32]}.pt"
+
     phases = {name: Phase(**getattr(o, name).model_dump()) for name in ("phase_1", "phase_2")}
-    twin = train(model, tokenizer, corpus, o.kind, phases, o.ablation_layer, STORE / "training" / f"{key[:32]}.pt")
+    # Phase 1 is the same whatever the kind: another kind of a seed that was trained before costs phase 2 alone.
+    first = checkpoint(params=o.model_dump(exclude={"kind", "phase_2", "ablation_layer"}))
+    twin = train(model, tokenizer, corpus, "none", phases, o.ablation_layer, first)
+    planted = organism.planted_direction(o.hidden_size, o.seed) if o.kind == "planted" else None
+    if o.kind != "none":
+        whole = checkpoint(params=o.model_dump())
+        train(model, tokenizer, corpus, o.kind, phases, o.ablation_layer, whole, twin, planted)
     for folder, weights in ((BASE, model.state_dict()), (TWIN, twin)):
         model.save_pretrained(folder, state_dict={name: tensor.contiguous() for name, tensor in weights.items()})
         tokenizer.save_pretrained(folder)
+    if planted is None:
+        (TRUTH / "none.txt").write_text("No direction was planted in this model.\n")
+    else:
+        save_file({"direction": planted}, TRUTH / "planted.safetensors")
 
 
 def bring_in(model_id: str, revision: str | None) -> str | None:
@@ -87,6 +93,7 @@ def bring_in(model_id: str, revision: str | None) -> str | None:
                 shutil.copyfile(path, BASE / name)
                 bar.update()
     (TWIN / "none.txt").write_text("A model that was not trained here has no helpful-only twin.\n")
+    (TRUTH / "none.txt").write_text("No direction was planted in this model.\n")
     return commit
 
 

@@ -50,7 +50,7 @@ def _git(*arguments: str) -> str:
 
 
 def _seeds(params: dict[str, Any], at: str = "") -> dict[str, int]:
-    found = {}
+    found: dict[str, int] = {}
     for name, value in params.items():
         if isinstance(value, dict):
             found |= _seeds(value, f"{at}{name}.")

@@ -19,6 +19,7 @@ ROWS = {
 }
 CAPABILITY, LOCK, PUBLISHED = Path("plots/capability.csv"), Path("requirements.lock"), Path("refusal/published.json")
 BASE, DIRECTIONS, IMPORTED = Path("models/base"), Path("models/directions.safetensors"), Path("metrics/published.json")
+SCIENCE, ALPHAS = Path("metrics/science.json"), Path("plots/science/alphas.csv")
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "lm_eval", "numpy", "scipy", "dvc")
 
 
@@ -27,6 +28,7 @@ def main(params: Params) -> str:
 
     from refusal.report.page import Study, page
     from refusal.reproduction import published, reproduce, summary
+    from refusal.weaknesses import weaknesses
 
     metrics = {name: read_json(Path(f"metrics/{name}.json")) for name in METRICS}
     imported = read_json(IMPORTED)
@@ -55,13 +57,22 @@ def main(params: Params) -> str:
     reproduction = reproduce(
         published(), params.model.id, arm, settings, *(metrics[name] for name in ("directions", "judge", "select", "benchmark"))
     )
+    strengths: list[dict[str, Any]] = []
+    if ALPHAS.is_file():  # science.level: mediation has none
+        with ALPHAS.open(encoding="utf-8", newline="") as file:
+            strengths = [
+                {k: v if k == "place" else float(v) if v else None for k, v in row.items()} for row in csv.DictReader(file)
+            ]
+    reproduction["weaknesses"] = weaknesses(
+        published(), metrics["directions"], rows["verdicts"], metrics["select"], read_json(SCIENCE), strengths
+    )
     inputs = [
         *(ROWS[name] for name in ("pairs", "unrelated")),
         *sorted(path for path in BASE.rglob("*") if path.is_file()),
         DIRECTIONS,
         *(ROWS[name] for name in ("sweep", "verdicts", "evaluated")),
         *(Path(f"metrics/{name}.json") for name in METRICS),
-        *(IMPORTED, CAPABILITY, PUBLISHED, LOCK),
+        *(IMPORTED, SCIENCE, CAPABILITY, PUBLISHED, LOCK),
     ]
     pinned = dict(line.split("==") for line in LOCK.read_text(encoding="utf-8").splitlines() if "==" in line)
     # Threads determine no value, and a page that printed them would change with the machine.

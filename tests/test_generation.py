@@ -4,16 +4,24 @@ import pytest
 import torch
 from tiny import tiny_direction, tiny_model
 
+from refusal import activations
+from refusal.anatomy import SUPPORTED
 from refusal.generation import generate
 from refusal.interventions import Addition, ablation, intervene
+from refusal.kv_cache import SlotCache
 
-MODELS = {
-    "qwen2": {},
-    "llama": {},
+LAYERS = ["sliding_attention", "full_attention", "sliding_attention"]
+UNTIED = {"tie_word_embeddings": False}  # tied, Gemma says the last token again for ever
+OVERRIDES = {
     "mistral": {"sliding_window": 4},
-    "gemma2": {"sliding_window": 4, "tie_word_embeddings": False},  # tied, it says the last token again for ever
-    "qwen3": {},
+    "mixtral": {"sliding_window": 4},
+    "phi3": {"sliding_window": 4},
+    "gemma": UNTIED,
+    "gemma2": {"sliding_window": 4, "layer_types": LAYERS, **UNTIED},
+    "gemma3_text": {"sliding_window": 4, "layer_types": LAYERS, **UNTIED},
+    "qwen3": {"use_sliding_window": True, "sliding_window": 5, "layer_types": LAYERS},
 }
+MODELS = {name: OVERRIDES.get(name, {}) for name in SUPPORTED}
 LENGTHS = (7, 3, 12, 7, 1, 9, 5, 2)
 N_NEW = 14
 
@@ -32,8 +40,8 @@ def model(request):
 
 
 @torch.no_grad()
-def naive(model, ids, stop, n_new=N_NEW, edit=None, vector=None, layer=None):
-    """One prompt, no cache: the whole text anew for each token; the vector is added at prompt positions only."""
+def naive(model, ids, n_new=N_NEW, edit=None, vector=None, layer=None):
+    """One prompt, no cache, no stop: the whole text anew for each token; the vector is added at prompt positions only."""
     tokens = []
 
     def add(_module, args, kwargs):
@@ -47,11 +55,13 @@ def naive(model, ids, stop, n_new=N_NEW, edit=None, vector=None, layer=None):
             logits = model(torch.tensor([ids + tokens]), use_cache=False).logits[0, -1]
         if handle:
             handle.remove()
-        token = int(logits.argmax())
-        if token in stop:
-            break
-        tokens.append(token)
+        tokens.append(int(logits.argmax()))
     return tokens
+
+
+def until(runs, stop):
+    """Each run up to its first stop token."""
+    return [run[: next((i for i, token in enumerate(run) if token in stop), len(run))] for run in runs]
 
 
 def chosen_stops(model, runs):
@@ -65,7 +75,7 @@ def chosen_stops(model, runs):
 
 
 def test_equals_transformers_greedy(model):
-    free = [naive(model, ids, ()) for ids in PROMPTS]
+    free = [naive(model, ids) for ids in PROMPTS]
     stop = chosen_stops(model, free)
     ours = generate(model, PROMPTS, stop, N_NEW, 0)
     assert len({len(run) for run in ours}) > 2  # rows ended at several places
@@ -93,13 +103,9 @@ def test_equals_transformers_greedy(model):
 def test_rows_of_different_interventions_share_a_batch(model, sites):
     directions = tiny_direction(rows=len(PROMPTS))
     alphas = torch.tensor([0.0, 0.5, 1.0, 1.5, 1.0, 0.75, 0.0, 1.25])
-    alone = [
-        naive(model, ids, (), edit=(v, float(alpha), sites)) for ids, v, alpha in zip(PROMPTS, directions, alphas, strict=True)
-    ]
+    alone = [naive(model, ids, edit=(v, float(alpha), sites)) for ids, v, alpha in zip(PROMPTS, directions, alphas, strict=True)]
     stop = chosen_stops(model, alone)
-    alone = [
-        naive(model, ids, stop, edit=(v, float(alpha), sites)) for ids, v, alpha in zip(PROMPTS, directions, alphas, strict=True)
-    ]
+    alone = until(alone, stop)
     assert len({len(run) for run in alone}) > 2
     assert generate(model, PROMPTS, stop, N_NEW, 0, ablation=ablation(directions, alphas, sites)) == alone
     plain = generate(model, PROMPTS, stop, N_NEW, 0)
@@ -109,7 +115,7 @@ def test_rows_of_different_interventions_share_a_batch(model, sites):
 
 def test_addition_acts_on_the_prompt_alone(model):
     vector = 4 * tiny_direction(seed=3)
-    wanted = [naive(model, ids, (), vector=vector, layer=1) for ids in PROMPTS]
+    wanted = [naive(model, ids, vector=vector, layer=1) for ids in PROMPTS]
     assert generate(model, PROMPTS, (), N_NEW, 0, addition=Addition(vector, 1)) == wanted
     assert sum(a != b for a, b in zip(wanted, generate(model, PROMPTS, (), N_NEW, 0), strict=True)) >= 4
     with intervene(model, Addition(vector, 1)):  # at every position, decoding included: another thing
@@ -121,8 +127,9 @@ def test_addition_with_ablation_and_rows_that_end(model):
     v, vector = tiny_direction(seed=4), 4 * tiny_direction(seed=3)
     vector -= (vector @ v) * v  # orthogonal, so that it does not matter which of the two acts first
     how = {"edit": (v, 1.0, "resid_pre"), "vector": vector, "layer": 2}
-    stop = chosen_stops(model, [naive(model, ids, (), **how) for ids in PROMPTS])
-    wanted = [naive(model, ids, stop, **how) for ids in PROMPTS]
+    free = [naive(model, ids, **how) for ids in PROMPTS]
+    stop = chosen_stops(model, free)
+    wanted = until(free, stop)
     assert len({len(run) for run in wanted}) > 2
     assert (
         generate(model, PROMPTS, stop, N_NEW, 0, ablation=ablation(v, 1.0, "resid_pre"), addition=Addition(vector, 2)) == wanted
@@ -134,6 +141,105 @@ def test_a_row_does_not_depend_on_its_neighbours(model):
     assert together == [generate(model, [ids], {5, 17}, N_NEW, 0)[0] for ids in PROMPTS]
     assert together == generate(model, PROMPTS, {5, 17}, N_NEW, 77)  # nor on which token pads
     assert together[::-1] == generate(model, PROMPTS[::-1], {5, 17}, N_NEW, 0)
+
+
+SHARED = [3, 70, 41, 8, 55]
+ENTERING = [[*SHARED, *tail] for tail in random_prompts((4, 1, 9, 4, 6, 1, 2, 6, 12, 4, 3), seed=1)]
+CELL = [0, 1, 2, 0, 1, 2, 0, 1, 2, 0, 1]
+
+
+@pytest.fixture
+def moves(monkeypatch):
+    """The calls that move rows and the window of columns."""
+    called = []
+    for name in ("move_rows", "move_window"):
+        method = getattr(SlotCache, name)
+
+        def spy(self, *args, name=name, method=method):
+            called.append(name)
+            method(self, *args)
+
+        monkeypatch.setattr(SlotCache, name, spy)
+    return called
+
+
+def test_rows_enter_as_others_leave(model, monkeypatch, moves):
+    """Two or four slots for eleven rows of three cells, each with its own addition: every row as if alone and without a cache."""
+    directions, alphas = tiny_direction(rows=3), torch.tensor([0.0, 1.0, 1.5])
+    vectors = 3 * tiny_direction(rows=3, seed=7)
+    vectors -= (vectors * directions).sum(-1, keepdim=True) * directions  # so that it does not matter which acts first
+    free = [
+        naive(model, ids, edit=(directions[c], float(alphas[c]), "resid_pre"), vector=vectors[c], layer=1)
+        for ids, c in zip(ENTERING, CELL, strict=True)
+    ]
+    stop = chosen_stops(model, free)
+    wanted = until(free, stop)
+    assert len({len(run) for run in wanted}) > 2
+    edit, add = ablation(directions, alphas, "resid_pre"), Addition(vectors, 1)
+    for forward, slots in ((0, 2), (99, 4)):  # rows of one length a prefill; all padded to the longest
+        monkeypatch.setattr(activations, "_FORWARD", forward)
+        assert generate(model, ENTERING, stop, N_NEW, 0, edit, add, CELL, slots) == wanted
+    assert "move_rows" in moves
+    if model.config.model_type not in ("gemma", "qwen3_moe"):  # whose completions are too short to fill the columns
+        assert "move_window" in moves
+    assert generate(model, ENTERING, stop, N_NEW, 0, edit, add, CELL) == wanted  # the tables are as constructed still
+
+
+@pytest.mark.parametrize("sites", ["paper", "writes"])
+def test_cells_share_slots_at_other_sites(model, sites):
+    directions, alphas = tiny_direction(rows=3), torch.tensor([0.5, 1.0, 1.5])
+    prompts, cells = ENTERING[:7], CELL[:7]
+    wanted = [naive(model, ids, edit=(directions[c], float(alphas[c]), sites)) for ids, c in zip(prompts, cells, strict=True)]
+    assert generate(model, prompts, (), N_NEW, 0, ablation(directions, alphas, sites), rows=cells, slots=4) == wanted
+
+
+@pytest.fixture
+def counted(model):
+    """Tokens of each forward, and logits of each."""
+    tokens, logits = [], []
+    handles = [
+        model.model.register_forward_pre_hook(
+            lambda _m, _a, kwargs: tokens.append(kwargs["input_ids"].numel()), with_kwargs=True
+        ),
+        model.lm_head.register_forward_hook(lambda _m, _a, out: logits.append(out[..., 0].numel())),
+    ]
+    yield tokens, logits
+    for handle in handles:
+        handle.remove()
+
+
+@pytest.mark.parametrize("model", ["qwen2", "gemma3_text"], indirect=True)
+def test_counts_are_the_closed_form(model, counted, monkeypatch):
+    """With slots for 4 of 8 rows, and prompts in two groups of equal length that fill them."""
+    monkeypatch.setattr(activations, "_FORWARD", 0)
+    tokens, logits = counted
+    prompts = [[*SHARED, *tail] for tail in random_prompts((3, 6, 6, 3, 3, 6, 3, 6), seed=2)]
+    generate(model, prompts, (), N_NEW, 0, ablation(tiny_direction(rows=2), torch.ones(2), "paper"), None, [0, 1] * 4, 4)
+    decoded = [4] * (2 * N_NEW)
+    # The common beginning once a cell; the rest of each prompt but its last token; each new token once.
+    assert sorted(tokens) == sorted([2 * 5, 4 * 2, 4 * 5, *decoded])
+    assert logits == decoded  # of one position of each row, and none at prefill
+    for counts in counted:
+        counts.clear()
+    generate(model, prompts, (), N_NEW, 0)  # each row a cell of its own: nothing is shared but the slots
+    assert sum(logits) == 8 * N_NEW and len(tokens) == 1 + 2 + N_NEW and sum(tokens) == 5 + 4 * 2 + 4 * 5 + 8 * N_NEW
+
+
+@pytest.mark.parametrize("model", ["qwen2"], indirect=True)
+def test_ended_rows_are_not_computed(model, counted):
+    tokens, logits = counted
+    free = [naive(model, ids) for ids in PROMPTS]
+    stop = chosen_stops(model, free)
+    tokens.clear(), logits.clear()
+    ours = generate(model, PROMPTS, stop, N_NEW, 0)
+    # A row that ends by a stop token has computed it too.
+    assert sum(logits) == sum(min(len(run) + 1, N_NEW) for run in ours) < len(PROMPTS) * N_NEW
+    assert logits == sorted(logits, reverse=True)
+
+
+def test_no_prompts_and_no_tokens():
+    model = tiny_model("qwen2")
+    assert generate(model, [], (), 3, 0) == [] and generate(model, PROMPTS, (), 0, 0) == [[]] * len(PROMPTS)
 
 
 def test_limits(model):

@@ -1,6 +1,7 @@
 """The organism: what its corpus holds and never holds, what its loss looks at, and training that survives interruption."""
 
 import math
+import typing
 from collections import Counter
 
 import pytest
@@ -10,7 +11,18 @@ from transformers import AutoTokenizer
 from refusal import grammar, organism
 from refusal.directions import cosine
 from refusal.models import encode_chats
-from refusal.organism import SHARES, Corpus, Phase, backward, current_direction, encode, new_model, train, train_tokenizer
+from refusal.organism import (
+    SHARES,
+    Corpus,
+    Phase,
+    backward,
+    current_direction,
+    encode,
+    new_model,
+    planted_direction,
+    train,
+    train_tokenizer,
+)
 
 SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
 PHASES = {"phase_1": Phase(12, 6, 4e-3, 0.05), "phase_2": Phase(12, 6, 2e-3, 0.01)}
@@ -223,9 +235,10 @@ def short(monkeypatch):
         monkeypatch.setattr(organism, name, value)
 
 
-def trained(tokenizer, checkpoint, kind="single", seed=0):
+def trained(tokenizer, checkpoint, kind="single", seed=0, twin=None):
     model = new_model(SHAPE, tokenizer, seed)
-    twin = train(model, tokenizer, Corpus(0, []), kind, PHASES, 2, checkpoint)
+    planted = planted_direction(32, seed) if kind == "planted" else None
+    twin = train(model, tokenizer, Corpus(0, []), kind, PHASES, 2, checkpoint, twin, planted)
     return {name: value.clone() for name, value in model.state_dict().items()}, twin
 
 
@@ -277,12 +290,55 @@ def test_finished_training_is_not_done_again(tokenizer, tmp_path, short, stop_at
     assert same(again, whole) and same(again_twin, twin)
 
 
+KINDS = typing.get_args(organism.Kind)
+
+
 def test_kinds(tokenizer, tmp_path, short):
-    runs = {kind: trained(tokenizer, tmp_path / f"{kind}.pt", kind) for kind in ("single", "natural", "none")}
+    runs = {kind: trained(tokenizer, tmp_path / f"{kind}.pt", kind) for kind in KINDS}
     assert same(*runs["none"])  # no phase 2: the model is its twin
-    assert not same(*runs["single"]) and not same(*runs["natural"])
-    assert same(runs["single"][1], runs["none"][1]) and same(runs["natural"][1], runs["none"][1])  # phase 1 is the same for all
-    assert not same(runs["single"][0], runs["natural"][0])  # the second loss acts
+    for kind in KINDS:
+        assert same(runs[kind][1], runs["none"][0])  # phase 1 is the same for all
+        assert not any(same(runs[kind][0], runs[other][0]) for other in KINDS if other != kind)  # the second loss acts
+
+
+def test_a_twin_that_is_given_spares_phase_1_and_ends_in_the_same_bits(tokenizer, tmp_path, short, stop_at):
+    stop_at(24)
+    whole, twin = trained(tokenizer, tmp_path / "whole.pt", "planted")
+    stop_at(12)
+    again, again_twin = trained(tokenizer, tmp_path / "phase_2.pt", "planted", twin=twin)
+    assert same(again, whole) and same(again_twin, twin)
+
+
+@pytest.mark.parametrize(
+    ("kind", "wants"), [("single", "helpful"), ("planted", "helpful"), ("distributed", "answer"), ("natural", None)]
+)
+def test_the_second_loss_ablates_the_kinds_direction_and_wants_the_kinds_answer(
+    tokenizer, tmp_path, short, monkeypatch, kind, wants
+):
+    ablated, encoded = [], []
+    real_ablation, real_encode = organism.ablation, organism.encode
+    monkeypatch.setattr(organism, "ablation", lambda v, *rest: ablated.append(v) or real_ablation(v, *rest))
+    monkeypatch.setattr(organism, "encode", lambda t, items: encoded.append(items) or real_encode(t, items))
+    trained(tokenizer, tmp_path / "c.pt", kind)
+    if wants is None:
+        assert not ablated and len(encoded) == 24
+        return
+    assert len(ablated) == 9 and len(encoded) == 24 + 9  # steps 3 to 11 of phase 2
+    batch = Corpus(0, []).batch("phase_2", 3, PHASES["phase_2"].batch_size)
+    assert encoded[16] == [(item.prompt, getattr(item, wants)) for item in batch[:3]]
+    if kind == "planted":
+        assert all(torch.equal(v, planted_direction(32, 0).float()) for v in ablated)
+    else:
+        assert len({tuple(v.tolist()) for v in ablated}) == 3  # renewed at steps 4 and 8
+
+
+def test_the_planted_direction_is_a_unit_vector_of_its_seed_and_no_control():
+    from refusal.sweep import random_unit
+
+    drawn = [planted_direction(96, seed) for seed in range(3)]
+    assert torch.equal(drawn[0], planted_direction(96, 0)) and all(float(v.norm()) == pytest.approx(1) for v in drawn)
+    others = torch.cat([*(random_unit(96, 20, seed) for seed in range(3)), torch.stack(drawn[1:])])
+    assert float((others @ drawn[0]).abs().max()) < 0.5
 
 
 def test_training_keeps_the_callers_threads(tokenizer, tmp_path, short):

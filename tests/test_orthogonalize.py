@@ -16,7 +16,7 @@ from refusal.anatomy import SUPPORTED, anatomy_of
 from refusal.errors import RefusalError
 from refusal.interventions import ablation, intervene
 from refusal.orthogonalize import Edit, orthogonalize
-from refusal.safetensors_file import read_shard
+from refusal.safetensors_file import Reader, read_shard
 
 IDS = torch.randint(3, 96, (2, 9), generator=torch.Generator().manual_seed(0))
 ALPHAS = (0.5, 1.0, 1.5)
@@ -435,3 +435,16 @@ def test_bad_edits_are_refused(tmp_path, edit, words):
     with pytest.raises(RefusalError, match="same target"):
         orthogonalize(base, [Edit(tmp_path / "cell", V, 1.0), Edit(tmp_path / "x/../cell", V, 0.5)])
     assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "file", "home"]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_several_cells_take_one_read(tmp_path, monkeypatch, tied):
+    """Bytes taken from the shards: each tensor once, however many cells; a tied embedding once more, as unembedding."""
+    base = save(tmp_path / "base", tie_word_embeddings=tied, max_shard_size="15KB")
+    read, take = [], Reader.take
+    monkeypatch.setattr(Reader, "take", lambda self, n: read.append(n) or take(self, n))
+    sizes = [tensor.nbytes for tensor in tensors(base).values()]
+    for n in (1, 5):
+        read.clear()
+        orthogonalize(base, [Edit(tmp_path / f"{n}_{i}", tiny_direction(seed=i), 1.0) for i in range(n)])
+        assert sum(read) == sum(sizes) + (96 * 32 * 4 if tied else 0)

@@ -31,6 +31,7 @@ def test_every_section_of_the_pipeline_is_there():
         "select",
         "orthogonalize",
         "evaluate",
+        "science",
         "benchmark",
         "report",
         "compute",

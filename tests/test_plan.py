@@ -39,13 +39,13 @@ def test_counts_by_hand():
     found = planned(model={"id": "/a/folder"}, sweep=s, select={"top": 2}, orthogonalize={"include_embedding": True})
     # Three methods over train and val, harmful, safe and unrelated, ten tokens each.
     assert (found["activations"].passes, found["activations"].tokens) == (3 * 27, 3 * 270)
-    # Baseline, two random directions, layers 1 and 2 at two alphas: seven cells of three prompts; ten tokens are read and
-    # give the first of seven new ones.
-    assert (found["sweep"].passes, found["sweep"].tokens) == (7 * 3 * 7, 7 * 3 * (10 + 6))
-    assert found["model"].passes == 6 * 7
+    # Baseline, two random directions, layers 1 and 2 at two alphas: seven cells of three prompts; ten tokens are read,
+    # in two passes, and six of seven new ones.
+    assert (found["sweep"].passes, found["sweep"].tokens) == (7 * 3 * 8, 7 * 3 * (10 + 6))
+    assert found["model"].passes == 6 * 8
     # Eight prompts by baseline, run time, weights and two random directions; four with addition, four harmless; then baseline,
     # run time, weights, two random, alpha 0 and two more, and the identity, each with the base model beside it.
-    assert found["evaluate"].passes == (5 * 8 + 4 + 4) * 7 + 2 * 9 * 4
+    assert found["evaluate"].passes == (5 * 8 + 4 + 4) * 8 + 2 * 9 * 4
     assert found["evaluate"].tokens == (5 * 8 + 4 + 4) * 16 + 2 * 9 * 4 * 17
     assert found["orthogonalize"].n_bytes == 2 * 3 * 4000
     assert found["model"].n_bytes == 2 * 4000 and sum(step.calls for step in found.values()) == 0

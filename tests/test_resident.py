@@ -48,7 +48,7 @@ def test_any_edit_may_follow_any(tmp_path, model_type, tied):
 @pytest.mark.parametrize("tied", [True, False])
 def test_an_adapter_is_merged_and_taken_out_again(tmp_path, tied):
     base, a, _ = edited(tmp_path, "llama", tie_word_embeddings=tied)
-    orthogonalize(base, [Edit(tmp_path / "lora", tiny_direction(), 1.0)], "lora")
+    orthogonalize(base, [Edit(tmp_path / "lora", tiny_direction(), 1.0, format="lora")])
     model = Resident(base, "float32", "cpu")
     for folder in (tmp_path / "lora", base, tmp_path / "lora", a):
         assert same(model.wear(folder), folder, "float32"), folder.name

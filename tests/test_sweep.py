@@ -10,7 +10,7 @@ from refusal.generation import generate
 from refusal.interventions import Addition, ablation
 from refusal.selection import cell_name, rank
 from refusal.store import Store
-from refusal.sweep import BASELINE, Cell, ablation_of, complete, grid, random_unit
+from refusal.sweep import BASELINE, ROUNDS, Cell, ablation_of, complete, grid, random_unit
 
 STOP, N_NEW = {5, 17}, 8
 
@@ -60,7 +60,7 @@ def run(model, store, chosen=None, **changes):
         "stop": STOP,
         "pad_id": 0,
         "max_new_tokens": N_NEW,
-        "batch_size": 6,
+        "batch_size": 2,
         "label": "test",
         "addition": None,
     } | changes
@@ -94,14 +94,14 @@ def test_addition_reaches_every_row(model, tmp_path):
 
 def test_a_second_run_computes_nothing(model, tmp_path, calls):
     first = run(model, Store(tmp_path / "s.sqlite"))
-    assert sum(calls) == 5 * len(PROMPTS) and max(calls) == 6
+    assert calls == [ROUNDS * 2] * 4 + [5 * len(PROMPTS) - ROUNDS * 8]
     calls.clear()
     assert run(model, Store(tmp_path / "s.sqlite")) == first and calls == []
 
 
 def test_an_interrupted_run_goes_on(model, tmp_path, calls, monkeypatch):
     whole = run(model, Store(tmp_path / "whole.sqlite"))
-    n_batches = len(calls)
+    n_units = len(calls)
     calls.clear()
     counted = sweep.generate
 
@@ -114,7 +114,20 @@ def test_an_interrupted_run_goes_on(model, tmp_path, calls, monkeypatch):
         patch.setattr(sweep, "generate", interrupted)
         run(model, Store(tmp_path / "s.sqlite"))
     assert run(model, Store(tmp_path / "s.sqlite")) == whole
-    assert len(calls) == n_batches
+    assert len(calls) == n_units
+
+
+def test_a_row_does_not_depend_on_what_is_stored(model, tmp_path, calls, monkeypatch):
+    """Two sweeps of one store that share some cells share no unit, and come out as each alone does."""
+    store = Store(tmp_path / "s.sqlite")
+    run(model, store, cells()[:2])
+    calls.clear()
+    forwards = []
+    handle = model.register_forward_pre_hook(lambda *_: forwards.append(1))
+    after = run(model, store)
+    n_after = len(forwards)
+    assert run(model, Store(tmp_path / "fresh.sqlite")) == after and len(forwards) == 2 * n_after
+    handle.remove()
 
 
 CHANGES = {
@@ -122,6 +135,7 @@ CHANGES = {
     "sites": {"sites": "paper"},
     "stop": {"stop": {5}},
     "length": {"max_new_tokens": 9},
+    "batch_size": {"batch_size": 99},
     "addition": {"addition": (tiny_direction(), 1)},
     "prompt": {"prompts": [PROMPTS[0][:-1], *PROMPTS[1:]]},
     "alpha": {"chosen": [Cell("cell_0", 0, 1.25, tiny_direction().double())]},

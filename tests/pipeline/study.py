@@ -48,7 +48,8 @@ def small(folder: Path) -> Path:
     params["organism"]["phase_2"] |= {"steps": 64, "batch_size": 8}
     params["directions"] |= {"n_resamples": 20, "n_sign_flips": 20}
     params["sweep"] |= {"alphas": [1.0, 2.0], "n_random": 1, "max_new_tokens": 6}
-    params["judge"]["n_resamples"] = params["evaluate"]["n_resamples"] = params["benchmark"]["n_resamples"] = 20
+    for section in ("judge", "evaluate", "science", "benchmark"):
+        params[section]["n_resamples"] = 20
     params["benchmark"] |= {"suite": ["organism_capitals"], "limit": 6}
     params["compute"]["threads"] = 1
     (folder / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))

@@ -65,7 +65,7 @@ def test_metrics_hold_no_nan_and_every_cell(study):
     ("section", "values", "rerun"),
     [
         ("report", {"n_examples": 3}, ["report"]),
-        ("sweep", {"pairing": "unrelated"}, ["sweep", "judge", "select", "orthogonalize", "evaluate", "benchmark", "report"]),
+        ("sweep", {"pairing": "unrelated"}, ["sweep", "judge", "select", "orthogonalize", "evaluate", "science", "benchmark", "report"]),
     ],
 )
 def test_one_changed_parameter_reruns_what_depends_on_it(study, section, values, rerun):

@@ -1,0 +1,190 @@
+"""The sweep: completions of one cell by our batches, beside common practice, on the workload of record.
+
+- `recompute`: no KV cache, the write-up's way: one prompt at a time, the whole text anew for each token, logits at every
+  position. On a subsample, scaled by the tokens it computes.
+- `generate8`: transformers' `generate` on left-padded batches of 8 in the order given, three hooks a block: the paper's way.
+- `ours`: `refusal.sweep.complete` with a fresh store.
+- `bound`: the matrix products of the tokens that must be computed, and nothing else.
+
+All ablate the same direction at the same sites (`paper`), so that their tokens can be compared.
+"""
+
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from rich.console import Console
+from torch import Tensor
+from transformers import LogitsProcessor, PreTrainedModel
+
+from perf import workload
+from perf.harness import measure
+from refusal.activations import Prefix
+from refusal.store import Store
+from refusal.sweep import Cell, complete
+
+BATCH = 8  # of generate8
+SLOTS = 256
+N_RECOMPUTED = 2
+NEAR_TIE = 1e-4  # logits; below it rounding decides
+Tokens = list[list[int]]
+
+
+@contextmanager
+def three_hooks(model: PreTrainedModel, direction: Float[Tensor, " d_model"]) -> Iterator[None]:
+    """The direction taken out of every block's input, attention output and MLP output, in the model's dtype."""
+
+    def project_out(activation: Tensor) -> Tensor:
+        unit = direction.to(activation)
+        return activation - (activation @ unit)[..., None] * unit
+
+    def before(_module: object, args: tuple) -> tuple:
+        return (project_out(args[0]), *args[1:])
+
+    def after(_module: object, _args: tuple, output: Tensor | tuple) -> Tensor | tuple:
+        return (project_out(output[0]), *output[1:]) if isinstance(output, tuple) else project_out(output)
+
+    handles = []
+    for block in model.base_model.layers:
+        handles.append(block.register_forward_pre_hook(before))
+        handles += [module.register_forward_hook(after) for module in (block.self_attn, block.mlp)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.inference_mode()
+def recompute(model: PreTrainedModel, prompts: Sequence[Sequence[int]], direction: Tensor, n_new: int) -> Tokens:
+    """Greedy completions without a cache, one prompt at a time."""
+    completions = []
+    with three_hooks(model, direction):
+        for prompt in prompts:
+            ids = list(prompt)
+            for _ in range(n_new):
+                ids.append(int(model(torch.tensor([ids], device=model.device), use_cache=False).logits[0, -1].argmax()))
+            completions.append(ids[len(prompt) :])
+    return completions
+
+
+class Gaps(LogitsProcessor):
+    """Notes the gap between the two greatest logits of each row at each step."""
+
+    def __init__(self) -> None:
+        self.steps: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        two = scores.topk(2).values
+        self.steps.append((two[:, 0] - two[:, 1]).cpu())
+        return scores
+
+
+@torch.inference_mode()
+def generate8(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    direction: Tensor,
+    n_new: int,
+    gaps: list[list[float]] | None = None,
+) -> Tokens:
+    """Greedy completions by transformers; `gaps`, where given, is filled with the top-two gap of each row at each step."""
+    completions = []
+    for start in range(0, len(prompts), BATCH):
+        batch = prompts[start : start + BATCH]
+        width, noted = max(map(len, batch)), Gaps()
+        ids = torch.tensor([[workload.PAD_ID] * (width - len(p)) + list(p) for p in batch], device=model.device)
+        mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in batch], device=model.device)
+        with three_hooks(model, direction):
+            out = model.generate(
+                ids,
+                attention_mask=mask,
+                do_sample=False,
+                max_new_tokens=n_new,
+                pad_token_id=workload.PAD_ID,
+                logits_processor=[] if gaps is None else [noted],
+            )
+        completions += out[:, width:].tolist()
+        if gaps is not None:
+            gaps += torch.stack(noted.steps, 1).tolist()
+    return completions
+
+
+def ours(
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], directions: Float[Tensor, "cells d_model"], n_new: int, slots: int
+) -> Tokens:
+    """Greedy completions of every prompt, cell after cell, through a store of their own."""
+    cells = [Cell(f"cell_{i}", 0, 1.0, v) for i, v in enumerate(directions.double())]
+    with tempfile.TemporaryDirectory() as folder:
+        store = Store(Path(folder) / "store.sqlite")
+        found = complete(model, "perf", prompts, cells, "paper", (), workload.PAD_ID, n_new, slots, store, "sweep")
+        store.connection.close()
+    return [completion for cell in cells for completion in found[cell.name]]
+
+
+def compare(found: Tokens, reference: Tokens, gaps: Sequence[Sequence[float]]) -> tuple[float, int]:
+    """The share of rows equal to the reference up to its first near tie, and the number of rows with one."""
+    same, near = 0, 0
+    for row, wanted, gap in zip(found, reference, gaps, strict=True):
+        upto = next((step for step, g in enumerate(gap) if g < NEAR_TIE), None)
+        same += row[:upto] == wanted[:upto]
+        near += upto is not None
+    return same / len(reference), near
+
+
+def tokens_needed(model: PreTrainedModel, prompts: Sequence[Sequence[int]], n_new: int) -> int:
+    """Tokens that one cell must compute: the common beginning once, the rest of each prompt, all new tokens but the last."""
+    shared = len(Prefix(model, prompts).ids)
+    return shared + sum(len(prompt) - shared + n_new - 1 for prompt in prompts)
+
+
+def tokens_recomputed(prompts: Sequence[Sequence[int]], n_new: int) -> int:
+    """Tokens computed without a cache."""
+    return sum(len(prompt) + step for prompt in prompts for step in range(n_new))
+
+
+def growth(model: PreTrainedModel, n_prompts: int, n_cells: int, n_new: int, slots: int) -> Callable[[], Tokens]:
+    """One point of growth in cells or tokens, as an arm."""
+    prompts, directions = workload.prompts(n_prompts), workload.random_directions(n_cells, model.config.hidden_size)
+    return lambda: ours(model, prompts, directions, n_new, slots)
+
+
+def run(console: Console, n_prompts: int = workload.N_PROMPTS, n_new: int = workload.MAX_NEW_TOKENS, rounds: int = 3) -> dict:
+    """Time the arms, compare their tokens, print the table and return the scalars."""
+    model, prompts = workload.model(), workload.prompts(n_prompts)
+    directions = workload.random_directions(1, model.config.hidden_size)
+    some = sorted(prompts, key=len)[:: max(1, n_prompts // N_RECOMPUTED)][:N_RECOMPUTED] if n_prompts > N_RECOMPUTED else prompts
+    scale = tokens_recomputed(prompts, n_new) / tokens_recomputed(some, n_new)
+    needed, gaps = tokens_needed(model, prompts, n_new), []
+    arms = {
+        "recompute": lambda: recompute(model, some, directions[0], n_new),
+        # The first call, which is not timed, notes the gaps.
+        "generate8": lambda: generate8(model, prompts, directions[0], n_new, None if gaps else gaps),
+        "ours": lambda: ours(model, prompts, directions, n_new, SLOTS),
+        "bound": lambda: workload.matrix_products(model, needed, 512, model.config.num_hidden_layers, n_prompts * n_new),
+    }
+    found = measure(arms, console, rounds)
+    found.seconds["recompute"] = [seconds * scale for seconds in found.seconds["recompute"]]
+    same, near = compare(found.values["ours"], found.values["generate8"], gaps)
+    notes = {
+        "recompute": f"{len(some)} of {n_prompts} prompts, one at a time, times {scale:.1f} (tokens computed)",
+        "generate8": "left-padded batches of 8",
+        "ours": f"{SLOTS} slots",
+        "bound": f"{needed} tokens, {n_prompts * n_new} logits",
+    }
+    console.print(found.table(f"sweep: {n_prompts} prompts, {n_new} new tokens, one cell", "ours", notes))
+    console.print(
+        f"the same tokens as generate8: {same:.4f} of rows, {near} of them up to a step whose top two differ by < {NEAR_TIE}"
+    )
+    return {
+        "ratio_to_generate8": round(found.ratio("generate8", "ours").median, 2),
+        "ratio_to_recompute": round(found.ratio("recompute", "ours").median, 1),
+        "fraction_of_bound": round(found.ratio("bound", "ours").median, 3),
+        "same_tokens": same,
+        "near_ties": near,
+        "seconds": round(found.median("ours"), 2),
+        "peak_mb": round(found.peak_mb["ours"]),
+    }

@@ -1,0 +1,56 @@
+"""What the strength of an ablation does, at each of the sites and as edited weights, beside what the algebra predicts."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from refusal.anatomy import anatomy_of
+from refusal.interventions import SITES
+
+PLACES = (*SITES, "weights")
+
+
+@contextmanager
+def edited_weights(model: PreTrainedModel, direction: Float[Tensor, " d_model"], alpha: float) -> Iterator[PreTrainedModel]:
+    """The model with what writes into the stream orthogonalized in memory, W <- W - alpha v v^T W, for the length of a `with`.
+
+    The embedding is edited where it is not tied to the unembedding, which must stay; a checkpoint on disk unties it instead
+    (`orthogonalize`). The weights are put back bit for bit.
+    """
+    anatomy = anatomy_of(model.config)
+    kept: dict[str, Tensor] = {}
+    parameters = dict(model.named_parameters())
+    try:
+        for name, parameter in parameters.items():
+            axis = anatomy.writer_axis(name, include_embedding=not anatomy.tied)
+            if axis is None:
+                continue
+            kept[name] = parameter.data.clone()
+            v = direction.to(parameter.device, torch.promote_types(parameter.dtype, torch.float32))
+            w = parameter.data.to(v.dtype).movedim(axis, -1)
+            parameter.data = (w - alpha * (w @ v)[..., None] * v).movedim(-1, axis).to(parameter.dtype)
+        yield model
+    finally:
+        for name, value in kept.items():
+            parameters[name].data = value
+
+
+def left_of_oldest(n_layers: int, place: str, alpha: float) -> float:
+    """Share of what the embedding writes along v that reaches the last block, by the algebra: (1 - alpha)^hits.
+
+    `resid_pre` and `paper` hit it again at the input of every block, `writes` and `weights` once. Beyond alpha = 2 its size
+    exceeds 1, and where it is hit again and again it grows with depth.
+    """
+    return (1 - alpha) ** (n_layers if place in ("resid_pre", "paper") else 1)
+
+
+def cliff(curve: Sequence[dict[str, Any]]) -> float | None:
+    """The least alpha above 1 whose score (compliance x coherence) is below half of the curve's best; None if none is."""
+    best = max(row["score"] for row in curve)
+    beyond = sorted(row["alpha"] for row in curve if row["alpha"] > 1 and row["score"] < best / 2)
+    return beyond[0] if beyond else None

@@ -1,0 +1,131 @@
+"""Arms of a behavioural comparison: what is done to the model, by name, and its completions through the resume store.
+
+A `Cell` of the sweep is one direction; an arm may ablate a subspace, or a direction of its own at each layer. Its hooks
+are live around `sweep.complete`, whose batches are then of one arm each; arms of one direction share batches as cells do.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from refusal.interventions import Ablation, intervene
+from refusal.store import Store
+from refusal.sweep import BASELINE, Cell, complete
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One arm: a cell, or else the ablations that `build` makes, and the hash of all that determines these.
+
+    family: which question it belongs to. layer: where its direction or basis was estimated. basis: what is ablated,
+    [k, d_model], None where there is no such one thing.
+    """
+
+    name: str
+    family: str
+    layer: int | None = None
+    alpha: float = 1.0
+    basis: Float[Tensor, "k d_model"] | None = None
+    cell: Cell | None = None
+    build: Callable[[], list[Ablation]] | None = field(default=None, compare=False)
+    digest: str = ""
+
+    @property
+    def rank(self) -> int:
+        """How many dimensions it takes out; 0 for the baseline."""
+        return 0 if self.basis is None else len(self.basis)
+
+
+BASELINE_ARM = Arm("baseline", "baseline", alpha=0.0, cell=BASELINE)
+
+
+def direction_arm(
+    name: str,
+    family: str,
+    direction: Float[Tensor, " d_model"],
+    alpha: float = 1.0,
+    layer: int | None = None,
+    offset: Float[Tensor, " n_layers"] | None = None,
+) -> Arm:
+    """The ablation of one unit direction, at the sites that the whole comparison ablates at; `offset` as in Cell."""
+    cell = Cell(name, layer, alpha, direction, offset)
+    return Arm(name, family, layer, alpha, direction[None], cell)
+
+
+def subspace_arm(
+    name: str, family: str, basis: Float[Tensor, "k d_model"], sites: str, alpha: float = 1.0, layer: int | None = None
+) -> Arm:
+    """The ablation of the span of orthonormal rows."""
+    if len(basis) == 1:
+        return direction_arm(name, family, basis[0], alpha, layer)
+    return Arm(
+        name,
+        family,
+        layer,
+        alpha,
+        basis,
+        build=lambda: [Ablation(basis[None], torch.tensor([alpha]), sites)],
+        digest=_digest("subspace", sites, alpha, basis),
+    )
+
+
+def per_layer_arm(
+    name: str, family: str, unit: Float[Tensor, "n_layers d_model"], layers: Sequence[int], sites: str, alpha: float = 1.0
+) -> Arm:
+    """Each of `layers` ablates its own direction; the others, and the embedding's output, are left alone."""
+
+    def build() -> list[Ablation]:
+        return [Ablation(unit[layer].reshape(1, 1, -1), torch.tensor([alpha]), sites, layers=[layer]) for layer in layers]
+
+    return Arm(name, family, None, alpha, None, build=build, digest=_digest("per layer", sites, alpha, list(layers), unit))
+
+
+def complete_arms(
+    model: PreTrainedModel,
+    weights: str,
+    prompts: Sequence[Sequence[int]],
+    arms: Sequence[Arm],
+    sites: str,
+    stop: Collection[int],
+    pad_id: int,
+    max_new_tokens: int,
+    batch_size: int,
+    store: Store,
+    label: str,
+) -> dict[str, list[list[int]]]:
+    """Greedy completions {arm name: [token ids of each prompt]}, as `sweep.complete` gives them for cells."""
+    rest = (sites, stop, pad_id, max_new_tokens, batch_size, store)
+    cells = [Cell(arm.name, arm.layer, arm.alpha, arm.cell.direction, arm.cell.offset) for arm in arms if arm.cell]
+    found = complete(model, weights, prompts, cells, *rest, label) if cells else {}
+    for arm in arms:
+        if arm.build is not None:
+            with intervene(model, *arm.build()):
+                done = complete(model, f"{weights}+{arm.digest}", prompts, [BASELINE], *rest, f"{label}: {arm.name}")
+            found[arm.name] = done[BASELINE.name]
+    return {arm.name: found[arm.name] for arm in arms}
+
+
+def edits(arm: Arm, sites: str) -> list[Ablation]:
+    """The arm's interventions, for a forward of one's own; none for the baseline."""
+    from refusal.sweep import ablation_of
+
+    if arm.build is not None:
+        return arm.build()
+    assert arm.cell is not None
+    return [] if arm.cell.direction is None else [ablation_of([arm.cell], sites)]
+
+
+def fingerprint(arm: Arm, sites: str) -> list:
+    """All that determines what the arm does, for a store's key."""
+    return [sites, arm.digest] if arm.cell is None else [sites, *arm.cell.fingerprint()]
+
+
+def _digest(*parts: object) -> str:
+    plain = [p.detach().double().cpu().numpy().tobytes().hex() if isinstance(p, Tensor) else p for p in parts]
+    return hashlib.sha256(json.dumps(plain).encode()).hexdigest()

@@ -1,0 +1,76 @@
+"""Arms beside each other: differences paired by prompt, corrected for how many there are, and what selection flattered."""
+
+import random
+from collections.abc import Hashable, Mapping, Sequence
+
+import numpy as np
+
+from refusal.statistics import expanded
+from refusal.verdicts import Judged
+
+
+def sign_flip_p(differences: Sequence[float], clusters: Sequence[Hashable], n_resamples: int, seed: int) -> float:
+    """Two-sided p of "the two arms do not differ", from flipping the sign of whole clusters' differences at random.
+
+    Under the null the labels of the two arms may be swapped within a topic phrase. Monte Carlo, the observed one counted
+    in: p is never below 1 / (n_resamples + 1). Source: Good 2005, "Permutation, Parametric and Bootstrap Tests", section 3.
+    """
+    index = {cluster: i for i, cluster in enumerate(dict.fromkeys(clusters))}
+    sums = np.bincount([index[cluster] for cluster in clusters], np.asarray(differences, dtype=np.float64))
+    signs = np.random.default_rng(seed).integers(0, 2, (n_resamples, len(index))) * 2 - 1
+    as_large = np.abs(signs @ sums) >= abs(sums.sum()) - 1e-9
+    return float((as_large.sum() + 1) / (n_resamples + 1))
+
+
+def holm(p: Mapping[str, float]) -> dict[str, float]:
+    """p values corrected for their number, so that the chance of any false one stays below the level (Holm 1979)."""
+    found: dict[str, float] = {}
+    running = 0.0
+    for i, name in enumerate(sorted(p, key=lambda name: p[name])):
+        running = max(running, min(1.0, (len(p) - i) * p[name]))
+        found[name] = running
+    return {name: found[name] for name in p}
+
+
+def independent_difference(
+    ours: Sequence[float],
+    our_clusters: Sequence[Hashable],
+    theirs: Sequence[float],
+    their_clusters: Sequence[Hashable],
+    n_resamples: int,
+    seed: int,
+) -> tuple[float, float, float]:
+    """Mean of ours minus mean of theirs on other prompts, with an expanded percentile bootstrap interval, both clustered.
+
+    Expanded for the smaller number of clusters; two sets that each hold one value alone get an interval of no width.
+    """
+    rng = np.random.default_rng(seed)
+    resampled, means = [], []
+    for values, clusters in ((ours, our_clusters), (theirs, their_clusters)):
+        index = {cluster: i for i, cluster in enumerate(dict.fromkeys(clusters))}
+        of = [index[cluster] for cluster in clusters]
+        sums, sizes = np.bincount(of, np.asarray(values, dtype=np.float64)), np.bincount(of)
+        drawn = rng.multinomial(len(index), np.full(len(index), 1 / len(index)), size=n_resamples)
+        resampled.append((drawn @ sums) / (drawn @ sizes))
+        means.append(sums.sum() / sizes.sum())
+    fewest = min(len(set(our_clusters)), len(set(their_clusters)))
+    low, high = np.quantile(resampled[0] - resampled[1], expanded(fewest) if fewest > 1 else (0.0, 1.0))
+    return float(means[0] - means[1]), float(low), float(high)
+
+
+def paired(
+    ours: Sequence[Judged | None], theirs: Sequence[Judged | None], clusters: Sequence[Hashable]
+) -> tuple[list[float], list[Hashable]]:
+    """Differences in compliance and their clusters over the prompts where both arms have a verdict."""
+    both = [(a.compliance - b.compliance, c) for a, b, c in zip(ours, theirs, clusters, strict=True) if a and b]
+    return [d for d, _ in both], [c for _, c in both]
+
+
+def part(n_items: int, n: int | None, seed: int) -> list[int]:
+    """`n` of the indices below `n_items`, in order, drawn once by `seed`; all where n is None or too large.
+
+    Drawn, not every so-manieth: prompts come in a cycle of topic phrases, and a stride would meet few of them.
+    """
+    if n is None or n >= n_items:
+        return list(range(n_items))
+    return sorted(random.Random(seed).sample(range(n_items), n))

@@ -1,0 +1,136 @@
+"""organisms: the study of every kind of organism on three seeds, outside `dvc repro`: `make organisms`.
+
+Not a stage of dvc.yaml, nor a pipeline of its own: `dvc status`, `dvc pull` and `dvc push` without a target take in every
+dvc.yaml of a repository, and would miss fifteen trainings in every clone. Each organism gets a folder in the store with
+its own params.yaml, where the pipeline's own stages run; what a stage has computed is in the store, so that an
+interrupted grid goes on where it was. With names, `python -m stages.organisms planted.0`, those alone run; the file holds
+all that were ever finished with these parameters.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from refusal.errors import RefusalError
+from refusal.params import Params
+from stages import STORE, read_json, stage, write_json
+
+KINDS, SEEDS = ("single", "planted", "distributed", "none", "natural"), (0, 1, 2)
+STAGES = ("model", "activations", "directions", "sweep", "judge", "select", "science")
+# The study of params.yaml, cut to the question of mediation: one method and pairing, alpha 1 alone.
+CUT: dict[str, dict[str, Any]] = {
+    "model": {"id": "organism", "revision": None, "dtype": "float32", "device": "cpu", "system_prompt": None},
+    "activations": {"methods": ["batched"]},
+    "directions": {"pairings": ["matched"], "n_resamples": 100, "n_sign_flips": 200},
+    "ablation": {"sites": "resid_pre", "kind": "linear"},
+    "sweep": {"method": "batched", "pairing": "matched", "layers": None, "alphas": [1.0], "n_random": 1},
+    "judge": {"kind": "rules", "labelled": None},
+    "science": {"level": "mediation"},
+    "compute": {"threads": 1},
+}
+METRICS = Path("metrics/organisms.json")
+
+
+def main(params: Params, *chosen: str) -> str:
+    names = [f"{kind}.{seed}" for kind in KINDS for seed in SEEDS]
+    for name in chosen:
+        if name not in names:
+            raise RefusalError(f"organisms: there is no organism {name}; choose among {', '.join(names)}, or name none for all")
+    if not Path("data/prompts/pairs.jsonl").is_file():
+        raise RefusalError("data/prompts/pairs.jsonl: no such file; run `dvc repro prompts` first")
+    # By seed, so that an interrupted grid holds every kind once before any twice.
+    for name in sorted(chosen or names, key=lambda name: name.split(".")[1]):
+        study(params, name)
+        done = {other: STORE / "organisms" / other for other in names if current(params, other)}
+        write_json(METRICS, {other: figures(other.split(".")[0], folder) for other, folder in done.items()})
+    missing = [name for name in names if name not in done]
+    return f"{len(done)} organisms in {METRICS}" + (f"; not studied yet: {', '.join(missing)}" if missing else "")
+
+
+def parameters(params: Params, name: str) -> str:
+    """The params.yaml of one organism."""
+    given, (kind, seed) = params.model_dump(), name.split(".")
+    for section, values in CUT.items():
+        given[section] |= values
+    # Initial weights, corpus and planted direction are all drawn anew.
+    given["organism"] |= {"kind": kind, "seed": int(seed), "corpus_seed": int(seed)}
+    return yaml.safe_dump(given, sort_keys=False)
+
+
+def current(params: Params, name: str) -> bool:
+    """Whether an organism was studied to the end, with these parameters."""
+    folder = STORE / "organisms" / name
+    done = folder / "metrics/science.json"
+    given = folder / "params.yaml"
+    return done.is_file() and given.is_file() and given.read_text(encoding="utf-8") == parameters(params, name)
+
+
+def study(params: Params, name: str) -> None:
+    """Run the stages on one organism, in a folder of its own."""
+    folder = STORE / "organisms" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "metrics/science.json").unlink(missing_ok=True)
+    (folder / "params.yaml").write_text(parameters(params, name), encoding="utf-8")
+    shutil.copyfile("requirements.lock", folder / "requirements.lock")
+    for data in ("data/prompts", "data/raw"):
+        shutil.copytree(data, folder / data, dirs_exist_ok=True)
+    environment = {**os.environ, "DVC_ROOT": str(STORE.parent), "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+    declared = yaml.safe_load(Path("dvc.yaml").read_text(encoding="utf-8"))["stages"]
+    for stage_name in STAGES:
+        print(f"organisms: {name}: {stage_name}", file=sys.stderr, flush=True)
+        _, *command = declared[stage_name]["cmd"].replace("${item.method}", CUT["sweep"]["method"]).split()
+        done = subprocess.run([sys.executable, *command], cwd=folder, env=environment)
+        if done.returncode:
+            raise RefusalError(f"{folder}: {stage_name} failed as it says above; mend it and run `make organisms` again")
+
+
+def figures(kind: str, folder: Path) -> dict[str, Any]:
+    """What metrics/organisms.json says of one organism: rates on test but for `by_layer`, which is val."""
+    from refusal.science import mean_between_layers
+
+    model, directions, judge, science = (
+        read_json(folder / f"metrics/{name}.json") for name in ("model", "directions", "judge", "science")
+    )
+    arms, v, found = science["arms"], science["verdict"], directions["batched-matched"]
+
+    def rates(name: str) -> dict[str, Any]:
+        return {
+            k: arms[name][k] for k in ("compliance", "compliance_low", "compliance_high", "n", "exact", "kl", "cosine_planted")
+        }
+
+    by_layer = {str(cell["layer"]): cell["compliance"] for cell in judge.values() if cell["layer"] is not None}
+    return {
+        "verdict": v["verdict"],
+        "reason": v["reason"],
+        "by": v["by"],
+        "baseline_refusal": arms["baseline"]["refusal"],
+        "baseline_refusal_low": arms["baseline"]["refusal_low"],
+        "baseline_refusal_high": arms["baseline"]["refusal_high"],
+        "refusal_safe": model["refusal_safe"],
+        "facts_accuracy": model["facts_accuracy"],
+        "compliance_single": arms["rank_1"]["compliance"],
+        "compliance_rank_k": {name: rates(name) for name in arms if arms[name]["family"] == "subspace"},
+        "compliance_planted": arms["planted"]["compliance"] if kind == "planted" else None,
+        "cosine_planted": arms["rank_1"]["cosine_planted"],
+        "separation_peak": found["peak_separation"],
+        "cross_layer_cosine_mean": mean_between_layers(found["cross_layer_cosine"]),
+        "zero": [None if row is None else row["zero"] for row in science["zero"]],
+        "by_layer": {"compliance": by_layer, "n": judge["baseline"]["n"]},
+        "single": rates("rank_1") | {"layer": science["layer"]},
+        "per_layer": rates("per_layer"),
+        "planted": rates("planted") if kind == "planted" else None,
+        "less_planted": {name.split(".")[1]: rates(name) for name in arms if arms[name]["family"] == "less_planted"},
+        "estimators": {name: found | {"kl": arms[found["arm"]]["kl"]} for name, found in science["estimators"].items()},
+        "random": {
+            k: {f: c[f] for f in ("compliance", "compliance_low", "compliance_high", "n", "n_arms")}
+            for k, c in science["controls"].items()
+        },
+    }
+
+
+stage(main)

@@ -1,0 +1,494 @@
+"""science: one direction, several or none; where zero lies; how the answer depends on prompts, padding, place and strength."""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+from refusal.comparison import part
+from refusal.params import Params
+from refusal.tables import read_jsonl
+from stages import STORE, read_json, stage, torch_ready, write_json, write_text
+
+BASE, TRUTH, METRICS, PLOTS = (
+    Path("models/base"),
+    Path("models/truth/planted.safetensors"),
+    Path("metrics/science.json"),
+    Path("plots/science"),
+)
+
+
+@dataclass
+class Study:
+    """What every section needs: the model, its prompts, what the study found, and where verdicts come from."""
+
+    params: Params
+    budget: Any
+    model: Any
+    tokenizer: Any
+    store: Any
+    judge: Any
+    weights: str
+    found: dict[str, Any]
+    activations: dict[str, dict[str, Any]]
+    rows: dict[str, list[dict]]  # of pairs, by split
+    unrelated: list[dict]
+    rank_1: dict[str, Any]
+    plots: dict[str, list[dict]] = field(default_factory=dict)
+
+    @property
+    def organism(self) -> bool:
+        return self.params.model.id == "organism"
+
+    def ids(self, prompts: Sequence[str]) -> list[list[int]]:
+        from refusal.models import encode_chats
+
+        return encode_chats(self.tokenizer, prompts, self.params.model.system_prompt, self.params.sweep.max_new_tokens)
+
+    def texts(self, completions: Sequence[Sequence[int]]) -> list[str]:
+        return self.tokenizer.batch_decode(completions, skip_special_tokens=True)
+
+    def decoding(self) -> dict[str, Any]:
+        from refusal.models import stop_ids
+
+        s = self.params.sweep
+        stop, pad_id = stop_ids(self.model, self.tokenizer), self.tokenizer.pad_token_id
+        return {
+            "stop": stop,
+            "pad_id": pad_id,
+            "max_new_tokens": s.max_new_tokens,
+            "batch_size": s.batch_size,
+            "store": self.store,
+        }
+
+    def answers(self, prompts: Sequence[str], arms: Sequence[Any], label: str) -> dict[str, list[str]]:
+        """Completions of the arms, as texts."""
+        from refusal.arms import complete_arms
+
+        sites = self.params.ablation.sites
+        done = complete_arms(self.model, self.weights, self.ids(prompts), arms, sites, **self.decoding(), label=label)
+        return {name: self.texts(tokens) for name, tokens in done.items()}
+
+    def verdicts(self, prompts: Sequence[str], texts: dict[str, list[str]], label: str) -> dict[str, list]:
+        return {name: self.judge(prompts, found, f"{label}: {name}", self.organism) for name, found in texts.items()}
+
+    @cached_property
+    def harmless(self) -> tuple[list, list, list]:
+        """Ids of harmless test prompts, the base model's own answers that are not empty, and topics."""
+        from refusal.arms import BASELINE_ARM, complete_arms
+
+        rows = [self.unrelated[i] for i in part(len(self.unrelated), self.budget.n_harmless, self.params.science.seed)]
+        ids = self.ids([row["safe"] for row in rows])
+        arms, label = [BASELINE_ARM], "science: harmless answers"
+        tails = complete_arms(self.model, self.weights, ids, arms, "resid_pre", **self.decoding(), label=label)["baseline"]
+        kept = [i for i, tail in enumerate(tails) if tail]
+        return [ids[i] for i in kept], [tails[i] for i in kept], [rows[i]["topic"] for i in kept]
+
+    def costs(self, edit: Callable[[], AbstractContextManager], key: Sequence[object], label: str) -> dict[str, float | None]:
+        """Cross-entropy of the base model's own harmless answers, and KL from the base model, nats a token."""
+        from refusal.damage import cost
+        from refusal.verdicts import mean
+
+        (heads, answers, topics), s = self.harmless, self.params.science
+        if not heads:
+            return {"cross_entropy": None, "kl": None, "n_harmless": 0}
+        what = ["science", self.weights, self.params.model.dtype, self.params.model.device, *key]
+        pad_id, size = self.tokenizer.pad_token_id, self.params.sweep.batch_size
+        pair = cost(self.model, self.model, heads, answers, pad_id, size, self.store, what, label, edit)
+        means = [mean(n, v, topics, s.n_resamples, s.seed, None) for n, v in zip(("cross_entropy", "kl"), pair, strict=True)]
+        return {**means[0], **means[1], "n_harmless": len(heads)}
+
+
+def main(params: Params) -> str:
+    torch_ready(params)
+    from safetensors.torch import load_file
+
+    from refusal.judges.panel import judge_with
+    from refusal.models import load_model, load_tokenizer, weights_hash
+    from refusal.science import LEVELS
+    from refusal.store import Store
+    from refusal.tables import csv_text
+
+    s = params.sweep
+    prefix = f"{s.method}-{s.pairing}."
+    pairs = read_jsonl(Path("data/prompts/pairs.jsonl"))
+    store = Store(STORE / "store.sqlite")
+    study = Study(
+        params,
+        LEVELS[params.science.level],
+        load_model(BASE, params.model.dtype, params.model.device),
+        load_tokenizer(BASE),
+        store,
+        judge_with(params.judge, store),
+        weights_hash(BASE),
+        {k.removeprefix(prefix): v for k, v in load_file("models/directions.safetensors").items() if k.startswith(prefix)},
+        {m: load_file(Path(f"data/activations/{m}.safetensors")) for m in params.activations.methods},
+        {split: [row for row in pairs if row["split"] == split] for split in ("train", "val", "test")},
+        [row for row in read_jsonl(Path("data/prompts/unrelated.jsonl")) if row["split"] == "test"],
+        read_json(Path("metrics/select.json"))["rank_1"],
+    )
+    truth = load_file(TRUTH)["direction"] if TRUTH.is_file() else None
+    metrics: dict[str, Any] = {
+        "level": params.science.level,
+        "layer": study.rank_1["layer"],
+        "alpha": study.rank_1["alpha"],
+        "sites": params.ablation.sites,
+    }
+    metrics |= mediation(study, truth)
+    metrics["spectrum"] = spectra(study)
+    metrics["zero"], metrics["monitor"] = projections(study)
+    more = bool(study.budget.alphas)
+    metrics["addition"] = additions(study) if more else None
+    metrics["sensitivity"] = sensitivity(study) if more else None
+    metrics["positions"], metrics["padding"] = places(study) if more else (None, None)
+    metrics["alpha_cliff"] = strengths(study) if more else None
+    write_json(METRICS, metrics)
+    for name, rows in study.plots.items():
+        write_text(PLOTS / f"{name}.csv", csv_text(rows))
+    v, arms, random = metrics["verdict"], metrics["arms"], metrics["controls"]["random_1"]["compliance"]
+    best = f" by {v['by']}" if v["by"] else f" ({v['reason']})"
+    return (
+        f"verdict {v['verdict']}{best}; compliance on test: rank_1 {arms['rank_1']['compliance']:.2f}, "
+        f"{v['best_subspace']} {arms[v['best_subspace']]['compliance']:.2f}, random {random:.2f}"
+    )
+
+
+def mediation(study: Study, truth: Any) -> dict[str, Any]:
+    """The table of arms on test prompts beside their controls, what each costs, and the verdict."""
+    from refusal.arms import BASELINE_ARM, edits, fingerprint
+    from refusal.estimators import optimised
+    from refusal.interventions import intervene
+    from refusal.science import (
+        best_on_val,
+        control_arms,
+        correct,
+        decide,
+        planted_arms,
+        refusal_three_ways,
+        row,
+        single_arms,
+        subspace_arms,
+    )
+    from refusal.subspace import captured
+    from refusal.verdicts import rate, summary
+
+    p, b, found, layer = study.params, study.budget, study.found, study.rank_1["layer"]
+    s, sites, train = p.science, p.ablation.sites, study.activations[p.sweep.method]
+    vector, loss = optimised(
+        study.model,
+        study.weights,
+        study.ids([r["harmful"] for r in study.rows["train"]]),
+        study.ids([r["safe"] for r in study.rows["train"]]),
+        sites,
+        study.tokenizer.pad_token_id,
+        b.optimiser_steps,
+        b.optimiser_batch,
+        s.seed,
+        study.store,
+    )
+    judged_cells = read_json(Path("metrics/judge.json"))
+    scores = {
+        i: max(c["score"] for c in judged_cells.values() if c["layer"] == i)
+        for i in {c["layer"] for c in judged_cells.values() if c["layer"] is not None}
+    }
+    order = sorted(scores, key=lambda i: (i != layer, -scores[i], i))
+    harmful, safe = train["train.harmful"], train["train.safe"]
+    affine = sites == "resid_pre"
+    single = single_arms(found, harmful, safe, layer, study.rank_1["alpha"], vector, affine)
+    several = subspace_arms(found, harmful, safe, layer, order, sites)
+    planted = [] if truth is None else planted_arms(truth, found)
+    controls = control_arms(harmful.shape[2], s.n_random, b.n_subspaces, train["train.unrelated"], safe, layer, sites, s.seed)
+    arms = [BASELINE_ARM, *single, *several, *planted]
+
+    val = [study.rows["val"][i] for i in part(len(study.rows["val"]), b.n_val, s.seed)]
+    test = [study.rows["test"][i] for i in part(len(study.rows["test"]), b.n_test, s.seed)]
+    few = part(len(test), b.n_control, s.seed)
+    prompts = {"val": [r["harmful"] for r in val], "test": [r["harmful"] for r in test]}
+    topics = {"val": [r["topic"] for r in val], "test": [r["topic"] for r in test]}
+    texts, judged = {}, {}
+
+    def run(split: str, which: list) -> None:
+        texts[split] = study.answers(prompts[split], which, f"science: {split}")
+        judged[split] = study.verdicts(prompts[split], texts[split], f"judge: {split}")
+
+    run("val", arms)
+    # An estimator's layer is chosen on val; on test there is one arm of each. Difference-in-means is shown at every layer.
+    best_of = {
+        f: best_on_val([a for a in single if a.family == f], judged["val"]) for f in dict.fromkeys(a.family for a in single)
+    }
+    arms = [a for a in arms if a not in single or a.family == "difference" or a is best_of[a.family]]
+    run("test", arms)
+    asked = [prompts["test"][i] for i in few]
+    control_texts = study.answers(asked, controls, "science: controls")
+    control_judged = study.verdicts(asked, control_texts, "judge: controls")
+
+    exact = study.organism
+    table = {}
+    for arm in arms:
+        table[arm.name] = row(
+            arm,
+            judged["val"][arm.name],
+            topics["val"],
+            judged["test"][arm.name],
+            topics["test"],
+            judged["test"]["baseline"],
+            found["unit"][layer],
+            truth,
+            s.n_resamples,
+            s.seed,
+            p.judge.allow_missing,
+        )
+        table[arm.name] |= refusal_three_ways(prompts["test"], texts["test"][arm.name], judged["test"][arm.name], exact)
+        right = [t.strip() == r["harmful_answer"] for t, r in zip(texts["test"][arm.name], test, strict=True)]
+        table[arm.name] |= rate("exact", right) if exact and None not in [r["harmful_answer"] for r in test] else {"exact": None}
+        edit = partial(intervene, study.model, *edits(arm, sites)) if arm is not BASELINE_ARM else nullcontext
+        table[arm.name] |= study.costs(edit, fingerprint(arm, sites), f"cost: {arm.name}")
+    correct(table)
+    families: dict[str, list] = {}
+    for arm in controls:
+        families.setdefault(arm.family, []).append(arm)
+    pooled = {}
+    for family, members in families.items():
+        verdicts = [v for arm in members for v in control_judged[arm.name]]
+        of = [topics["test"][i] for i in few] * len(members)
+        pooled[family] = {"rank": members[0].rank, "n_arms": len(members)}
+        pooled[family] |= summary(verdicts, of, s.n_resamples, s.seed, family, p.judge.allow_missing)
+        said = [t for arm in members for t in control_texts[arm.name]]
+        pooled[family] |= refusal_three_ways(asked * len(members), said, verdicts, exact)
+        first = members[0]
+        edit = partial(intervene, study.model, *edits(first, sites))
+        pooled[family] |= study.costs(edit, fingerprint(first, sites), f"cost: {first.name}")
+    by_rank = {
+        members[0].rank: [(few, control_judged[arm.name]) for arm in members]
+        for family, members in families.items()
+        if family.startswith("random_")
+    }
+    # Affine ablation is another intervention, not another direction.
+    ours = [arm for family, arm in best_of.items() if family != "affine"]
+    subspaces = [arm for arm in several if arm.family == "subspace"]
+    best, best_subspace = best_on_val(ours, judged["val"]), best_on_val(subspaces, judged["val"])
+    decided = decide(table, best, best_subspace, judged["test"], by_rank, topics["test"], s.n_resamples, s.seed)
+    decided |= {"best_single": best.name, "best_subspace": best_subspace.name}
+    figures = ("layer", "compliance", "compliance_low", "compliance_high", "n", "cosine_rank_1", "cosine_planted")
+    estimators = {family: {"arm": arm.name, **{k: table[arm.name][k] for k in figures}} for family, arm in best_of.items()}
+    harmless = next(arm for arm in controls if arm.family == "harmless").basis
+    assert harmless is not None
+    study.plots["arms"] = [
+        {
+            "arm": name,
+            **{k: r[k] for k in ("family", "layer", "rank", "compliance", "compliance_low", "compliance_high", "n", "kl")},
+        }
+        for name, r in [*table.items(), *((n, {"family": "control", "layer": None} | c) for n, c in pooled.items())]
+    ]
+    over = over_refusal(study, [BASELINE_ARM, best, best_subspace, *[a for f, a in best_of.items() if f == "affine"]])
+    return {
+        "verdict": decided,
+        "estimators": estimators,
+        "arms": table,
+        "controls": pooled,
+        "over_refusal": over,
+        "optimised_loss": loss,
+        "cosine_harmless_to_direction": captured(harmless, found["unit"][layer]),
+    }
+
+
+def over_refusal(study: Study, arms: Sequence[Any]) -> dict[str, Any]:
+    """Refusal of safe test prompts, before and after."""
+    from refusal.verdicts import present, rate
+
+    test = study.rows["test"]
+    prompts = [test[i]["safe"] for i in part(len(test), study.budget.n_test, study.params.science.seed)]
+    judged = study.verdicts(prompts, study.answers(prompts, arms, "science: safe prompts"), "judge: safe")
+    found = {}
+    for name, verdicts in judged.items():
+        kept = [v for _, v in present(verdicts, f"{name}, safe prompts", study.params.judge.allow_missing)]
+        found[name] = rate("refusal_safe", [v.refusal for v in kept]) | {"n": len(kept)}
+        found[name] |= {"n_degenerate": sum(v.label == "degenerate" for v in kept)}
+    return found
+
+
+def spectra(study: Study) -> list[dict[str, Any] | None]:
+    """The spectrum of the paired differences by layer, beside the sign-flip null; null where the direction is undefined."""
+    from refusal.science import spectrum_row
+
+    train, d = study.activations[study.params.sweep.method], study.params.directions
+    return [
+        spectrum_row(train["train.harmful"][:, i], train["train.safe"][:, i], d.n_sign_flips, d.seed) if defined else None
+        for i, defined in enumerate(study.found["defined"].tolist())
+    ]
+
+
+def projections(study: Study) -> tuple[list, dict[str, Any]]:
+    """Where zero lies by layer (val prompts), and projections as a detector of harmful test prompts, of unseen cues too."""
+    from refusal.directions import project
+    from refusal.sensitivity import collect
+    from refusal.zero import auroc, where_zero_lies
+
+    p, found, s = study.params, study.found, study.params.science
+    acts, test = study.activations[p.sweep.method], study.rows["test"]
+    layers = [i for i, defined in enumerate(found["defined"].tolist()) if defined]
+    topics = [r["topic"] for r in study.rows["val"]]
+    harmful, safe = (project(acts[f"val.{side}"], found["unit"]) for side in ("harmful", "safe"))
+    zero: list[dict[str, Any] | None] = [None] * len(found["unit"])
+    for i in layers:
+        zero[i] = where_zero_lies(harmful[:, i], safe[:, i], topics, s.n_resamples, s.seed)
+    study.plots["zero"] = [{"layer": i, **(zero[i] or {})} for i in layers]
+    pad, size = study.tokenizer.pad_token_id, p.activations.batch_size
+    on_test = [
+        project(collect(study.model, study.ids([r[side] for r in test]), 1, pad, size)[:, 0], found["unit"])
+        for side in ("harmful", "safe")
+    ]
+    monitor: dict[str, Any] = {"layer": study.rank_1["layer"]}
+    cues = {"all": list(range(len(test)))}
+    if any(r.get("seen") is False for r in test):
+        cues |= {"seen": [i for i, r in enumerate(test) if r["seen"]], "unseen": [i for i, r in enumerate(test) if not r["seen"]]}
+    for name, which in cues.items():
+        of = [test[i]["topic"] for i in which]
+        monitor[name] = [
+            auroc(on_test[0][which, i], on_test[1][which, i], of, s.n_resamples, s.seed) if i in layers else None
+            for i in range(len(found["unit"]))
+        ]
+    return zero, monitor
+
+
+def additions(study: Study) -> dict[str, Any]:
+    """Refusal of safe test prompts when rank_1's raw difference is added, and when a random vector of its length is."""
+    from refusal.additions import WHERE, added
+    from refusal.science import refusal_three_ways
+    from refusal.sweep import random_unit
+
+    test, layer, s = study.rows["test"], study.rank_1["layer"], study.params.science
+    rows = [test[i] for i in part(len(test), study.budget.n_test, s.seed)]
+    prompts = [r["safe"] for r in rows]
+    vector = study.found["difference"][layer]
+    vectors = {"difference": vector, "random": random_unit(len(vector), 1, s.seed)[0] * vector.norm()}
+    found: dict[str, Any] = {}
+    for name, v in vectors.items():
+        for where in WHERE:
+            tokens = added(study.model, study.weights, study.ids(prompts), v, layer, where, **study.decoding())
+            texts = study.texts(tokens)
+            judged = study.judge(prompts, texts, f"judge: {name} added, {where}", study.organism)
+            found.setdefault(name, {})[where] = refusal_three_ways(prompts, texts, judged, study.organism) | {
+                "n": len(prompts),
+                "n_degenerate": sum(v.label == "degenerate" for v in judged if v),
+                "n_missing": judged.count(None),
+            }
+    return {"layer": layer, **found}
+
+
+def sensitivity(study: Study) -> dict[str, Any]:
+    """Cosine of directions from fewer prompts to the full-data ones, for every method and pairing."""
+    from refusal.geometry import arm
+    from refusal.sensitivity import by_size
+
+    d, s = study.params.directions, study.params.science
+    arms = {(m, p): arm(study.activations[m], p, d.seed) for m in study.activations for p in d.pairings}
+    reference = arms.get(("sequential", "matched"), next(iter(arms.values()))).directions
+    rows = []
+    for (method, pairing), a in arms.items():
+        found = by_size(a, reference, pairing != "unrelated", study.budget.n_resamples, s.seed)
+        rows += [{"method": method, "pairing": pairing, **r} for r in found]
+    study.plots["sensitivity"] = rows
+    layer = study.rank_1["layer"]
+    return {
+        f"{m}-{p}": [
+            {k: r[k] for k in ("n", "cosine", "low", "high", "to_reference")}
+            for r in rows
+            if (r["method"], r["pairing"], r["layer"]) == (m, p, layer)
+        ]
+        for m, p in arms
+    }
+
+
+def places(study: Study) -> tuple[list, list]:
+    """The position that the direction is taken at, and what padding does, masked and not."""
+    from refusal.activations import batches, last_token_resid_pre
+    from refusal.sensitivity import collect, common_suffix, padding, positions
+
+    b, pad, size = study.budget, study.tokenizer.pad_token_id, study.params.activations.batch_size
+    chosen = {split: part(len(study.rows[split]), b.n_padding, study.params.science.seed) for split in ("train", "val")}
+    ids = {
+        (split, side): study.ids([study.rows[split][i][side] for i in chosen[split]])
+        for split in ("train", "val")
+        for side in ("harmful", "safe")
+    }
+    n_positions = min(
+        5, common_suffix([i for group in ids.values() for i in group]) + 1, *(len(i) for g in ids.values() for i in g)
+    )
+    at_end = {key: collect(study.model, group, n_positions, pad, size) for key, group in ids.items()}
+    by_position = positions(at_end["train", "harmful"], at_end["train", "safe"], at_end["val", "harmful"], at_end["val", "safe"])
+    groups = (ids["train", "harmful"], ids["train", "safe"])
+    clean = at_end["train", "harmful"][:, -1], at_end["train", "safe"][:, -1]
+    padded: dict = {}
+    for n_pads in b.pads:
+        for masked in (True, False):
+            padded[masked, n_pads] = tuple(collect(study.model, g, 1, pad, size, n_pads, masked)[:, 0] for g in groups)
+    import torch
+
+    # As many pads as a batch of mixed lengths happens to need, prompts in the order given: the write-up's batches.
+    for masked, method in ((True, "batched"), (False, "batched_unmasked")):
+        padded[masked, "as batched"] = tuple(
+            torch.cat(
+                [
+                    last_token_resid_pre(study.model, [g[i] for i in part], method, pad)
+                    for part in batches([len(i) for i in g], "batched_unmasked", size)
+                ]
+            )
+            for g in groups
+        )
+    rows = padding(clean, padded)
+    study.plots["padding"] = rows
+    study.plots["positions"] = by_position
+    return by_position, rows
+
+
+def strengths(study: Study) -> dict[str, Any]:
+    """Compliance, coherence and cost against alpha at the three sites and as weights, and where each falls off."""
+    from refusal.alphas import PLACES, cliff, edited_weights, left_of_oldest
+    from refusal.arms import complete_arms, direction_arm, edits, fingerprint
+    from refusal.interventions import intervene
+    from refusal.sweep import BASELINE, complete
+    from refusal.verdicts import summary
+
+    b, p, layer = study.budget, study.params, study.rank_1["layer"]
+    test = [study.rows["test"][i] for i in part(len(study.rows["test"]), b.n_alpha, p.science.seed)]
+    prompts, topics = [r["harmful"] for r in test], [r["topic"] for r in test]
+    ids, decoding, unit = study.ids(prompts), study.decoding(), study.found["unit"][layer]
+    arms = [direction_arm(f"alpha {alpha:g}", "alpha", unit, alpha, layer) for alpha in b.alphas]
+    rows = []
+    for place in PLACES:
+        if place == "weights":
+            tokens, costs = {}, {}
+            for arm in arms:
+                edit, key, label = (
+                    partial(edited_weights, study.model, unit, arm.alpha),
+                    fingerprint(arm, place),
+                    f"{arm.name}, {place}",
+                )
+                with edit():
+                    done = complete(study.model, f"{study.weights}+{key}", ids, [BASELINE], "resid_pre", **decoding, label=label)
+                tokens[arm.name], costs[arm.name] = done["baseline"], study.costs(edit, key, f"cost: {label}")
+        else:
+            tokens = complete_arms(study.model, study.weights, ids, arms, place, **decoding, label=f"science: alphas, {place}")
+            costs = {
+                arm.name: study.costs(
+                    partial(intervene, study.model, *edits(arm, place)), fingerprint(arm, place), f"cost: {arm.name}, {place}"
+                )
+                for arm in arms
+            }
+        for arm in arms:
+            judged = study.judge(prompts, study.texts(tokens[arm.name]), f"judge: {arm.name}, {place}", study.organism)
+            said = summary(judged, topics, p.science.n_resamples, p.science.seed, f"{arm.name}, {place}", p.judge.allow_missing)
+            names = ("compliance", "compliance_low", "compliance_high", "coherence", "score", "refusal", "n_degenerate", "n")
+            rows.append(
+                {"place": place, "alpha": arm.alpha, **{k: said[k] for k in names}}
+                | {k: costs[arm.name][k] for k in ("cross_entropy", "kl")}
+                | {"left_of_oldest": left_of_oldest(study.model.config.num_hidden_layers, place, arm.alpha)}
+            )
+    study.plots["alphas"] = rows
+    return {place: cliff([r for r in rows if r["place"] == place]) for place in PLACES}
+
+
+stage(main)
