@@ -7,6 +7,7 @@ from refusal.errors import RefusalError
 from refusal.grammar import REFUSALS
 from refusal.judges import organism, rules
 from refusal.statistics import clustered_mean, paired_difference, wilson
+from refusal.store import progress
 
 
 class Judged(NamedTuple):
@@ -23,13 +24,16 @@ class Judged(NamedTuple):
     substring: bool
 
 
-def judge_all(prompts: Sequence[str], completions: Sequence[str], exact: bool) -> list[Judged]:
+def judge_all(prompts: Sequence[str], completions: Sequence[str], exact: bool, label: str = "rules") -> list[Judged]:
     """Verdicts on completions: `exact` for the organism, whose language is known, by rules for any other model."""
     judged = []
-    for prompt, completion in zip(prompts, completions, strict=True):
-        verdict = organism.judge(prompt, completion) if exact else rules.judge(prompt, completion)
-        refused = completion.strip() in REFUSALS if exact else verdict.label == "refusal"
-        judged.append(Judged(verdict.label, verdict.compliance, verdict.coherence, refused, rules.substring_refusal(completion)))
+    with progress(len(prompts), label, "verdict") as bar:
+        for prompt, completion in zip(prompts, completions, strict=True):
+            verdict = organism.judge(prompt, completion) if exact else rules.judge(prompt, completion)
+            refused = completion.strip() in REFUSALS if exact else verdict.label == "refusal"
+            substring = rules.substring_refusal(completion)
+            judged.append(Judged(verdict.label, verdict.compliance, verdict.coherence, refused, substring))
+            bar.update()
     return judged
 
 

@@ -14,6 +14,7 @@ def main(params: Params) -> str:
     from safetensors.torch import load_file, save_file
 
     from refusal.geometry import arm, describe, rows_of
+    from refusal.store import progress
     from refusal.tables import csv_text
 
     d = params.directions
@@ -21,10 +22,11 @@ def main(params: Params) -> str:
     activations = {m: load_file(Path(f"data/activations/{m}.safetensors")) for m in params.activations.methods}
     arms = {(m, p): arm(activations[m], p, d.seed) for m in activations for p in d.pairings}
     reference = arms.get(("sequential", "matched"), next(iter(arms.values()))).directions
-    metrics = {
-        f"{m}-{p}": describe(a, activations[m], p, reference, topics, d.n_resamples, d.n_sign_flips, d.seed)
-        for (m, p), a in arms.items()
-    }
+    metrics = {}
+    with progress(len(arms), "directions", "set") as bar:
+        for (m, p), a in arms.items():
+            metrics[f"{m}-{p}"] = describe(a, activations[m], p, reference, topics, d.n_resamples, d.n_sign_flips, d.seed)
+            bar.update()
     tensors = {}
     for (m, p), a in arms.items():
         found = a.directions

@@ -14,7 +14,7 @@ AGREEMENT, TRACKED = Path("metrics/agreement.json"), Path("data/raw")
 
 def main(params: Params) -> str:
     from refusal.judges.panel import agreement, by_rules, identity, judge_with
-    from refusal.store import Store
+    from refusal.store import Store, progress
     from refusal.tables import csv_text
     from refusal.verdicts import row as verdict_row
     from refusal.verdicts import summary
@@ -38,18 +38,18 @@ def main(params: Params) -> str:
     cells: dict[str, list[int]] = {}
     for i, row in enumerate(rows):
         cells.setdefault("random" if row["cell"].startswith("random_") else row["cell"], []).append(i)
-    metrics = {
-        cell: {"layer": rows[members[0]]["layer"], "alpha": rows[members[0]]["alpha"]}
-        | summary(
-            [judged[i] for i in members],
-            [topics[rows[i]["id"]] for i in members],
-            j.n_resamples,
-            j.seed,
-            f"cell {cell}",
-            j.allow_missing,
-        )
-        for cell, members in cells.items()
-    }
+    metrics = {}
+    with progress(len(cells), "judge: intervals", "cell") as bar:
+        for cell, members in cells.items():
+            metrics[cell] = {"layer": rows[members[0]]["layer"], "alpha": rows[members[0]]["alpha"]} | summary(
+                [judged[i] for i in members],
+                [topics[rows[i]["id"]] for i in members],
+                j.n_resamples,
+                j.seed,
+                f"cell {cell}",
+                j.allow_missing,
+            )
+            bar.update()
     write_json(METRICS, metrics)
     write_json(AGREEMENT, {"judge": identity(j, judge), "rules_and_llm": compared, "labelled": labelled(params, judge)})
     write_text(

@@ -72,6 +72,7 @@ def bring_in(model_id: str, revision: str | None) -> str | None:
     """
     from refusal import hub, qwen1
     from refusal.safetensors_file import read_shards
+    from refusal.store import progress
 
     source, commit = Path(model_id), None
     if revision is not None:
@@ -87,8 +88,10 @@ def bring_in(model_id: str, revision: str | None) -> str | None:
     else:
         files = {path.name: path for path in source.iterdir() if path.suffix in {".json", ".jinja", ".model", ".txt"}}
         files |= {shard.name: shard.path for shard in read_shards(source)}
-        for name, path in sorted(files.items()):
-            shutil.copyfile(path, BASE / name)
+        with progress(len(files), "copy to models/base", "file") as bar:
+            for name, path in sorted(files.items()):
+                shutil.copyfile(path, BASE / name)
+                bar.update()
     (TWIN / "none.txt").write_text("A model that was not trained here has no helpful-only twin.\n")
     (TRUTH / "none.txt").write_text("No direction was planted in this model.\n")
     return commit

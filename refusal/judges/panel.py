@@ -26,7 +26,7 @@ class Panelist(Protocol):
 
 def by_rules(prompts: Sequence[str], completions: Sequence[str], label: str, exact: bool = False) -> list[Judged | None]:
     """The rules judge in the form of a Panelist; it always gives a verdict."""
-    return [*judge_all(prompts, completions, exact)]
+    return [*judge_all(prompts, completions, exact, label)]
 
 
 def judge_with(settings: Judge, store: Store) -> Panelist:
