@@ -222,7 +222,7 @@ def decide(
     gap = None
     if subspace is not None:
         gap = difference(test[subspace.name], test[single.name], topics, n_resamples, seed)["difference_low"]
-    found = verdict(rows["baseline"]["refusal"], evidence(single), subspace and evidence(subspace), gap)
+    found = verdict(rows["baseline"]["refusal"], evidence(single), None if subspace is None else evidence(subspace), gap)
     return found | {"difference": evidence(difference_arm).shown()}
 
 
