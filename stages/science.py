@@ -276,9 +276,10 @@ def mediation(study: Study, truth: Any) -> dict[str, Any]:
     ours = [arm for family, arm in best_of.items() if family != "affine"]
     subspaces = [arm for arm in several if arm.family == "subspace"]
     best, best_subspace = best_on_val(ours, judged["val"]), best_on_val(subspaces, judged["val"])
-    decided = decide(table, best, best_subspace, judged["test"], by_rank, topics["test"], s.n_resamples, s.seed)
+    decided = decide(table, single[0], best, best_subspace, judged["test"], by_rank, topics["test"], s.n_resamples, s.seed)
     decided |= {"best_single": best.name, "best_subspace": best_subspace.name}
-    figures = ("layer", "compliance", "compliance_low", "compliance_high", "n", "cosine_rank_1", "cosine_planted")
+    rates = ("compliance", "compliance_low", "compliance_high", "n", "coherence", "exact", "kl")
+    figures = ("layer", *rates, "cosine_rank_1", "cosine_planted")
     estimators = {family: {"arm": arm.name, **{k: table[arm.name][k] for k in figures}} for family, arm in best_of.items()}
     harmless = next(arm for arm in controls if arm.family == "harmless").basis
     assert harmless is not None
