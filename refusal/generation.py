@@ -120,6 +120,7 @@ class _Job:
             past = [(keys[places], values[places]) for keys, values in self.prefix]
             if rests[batch[-1]] > 0:
                 past = self._prefill(inputs, rows, past)
+            self.cache.clear(len(self.live), len(group))
             if past:
                 self.cache.enter(len(self.live), past, [len(self.prompts[i]) - 1 for i in group])
             self.live.extend(group)
@@ -175,7 +176,7 @@ class _Job:
         into = sorted(slot for slot in ended if slot < left)
         source = [slot for slot in range(left, len(self.live)) if slot not in ended]
         if into:
-            self.cache.move_rows(into, source, max(self.lengths[slot] for slot in source))
+            self.cache.move_rows(into, source)
         for kept in (self.live, self.tokens, self.lengths):
             for i, s in zip(into, source, strict=True):
                 kept[i] = kept[s]

@@ -36,7 +36,7 @@ class _SlotLayer(CacheLayerMixin):
         self.values: Tensor
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        # Zeros, since what is masked is still multiplied by 0: memory as found may hold NaN.
+        # Zeros, since what is masked is still multiplied by 0, and memory as found may hold NaN.
         self.keys, self.values = (
             states.new_zeros(self.slots, states.shape[1], self.columns, states.shape[3]) for states in (key_states, value_states)
         )
@@ -86,6 +86,12 @@ class SlotCache(Cache):
         """A column was written."""
         self.window.end += 1
 
+    def clear(self, slot: int, rows: int) -> None:
+        """Leaves nothing in the slots from `slot` on of rows that had them: those may have overflowed, and what is masked is
+        still multiplied by 0."""
+        for kept in self._tensors():
+            kept[slot : slot + rows] = 0
+
     def enter(self, slot: int, layers: Sequence[tuple[Tensor, Tensor]], lengths: Sequence[int]) -> None:
         """Copies rows into the slots from `slot` on: keys and values [rows, n_kv_heads, seq, head_dim] of each layer, of which
         the first `lengths[row]` positions are the row's own; the last of them goes before the common column."""
@@ -96,11 +102,11 @@ class SlotCache(Cache):
                 for row, n in enumerate(lengths):
                     kept[slot + row, :, self.end - n : self.end] = new[row, :, :n]
 
-    def move_rows(self, into: Sequence[int], source: Sequence[int], width: int) -> None:
-        """Slot `into[i]` takes the last `width` columns of slot `source[i]`; no slot is in both."""
+    def move_rows(self, into: Sequence[int], source: Sequence[int]) -> None:
+        """Slot `into[i]` takes what slot `source[i]` holds; no slot is in both."""
         for kept in self._tensors():
             for i, s in zip(into, source, strict=True):
-                kept[i, :, self.end - width : self.end] = kept[s, :, self.end - width : self.end]
+                kept[i, :, : self.end] = kept[s, :, : self.end]
 
     def move_window(self, end: int, rows: int, width: int) -> None:
         """The last `width` columns of the first `rows` slots end in column `end` from here on."""

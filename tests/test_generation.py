@@ -193,6 +193,23 @@ def test_cells_share_slots_at_other_sites(model, sites):
     assert generate(model, prompts, (), N_NEW, 0, ablation(directions, alphas, sites), rows=cells, slots=4) == wanted
 
 
+@pytest.mark.parametrize("model", ["qwen2", "mistral"], indirect=True)
+def test_a_row_that_overflows_spoils_no_other(model):
+    """An ablation far beyond alpha 2 diverges to NaN; what it leaves in its slot is masked, and NaN times nothing is NaN."""
+    direction, alphas = tiny_direction(), torch.tensor([1.0, 1e38])
+    cells = [1, 0, 1, 1, 0, 1, 0, 0, 1, 0, 0]
+    edit = ablation(direction.expand(2, -1), alphas, "resid_pre")
+    prompts = sorted(ENTERING, key=len)
+    wanted = [naive(model, ids, edit=(direction, 1.0, "resid_pre")) for ids in prompts]
+    with intervene(model, ablation(direction, 1e38, "resid_pre")):
+        assert model(torch.tensor([prompts[0]])).logits.isnan().all()
+    stop = {wanted[1][3], wanted[4][7]}  # not all at once
+    for slots in (2, 3, 11):
+        found = generate(model, prompts, stop, N_NEW, 0, edit, rows=cells, slots=slots)
+        for run, free, cell in zip(found, until(wanted, stop), cells, strict=True):
+            assert cell == 1 or run == free
+
+
 @pytest.fixture
 def counted(model):
     """Tokens of each forward, and logits of each."""

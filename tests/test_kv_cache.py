@@ -22,6 +22,7 @@ def test_rows_that_enter_step_leave_and_move():
         while len(rows) < slots and (not rows or step % 3 == 0):
             lengths = [int(torch.randint(0, start + 1, ())) for _ in range(1 + (len(rows) < slots - 1 and step % 2))]
             new = states(len(lengths), max(lengths) + 1)  # padded on the right
+            cache.clear(len(rows), len(lengths))
             cache.enter(len(rows), new, lengths)
             rows += [[[t[i, :, :n] for t in layer] for layer in new] for i, n in enumerate(lengths)]
         width = max(row[0][0].shape[1] for row in rows)
@@ -43,7 +44,7 @@ def test_rows_that_enter_step_leave_and_move():
             gone = max(range(len(rows)), key=lambda i: rows[i][0][0].shape[1])
             last = rows.pop()
             if gone < len(rows):
-                cache.move_rows([gone], [len(rows)], last[0][0].shape[1])
+                cache.move_rows([gone], [len(rows)])
                 rows[gone] = last
     assert moved > 2
     assert len(stores) == 2 * LAYERS  # allocated once: what attention saw were views
