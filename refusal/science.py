@@ -244,9 +244,3 @@ def spectrum_row(harmful: Tensor, safe: Tensor, n_flips: int, seed: int) -> dict
         "cosine_first_to_mean": captured(paired_svd(harmful, safe, 1), mean),
         "n": len(differences),
     }
-
-
-def mean_between_layers(cosines: Sequence[Sequence[float | None]]) -> float | None:
-    """Mean cosine of the directions of two different layers, where both are defined."""
-    found = [c for i, by_layer in enumerate(cosines) for c in by_layer[i + 1 :] if c is not None]
-    return sum(found) / len(found) if found else None
