@@ -49,6 +49,11 @@ def left_of_oldest(n_layers: int, place: str, alpha: float) -> float:
     return (1 - alpha) ** (n_layers if place in ("resid_pre", "paper") else 1)
 
 
+def diverges_beyond(place: str) -> float | None:
+    """The alpha from which `left_of_oldest` grows with depth; None where nothing is hit twice, and nothing can grow."""
+    return 2.0 if place in ("resid_pre", "paper") else None
+
+
 def cliff(curve: Sequence[dict[str, Any]]) -> float | None:
     """The least alpha above 1 whose score (compliance x coherence) is below half of the curve's best; None if none is."""
     best = max(row["score"] for row in curve)

@@ -45,7 +45,7 @@ class Budget:
 
 LEVELS = {
     "mediation": Budget(40, 100, 30, 2, 40, 100, 16, 0, (), 0, (), 0),
-    "basic": Budget(40, 60, 30, 2, 40, 60, 16, 100, (8, 32), 40, (0.5, 1.0, 1.5, 2.0, 2.5, 3.0), 12),
+    "basic": Budget(40, 60, 30, 2, 40, 60, 16, 100, (8, 32), 40, (0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0), 12),
     "full": Budget(None, None, 100, 5, None, 200, 32, 500, (1, 2, 4, 8, 16, 32, 64), 200, tuple(i / 4 for i in range(13)), 60),
 }
 
@@ -244,9 +244,3 @@ def spectrum_row(harmful: Tensor, safe: Tensor, n_flips: int, seed: int) -> dict
         "cosine_first_to_mean": captured(paired_svd(harmful, safe, 1), mean),
         "n": len(differences),
     }
-
-
-def mean_between_layers(cosines: Sequence[Sequence[float | None]]) -> float | None:
-    """Mean cosine of the directions of two different layers, where both are defined."""
-    found = [c for i, by_layer in enumerate(cosines) for c in by_layer[i + 1 :] if c is not None]
-    return sum(found) / len(found) if found else None

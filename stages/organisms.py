@@ -47,7 +47,7 @@ def main(params: Params, *chosen: str) -> str:
     for name in sorted(chosen or names, key=lambda name: name.split(".")[1]):
         study(params, name)
         done = {other: STORE / "organisms" / other for other in names if current(params, other)}
-        write_json(METRICS, {other: figures(other.split(".")[0], folder) for other, folder in done.items()})
+        write_json(METRICS, {other: known(other, folder) for other, folder in done.items()})
     missing = [name for name in names if name not in done]
     return f"{len(done)} organisms in {METRICS}" + (f"; not studied yet: {', '.join(missing)}" if missing else "")
 
@@ -89,49 +89,12 @@ def study(params: Params, name: str) -> None:
             raise RefusalError(f"{folder}: {stage_name} failed as it says above; mend it and run `make organisms` again")
 
 
-def figures(kind: str, folder: Path) -> dict[str, Any]:
-    """What metrics/organisms.json says of one organism: rates on test but for `by_layer`, which is val."""
-    from refusal.science import mean_between_layers
+def known(name: str, folder: Path) -> dict[str, Any]:
+    """What metrics/organisms.json says of one organism."""
+    from refusal.known_truth import figures
 
-    model, directions, judge, science = (
-        read_json(folder / f"metrics/{name}.json") for name in ("model", "directions", "judge", "science")
-    )
-    arms, v, found = science["arms"], science["verdict"], directions["batched-matched"]
-
-    def rates(name: str) -> dict[str, Any]:
-        return {
-            k: arms[name][k] for k in ("compliance", "compliance_low", "compliance_high", "n", "exact", "kl", "cosine_planted")
-        }
-
-    by_layer = {str(cell["layer"]): cell["compliance"] for cell in judge.values() if cell["layer"] is not None}
-    return {
-        "verdict": v["verdict"],
-        "reason": v["reason"],
-        "by": v["by"],
-        "difference_mediates": v["difference"]["mediates"],
-        "baseline_refusal": arms["baseline"]["refusal"],
-        "baseline_refusal_low": arms["baseline"]["refusal_low"],
-        "baseline_refusal_high": arms["baseline"]["refusal_high"],
-        "refusal_safe": model["refusal_safe"],
-        "facts_accuracy": model["facts_accuracy"],
-        "compliance_single": arms["rank_1"]["compliance"],
-        "compliance_rank_k": {name: rates(name) for name in arms if arms[name]["family"] == "subspace"},
-        "compliance_planted": arms["planted"]["compliance"] if kind == "planted" else None,
-        "cosine_planted": arms["rank_1"]["cosine_planted"],
-        "separation_peak": found["peak_separation"],
-        "cross_layer_cosine_mean": mean_between_layers(found["cross_layer_cosine"]),
-        "zero": [None if row is None else row["zero"] for row in science["zero"]],
-        "by_layer": {"compliance": by_layer, "n": judge["baseline"]["n"]},
-        "single": rates("rank_1") | {"layer": science["layer"]},
-        "per_layer": rates("per_layer"),
-        "planted": rates("planted") if kind == "planted" else None,
-        "less_planted": {name.split(".")[1]: rates(name) for name in arms if arms[name]["family"] == "less_planted"},
-        "estimators": science["estimators"],
-        "random": {
-            k: {f: c[f] for f in ("compliance", "compliance_low", "compliance_high", "n", "n_arms")}
-            for k, c in science["controls"].items()
-        },
-    }
+    metrics = [read_json(folder / f"metrics/{of}.json") for of in ("model", "directions", "judge", "science")]
+    return figures(name.split(".")[0], *metrics)
 
 
 stage(main)

@@ -454,7 +454,7 @@ def places(study: Study) -> tuple[list, list]:
 
 def strengths(study: Study) -> dict[str, Any]:
     """Compliance, coherence and cost against alpha at the three sites and as weights, and where each falls off."""
-    from refusal.alphas import PLACES, cliff, edited_weights, left_of_oldest
+    from refusal.alphas import PLACES, cliff, diverges_beyond, edited_weights, left_of_oldest
     from refusal.arms import complete_arms, direction_arm, edits, fingerprint
     from refusal.interventions import intervene
     from refusal.sweep import BASELINE, complete
@@ -496,7 +496,10 @@ def strengths(study: Study) -> dict[str, Any]:
                 | {"left_of_oldest": left_of_oldest(study.model.config.num_hidden_layers, place, arm.alpha)}
             )
     study.plots["alphas"] = rows
-    return {place: cliff([r for r in rows if r["place"] == place]) for place in PLACES}
+    return {
+        place: {"measured": cliff([r for r in rows if r["place"] == place]), "diverges_beyond": diverges_beyond(place)}
+        for place in PLACES
+    }
 
 
 stage(main)

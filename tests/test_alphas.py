@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny import tiny_direction, tiny_model
 
-from refusal.alphas import PLACES, cliff, edited_weights, left_of_oldest
+from refusal.alphas import PLACES, cliff, diverges_beyond, edited_weights, left_of_oldest
 from refusal.interventions import ablation, intervene
 
 IDS = torch.tensor([[1, 7, 9, 30, 31]])
@@ -63,3 +63,12 @@ def test_cliff():
     curve = [{"alpha": a, "score": s} for a, s in ((0, 0.0), (0.5, 0.4), (1, 1.0), (2, 0.6), (2.5, 0.4), (3, 0.9))]
     assert cliff(curve) == 2.5
     assert cliff(curve[:4]) is None
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_where_it_diverges_depth_makes_it_worse(place):
+    limit = diverges_beyond(place) or 2.0
+    below, above = (
+        abs(left_of_oldest(24, place, alpha)) / abs(left_of_oldest(8, place, alpha)) for alpha in (limit - 0.25, limit + 0.25)
+    )
+    assert (below < 1 < above) if diverges_beyond(place) else below == above == 1

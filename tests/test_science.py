@@ -11,7 +11,6 @@ from refusal.science import (
     control_arms,
     correct,
     decide,
-    mean_between_layers,
     planted_arms,
     refusal_three_ways,
     row,
@@ -158,8 +157,3 @@ def test_spectrum_row(sets):
     assert found_["mean_share"] > 5 * found_["mean_share_null_95"] and found_["first_share"] >= found_["mean_share"]
     none = spectrum_row(sets[2][:, 2], sets[1][:, 2], 500, 0)  # two sets of one distribution
     assert none["mean_share"] < 2 * none["mean_share_null_95"] and none["effective_rank"] > 3 * found_["effective_rank"]
-
-
-def test_mean_between_layers():
-    assert mean_between_layers([[None, None, None], [None, 1.0, 0.5], [None, 0.5, 1.0]]) == 0.5
-    assert mean_between_layers([[None]]) is None
