@@ -5,12 +5,13 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from refusal.errors import RefusalError
-from refusal.memory import free, is_out_of_memory
+from refusal.memory import ROW, free, is_out_of_memory, rows_at_once
+from refusal.tally import SIZES
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -80,7 +81,7 @@ class Harness:
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
-        batch_size: int,
+        batch_size: int | Literal["auto"],
         apply_chat_template: bool,
         limit: int | None,
         folder: Path = TASKS,
@@ -98,6 +99,7 @@ class Harness:
         import lm_eval
         from lm_eval.models.huggingface import HFLM
 
+        self.batch_size = rows_at_once(self.batch_size, model, ROW, "benchmark")
         if task not in self._loaded:
             self._loaded[task] = _load(task, self.folder)
         while True:
@@ -114,7 +116,7 @@ class Harness:
             except RuntimeError as error:
                 if self.batch_size == 1 or not is_out_of_memory(error):
                     raise
-            self.batch_size //= 2
+            SIZES["benchmark"] = self.batch_size = self.batch_size // 2
             print(f"benchmark: out of memory on {task}, going on with batches of {self.batch_size}", file=sys.stderr)
             free()
         rows = sorted(results["samples"][task], key=lambda row: row["doc_id"])

@@ -4,6 +4,7 @@ The line that computes a direction is in `difference_in_means`. Everything is fl
 token is the same for every prompt, and only an exact enough mean shows that the difference there is rounding noise.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -43,6 +44,12 @@ def difference_in_means(
     defined = norm[:, 0] > UNDEFINED_BELOW * scale
     unit = torch.where(defined[:, None], difference / norm.clamp_min(torch.finfo(norm.dtype).tiny), 0.0)
     return Directions(difference, unit, defined, safe_mean)
+
+
+def of_arm(tensors: Mapping[str, Tensor], method: str, pairing: str) -> dict[str, Tensor]:
+    """`unit`, `difference`, `defined` and `safe_mean` of one method and pairing, from the file that holds all of them."""
+    prefix = f"{method}-{pairing}."
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def project(

@@ -7,12 +7,13 @@ phrase. Which arm stands for its family was chosen on val.
   lower limit of at least 0.5, and the first is significant after Holm's correction for all arms of the table (p < 0.05).
 - `none`, reason `no_refusal`: the model refuses fewer than half of the harmful prompts to begin with.
 - `single`: the best arm of rank 1, whatever estimator found its direction, mediates, and the best subspace does not exceed
-  it by more than 0.1 (lower limit). `by` names the estimator.
+  it by more than 0.1 (lower limit). `by` names the estimator: where it is `optimised`, a direction that no average of
+  activations shows does mediate, which is another finding than that of `difference`.
 - `subspace`: otherwise, where the best subspace of rank 2 or more mediates.
 - `none`, reason `no_mediation`: nothing that was tried mediates. It says nothing about what was not tried.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 MEDIATES = 0.5
@@ -34,6 +35,10 @@ class Evidence:
         """Whether the arm restores compliance, and more than a random one of its rank."""
         return min(self.difference_low, self.above_random_low) >= MEDIATES and self.p_holm < LEVEL
 
+    def shown(self) -> dict[str, Any]:
+        """Its figures and whether it mediates, for the metrics."""
+        return asdict(self) | {"mediates": self.mediates}
+
 
 def verdict(
     baseline_refusal: float, single: Evidence | None, subspace: Evidence | None, subspace_above_single_low: float | None
@@ -52,7 +57,7 @@ def verdict(
         found = {"verdict": "subspace", "reason": None, "by": subspace.name}
     return found | {
         "baseline_refusal": baseline_refusal,
-        "single": None if single is None else single.__dict__ | {"mediates": single.mediates},
-        "subspace": None if subspace is None else subspace.__dict__ | {"mediates": subspace.mediates},
+        "single": single and single.shown(),
+        "subspace": subspace and subspace.shown(),
         "subspace_above_single_low": subspace_above_single_low,
     }

@@ -1,4 +1,4 @@
-"""Out of memory halves the batch and goes on.
+"""How many rows at once: found from the memory there is where `batch_size` is auto; out of memory halves them and goes on.
 
 Batches are units of work in the store, with a fixed composition and a fixed padding. So a batch is never cut anew: its rows,
 padded together as ever, are computed in parts, and the parts are put together again. A unit of completions stays whole, too:
@@ -8,14 +8,54 @@ half as many of its rows are decoded at once.
 import gc
 import sys
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Literal, TypeVar
 
+import psutil
 import torch
+from transformers import PreTrainedModel
 
 from refusal.errors import RefusalError
+from refusal.tally import SIZES
 
 T = TypeVar("T")
 _fits: dict[str, int] = {}  # rows to try, by kind of work, once more did not fit
+
+ROW = 512  # tokens that a row is given room for: a one-line request in its template, and the answer
+MOST = 512  # rows; more of them make no forward faster
+
+
+def rows_at_once(asked: int | Literal["auto"], model: PreTrainedModel, n_logits: int, work: str) -> int:
+    """`asked`, or for auto the power of two whose rows fill half of the memory that the weights leave free.
+
+    A row is ROW tokens of keys and values, one layer's hidden states, and logits at `n_logits` positions. From the memory that
+    the device has, not from what is free just now: units of work must be the same in the next run. What is found is
+    said on stderr and noted for the run's record under `work`. Raises RefusalError where the weights leave nothing.
+    """
+    if asked != "auto":
+        return asked
+    c, size = model.config, next(model.parameters()).element_size()
+    heads = getattr(c, "num_key_value_heads", None) or c.num_attention_heads
+    head_size = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+    cached = 2 * c.num_hidden_layers * heads * head_size * size
+    hidden = (4 * c.hidden_size + 3 * c.intermediate_size) * max(size, 4)
+    row = ROW * (cached + hidden) + 2 * 4 * n_logits * c.vocab_size
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    room = (device_memory(model.device) - weights) // 2
+    if room < row:
+        raise RefusalError(
+            f"params.yaml: {work}.batch_size: auto finds no room for a single row beside the weights on {model.device}: "
+            "use bfloat16, or device: auto to spread the model"
+        )
+    SIZES[f"{work}.batch_size"] = rows = min(MOST, 1 << (room // row).bit_length() - 1)
+    print(f"{work}: batch_size auto is {rows} rows here", file=sys.stderr)
+    return rows
+
+
+def device_memory(device: torch.device) -> int:
+    """Bytes of memory that a device has, used or not."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return psutil.virtual_memory().total  # an MPS device's memory is the machine's
 
 
 def fitting(compute: Callable[[int], T], n: int, work: str) -> T:
@@ -37,7 +77,7 @@ def fitting(compute: Callable[[int], T], n: int, work: str) -> T:
                 f"params.yaml: model.dtype and model.device: memory runs out at a single row of {work}: "
                 "use bfloat16, or device: auto to spread the model"
             )
-        _fits[work] = rows // 2
+        SIZES[work] = _fits[work] = rows // 2
         print(f"{work}: out of memory with {rows} rows at once, going on with {_fits[work]}", file=sys.stderr)
         free()
 

@@ -13,6 +13,7 @@ Method = Literal["sequential", "batched", "batched_unmasked"]
 Pairing = Literal["matched", "shuffled", "unrelated"]
 Sites = Literal["resid_pre", "paper", "writes"]
 Count = Annotated[int, Field(ge=1)]
+Batch = Count | Literal["auto"]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 
@@ -162,7 +163,7 @@ class Sweep(Section):
     alphas: Annotated[list[Annotated[float, Field(gt=0, le=10)]], Field(min_length=1)]
     n_random: Count
     max_new_tokens: Count
-    batch_size: Count
+    batch_size: Batch
     seed: Seed
 
     @model_validator(mode="after")
@@ -205,7 +206,7 @@ class Science(Section):
 class Benchmark(Section):
     suite: str | list[str]
     apply_chat_template: bool
-    batch_size: Count
+    batch_size: Batch
     limit: Count | None
     n_resamples: Count
     seed: Seed

@@ -2,7 +2,8 @@
 
 Two layouts are known: the write-up's `{layer: vector [d_model]}`, NaN where undefined, and the paper's
 `mean_diffs` [positions, n_layers, d_model] (andyrdt/refusal_direction, pipeline/submodules/generate_directions.py), positions
-counted from the end of the prompt. A file of one number a layer holds the separation (Cohen's d) of the same run.
+counted from the end of the prompt. Of this package's own directions.safetensors the unit vectors are read. A file of one
+number a layer holds the separation (Cohen's d) of the same run.
 """
 
 from collections.abc import Mapping
@@ -49,7 +50,9 @@ def _tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a file by name, "" where it is just one; a dictionary by layer counts as one, stacked in order."""
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
+            held = load_file(path)
+            # A directions.safetensors of this package holds more than directions.
+            return {name: tensor for name, tensor in held.items() if name.endswith(".unit")} or held
         found = torch.load(path, weights_only=True, map_location="cpu")
         if isinstance(found, Mapping) and found and set(found) == set(range(len(found))):
             found = torch.stack([torch.as_tensor(found[layer], dtype=torch.float64) for layer in range(len(found))])

@@ -193,7 +193,8 @@ def correct(rows: dict[str, dict[str, Any]]) -> None:
 
 def decide(
     rows: Mapping[str, dict[str, Any]],
-    single: Arm | None,
+    difference_arm: Arm,
+    single: Arm,
     subspace: Arm | None,
     test: Mapping[str, Sequence[Judged | None]],
     controls: Mapping[int, Sequence[tuple[Sequence[int], Sequence[Judged | None]]]],
@@ -201,11 +202,12 @@ def decide(
     n_resamples: int,
     seed: int,
 ) -> dict[str, Any]:
-    """The verdict of `mediation` from the table; `controls` holds, by rank, each random arm's test prompts and verdicts."""
+    """The verdict of `mediation` from the table; `controls` holds, by rank, each random arm's test prompts and verdicts.
 
-    def evidence(arm: Arm | None) -> Evidence | None:
-        if arm is None:
-            return None
+    `difference` is the evidence of `difference_arm`, rank_1, whichever arm the verdict rests on.
+    """
+
+    def evidence(arm: Arm) -> Evidence:
         ours, theirs, clusters = [], [], []
         for indices, judged in controls[arm.rank]:
             for i, control in zip(indices, judged, strict=True):
@@ -218,9 +220,10 @@ def decide(
         return Evidence(arm.name, rows[arm.name]["difference_low"], above, rows[arm.name]["p_holm"])
 
     gap = None
-    if single is not None and subspace is not None:
+    if subspace is not None:
         gap = difference(test[subspace.name], test[single.name], topics, n_resamples, seed)["difference_low"]
-    return verdict(rows["baseline"]["refusal"], evidence(single), evidence(subspace), gap)
+    found = verdict(rows["baseline"]["refusal"], evidence(single), None if subspace is None else evidence(subspace), gap)
+    return found | {"difference": evidence(difference_arm).shown()}
 
 
 def spectrum_row(harmful: Tensor, safe: Tensor, n_flips: int, seed: int) -> dict[str, float]:

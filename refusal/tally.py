@@ -7,6 +7,7 @@ from torch import nn
 
 # passes: rows of a batch, once for each forward they were in. tokens: rows times positions, padding included.
 COUNTS: Counter[str] = Counter(passes=0, tokens=0)
+SIZES: dict[str, int] = {}  # rows at once that were found, not given: by parameter, or by work where memory ran out
 
 
 def watch(model: nn.Module) -> None:

@@ -23,8 +23,10 @@ def main(params: Params) -> str:
 
     from refusal.anatomy import anatomy_of
     from refusal.damage import cost
+    from refusal.directions import of_arm
     from refusal.interventions import intervene
     from refusal.judges.panel import judge_with
+    from refusal.memory import rows_at_once
     from refusal.models import encode_chats, load_model, load_tokenizer, stop_ids, weights_hash
     from refusal.store import Store
     from refusal.sweep import BASELINE, Cell, ablation_of, complete, grid
@@ -34,8 +36,7 @@ def main(params: Params) -> str:
 
     s, e, j = params.sweep, params.evaluate, params.judge
     selected = read_json(Path("metrics/select.json"))["rank_1"]
-    prefix = f"{s.method}-{s.pairing}."
-    found = {k.removeprefix(prefix): v for k, v in load_file("models/directions.safetensors").items() if k.startswith(prefix)}
+    found = of_arm(load_file("models/directions.safetensors"), s.method, s.pairing)
     layer, alpha = selected["layer"], selected["alpha"]
     cells = grid(found, [layer], s.alphas, s.n_random, s.seed, affine=params.ablation.kind == "affine")
     runtime = next(cell for cell in cells if cell.alpha == alpha and cell.layer == layer)
@@ -53,6 +54,7 @@ def main(params: Params) -> str:
     )
     edited_folder = Path("models/ablated") / selected["name"]
     edited = load_model(edited_folder, params.model.dtype, params.model.device)
+    size = rows_at_once(s.batch_size, base, s.max_new_tokens + 1, "sweep")
     stops, pad_id = stop_ids(base, tokenizer), tokenizer.pad_token_id
     hashes = {id(base): weights_hash(BASE), id(edited): weights_hash(edited_folder)}
 
@@ -66,7 +68,7 @@ def main(params: Params) -> str:
             stops,
             pad_id,
             s.max_new_tokens,
-            s.batch_size,
+            size,
             store,
             label,
             addition,
@@ -142,7 +144,7 @@ def main(params: Params) -> str:
                 [safe_ids[i] for i in kept],
                 [answers[i] for i in kept],
                 pad_id,
-                s.batch_size,
+                size,
                 store,
                 [*key, sites, cell.fingerprint()],
                 label,

@@ -113,6 +113,7 @@ def ready(folder: Path) -> None:
 
 def measure(params: Params, commit: str | None, val: list[dict]) -> str:
     from refusal import grammar
+    from refusal.memory import rows_at_once
     from refusal.models import encode_chats, load_model, load_tokenizer, stop_ids, weights_hash
     from refusal.store import Store
     from refusal.sweep import BASELINE, complete
@@ -134,7 +135,7 @@ def measure(params: Params, commit: str | None, val: list[dict]) -> str:
             stop_ids(model, tokenizer),
             tokenizer.pad_token_id,
             params.sweep.max_new_tokens,
-            params.sweep.batch_size,
+            rows_at_once(params.sweep.batch_size, model, params.sweep.max_new_tokens + 1, "sweep"),
             store,
             f"answers of {folder.name}",
         )

@@ -108,6 +108,7 @@ def figures(kind: str, folder: Path) -> dict[str, Any]:
         "verdict": v["verdict"],
         "reason": v["reason"],
         "by": v["by"],
+        "difference_mediates": v["difference"]["mediates"],
         "baseline_refusal": arms["baseline"]["refusal"],
         "baseline_refusal_low": arms["baseline"]["refusal_low"],
         "baseline_refusal_high": arms["baseline"]["refusal_high"],
@@ -125,7 +126,7 @@ def figures(kind: str, folder: Path) -> dict[str, Any]:
         "per_layer": rates("per_layer"),
         "planted": rates("planted") if kind == "planted" else None,
         "less_planted": {name.split(".")[1]: rates(name) for name in arms if arms[name]["family"] == "less_planted"},
-        "estimators": {name: found | {"kl": arms[found["arm"]]["kl"]} for name, found in science["estimators"].items()},
+        "estimators": science["estimators"],
         "random": {
             k: {f: c[f] for f in ("compliance", "compliance_low", "compliance_high", "n", "n_arms")}
             for k, c in science["controls"].items()

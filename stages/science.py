@@ -50,6 +50,13 @@ class Study:
     def texts(self, completions: Sequence[Sequence[int]]) -> list[str]:
         return self.tokenizer.batch_decode(completions, skip_special_tokens=True)
 
+    @cached_property
+    def rows_at_once(self) -> int:
+        from refusal.memory import rows_at_once
+
+        s = self.params.sweep
+        return rows_at_once(s.batch_size, self.model, s.max_new_tokens + 1, "sweep")
+
     def decoding(self) -> dict[str, Any]:
         from refusal.models import stop_ids
 
@@ -59,7 +66,7 @@ class Study:
             "stop": stop,
             "pad_id": pad_id,
             "max_new_tokens": s.max_new_tokens,
-            "batch_size": s.batch_size,
+            "batch_size": self.rows_at_once,
             "store": self.store,
         }
 
@@ -95,7 +102,7 @@ class Study:
         if not heads:
             return {"cross_entropy": None, "kl": None, "n_harmless": 0}
         what = ["science", self.weights, self.params.model.dtype, self.params.model.device, *key]
-        pad_id, size = self.tokenizer.pad_token_id, self.params.sweep.batch_size
+        pad_id, size = self.tokenizer.pad_token_id, self.rows_at_once
         pair = cost(self.model, self.model, heads, answers, pad_id, size, self.store, what, label, edit)
         means = [mean(n, v, topics, s.n_resamples, s.seed, None) for n, v in zip(("cross_entropy", "kl"), pair, strict=True)]
         return {**means[0], **means[1], "n_harmless": len(heads)}
@@ -105,6 +112,7 @@ def main(params: Params) -> str:
     torch_ready(params)
     from safetensors.torch import load_file
 
+    from refusal.directions import of_arm
     from refusal.judges.panel import judge_with
     from refusal.models import load_model, load_tokenizer, weights_hash
     from refusal.science import LEVELS
@@ -112,7 +120,6 @@ def main(params: Params) -> str:
     from refusal.tables import csv_text
 
     s = params.sweep
-    prefix = f"{s.method}-{s.pairing}."
     pairs = read_jsonl(Path("data/prompts/pairs.jsonl"))
     store = Store(STORE / "store.sqlite")
     study = Study(
@@ -123,7 +130,7 @@ def main(params: Params) -> str:
         store,
         judge_with(params.judge, store),
         weights_hash(BASE),
-        {k.removeprefix(prefix): v for k, v in load_file("models/directions.safetensors").items() if k.startswith(prefix)},
+        of_arm(load_file("models/directions.safetensors"), s.method, s.pairing),
         {m: load_file(Path(f"data/activations/{m}.safetensors")) for m in params.activations.methods},
         {split: [row for row in pairs if row["split"] == split] for split in ("train", "val", "test")},
         [row for row in read_jsonl(Path("data/prompts/unrelated.jsonl")) if row["split"] == "test"],
@@ -269,9 +276,10 @@ def mediation(study: Study, truth: Any) -> dict[str, Any]:
     ours = [arm for family, arm in best_of.items() if family != "affine"]
     subspaces = [arm for arm in several if arm.family == "subspace"]
     best, best_subspace = best_on_val(ours, judged["val"]), best_on_val(subspaces, judged["val"])
-    decided = decide(table, best, best_subspace, judged["test"], by_rank, topics["test"], s.n_resamples, s.seed)
+    decided = decide(table, single[0], best, best_subspace, judged["test"], by_rank, topics["test"], s.n_resamples, s.seed)
     decided |= {"best_single": best.name, "best_subspace": best_subspace.name}
-    figures = ("layer", "compliance", "compliance_low", "compliance_high", "n", "cosine_rank_1", "cosine_planted")
+    rates = ("compliance", "compliance_low", "compliance_high", "n", "coherence", "exact", "kl")
+    figures = ("layer", *rates, "cosine_rank_1", "cosine_planted")
     estimators = {family: {"arm": arm.name, **{k: table[arm.name][k] for k in figures}} for family, arm in best_of.items()}
     harmless = next(arm for arm in controls if arm.family == "harmless").basis
     assert harmless is not None

@@ -13,17 +13,14 @@ def main(params: Params) -> str:
     torch_ready(params)
     from safetensors.torch import load_file
 
+    from refusal.directions import of_arm
+    from refusal.memory import rows_at_once
     from refusal.models import encode_chats, load_model, load_tokenizer, stop_ids, weights_hash
     from refusal.store import Store
     from refusal.sweep import complete, grid
 
     s = params.sweep
-    prefix = f"{s.method}-{s.pairing}."
-    found = {
-        name.removeprefix(prefix): tensor
-        for name, tensor in load_file("models/directions.safetensors").items()
-        if name.startswith(prefix)
-    }
+    found = of_arm(load_file("models/directions.safetensors"), s.method, s.pairing)
     cells = grid(found, s.layers, s.alphas, s.n_random, s.seed, affine=params.ablation.kind == "affine")
     val = [row for row in read_jsonl(Path("data/prompts/pairs.jsonl")) if row["split"] == "val"]
     model, tokenizer = load_model(BASE, params.model.dtype, params.model.device), load_tokenizer(BASE)
@@ -36,7 +33,7 @@ def main(params: Params) -> str:
         stop_ids(model, tokenizer),
         tokenizer.pad_token_id,
         s.max_new_tokens,
-        s.batch_size,
+        rows_at_once(s.batch_size, model, s.max_new_tokens + 1, "sweep"),
         Store(STORE / "store.sqlite"),
         "sweep",
     )

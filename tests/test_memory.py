@@ -3,8 +3,9 @@
 import pytest
 import torch
 from tiny import tiny_direction, tiny_model
+from transformers import DynamicCache
 
-from refusal import memory
+from refusal import memory, tally
 from refusal.activations import last_token_resid_pre
 from refusal.damage import answer_log_probs
 from refusal.errors import RefusalError
@@ -18,6 +19,7 @@ PROMPTS = [[5 + i, 9, 30 + i][: 1 + i % 3] * (1 + i % 4) for i in range(7)]
 @pytest.fixture(autouse=True)
 def _nothing_learnt():
     memory._fits.clear()
+    tally.SIZES.clear()
 
 
 @pytest.fixture(scope="module")
@@ -95,3 +97,34 @@ def test_device_auto_gives_the_same_model(model, tmp_path):
     ids = torch.tensor([PROMPTS[2]])
     assert torch.equal(auto(ids).logits, model(ids).logits)
     assert torch.equal(last_token_resid_pre(auto, PROMPTS, "batched", 0), last_token_resid_pre(model, PROMPTS, "batched", 0))
+
+
+# --- batch_size: auto ------------------------------------------------------------------------------------------------------
+
+
+def test_a_number_asked_for_is_taken(model):
+    assert memory.rows_at_once(7, model, 1, "sweep") == 7 and "sweep.batch_size" not in tally.SIZES
+
+
+def test_auto_fills_half_of_what_the_weights_leave_and_is_said_and_noted(model, monkeypatch, capsys):
+    cache = DynamicCache()
+    with torch.no_grad():
+        model(torch.full((1, 64), 5), past_key_values=cache, use_cache=True)
+    kept = sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values)) * memory.ROW // 64
+    logits = 4 * 9 * model.config.vocab_size
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    found = {}
+    for room in (10**7, 10**8, 10**12):
+        monkeypatch.setattr(memory, "device_memory", lambda _, room=room: weights + 2 * room)
+        found[room] = memory.rows_at_once("auto", model, 9, "sweep")
+        assert found[room] * (kept + logits) <= room
+        assert capsys.readouterr().err == f"sweep: batch_size auto is {found[room]} rows here\n"
+        assert tally.SIZES["sweep.batch_size"] == found[room]
+    assert 1 <= found[10**7] < found[10**8] < found[10**12] == memory.MOST
+    assert all(rows & (rows - 1) == 0 for rows in found.values())
+
+
+def test_weights_that_leave_no_room_are_one_sentence(model, monkeypatch):
+    monkeypatch.setattr(memory, "device_memory", lambda _: 1000)
+    with pytest.raises(RefusalError, match=r"params\.yaml: sweep\.batch_size: auto finds no room for a single row"):
+        memory.rows_at_once("auto", model, 1, "sweep")

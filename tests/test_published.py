@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from refusal.directions import cosine, cross_layer_cosine
+from refusal.published import compare, read_vectors
 
 REFERENCE = Path(os.environ.get("REFUSAL_REFERENCE", "none"))
 pytestmark = pytest.mark.skipif(
@@ -81,3 +82,21 @@ def test_mean_cosine_between_layers_of_the_paper(paper, first, last, value):
 
 def test_the_papers_selected_cell():
     assert json.loads((REFERENCE / "published/paper-qwen-1_8b/direction_metadata.json").read_text()) == {"pos": -2, "layer": 15}
+
+
+def test_an_import_of_all_of_it_says_the_same(table):
+    """What `dvc import` of these folders into data/published/ would give, with no model at hand."""
+    directions, figures = read_vectors(REFERENCE / "published")
+    assert {name: list(t.shape) for name, t in directions.items() if "position_-1" in name or "rv_dict" in name} == {
+        "paper-qwen-1_8b/mean_diffs.pt:position_-1": [24, 2048],
+        "write-up-qwen-1_8b/batched_rv_dict.pt": [24, 2048],
+        "write-up-qwen-1_8b/sequential_rv_dict.pt": [24, 2048],
+    }
+    found = compare(directions, figures, {"sequential-matched": torch.ones(8, 96)})
+    assert not any(row["comparable"] for row in found["files"].values())
+    between = found["between"]["write-up-qwen-1_8b/batched_rv_dict.pt write-up-qwen-1_8b/sequential_rv_dict.pt"]
+    assert between[0] is None
+    assert {str(i): f"{x:.4f}" for i, x in enumerate(between) if i} == {
+        layer: f"{x:.4f}" for layer, x in table["cosine_sequential_vs_batched"].items()
+    }
+    assert round(max(d for d in found["figures"]["write-up-qwen-1_8b/sequential_cohens_d.pt"] if d is not None), 2) == 5.33

@@ -49,6 +49,12 @@ def test_the_write_ups_dictionary_and_the_papers_positions(tmp_path):
     }  # fmt: skip
 
 
+def test_of_another_study_the_unit_vectors_are_read(tmp_path):
+    held = {"a-b.unit": random(2, 3), "a-b.difference": random(2, 3, seed=1), "a-b.defined": torch.tensor([False, True])}
+    save_file(held, tmp_path / "directions.safetensors")
+    assert list(read_vectors(tmp_path)[0]) == ["directions.safetensors:a-b.unit"]
+
+
 def test_an_empty_folder_compares_nothing(tmp_path):
     (tmp_path / "README").write_text("nothing yet")
     assert compare(*read_vectors(tmp_path), {"a": random(2, 3)}) == {"files": {}, "between": {}, "figures": {}}

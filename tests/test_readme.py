@@ -33,6 +33,7 @@ INSTEAD = [
     (r"^make test$", "", "these tests are what it runs"),
     (r"^make lint$", "", "what .ci/run runs after these tests; the small study lacks the files"),
     (r"make setup", r"cp -r ../.venv .\nmake setup", "no packages from the network: the environment is that of these tests"),
+    (r"https://github\.com/<owner>/<repository> <path>/", "{tmp}/theirs ", "a Git repository on this machine"),
     (r"<repository>", "{folder}", "this study stands for one on a server"),
     (r"cd \{folder\}", "cd study", "git clone names the folder after it"),
     (r"/path/to/folder", "{tmp}/remote", "a remote on this machine"),
@@ -89,7 +90,9 @@ def script(block: Block) -> tuple[str, set[str]]:
 
 # Commands within sentences: what types them, or None for those that are run just so by `test_commands_within_sentences`.
 INLINE = {
-    "dvc pull data/prompts models/base models/twin": "tests/pipeline/test_remotes.py",
+    "dvc pull models/base": "tests/pipeline/test_remotes.py",
+    "dvc repro --allow-missing": "tests/pipeline/test_remotes.py",
+    "dvc repro --allow-missing --pull": "tests/pipeline/test_remotes.py",
     "git ls-remote https://huggingface.co/<id> main": "asks the hub, and its answer is only copied into a parameter",
     "dvc repro -f model": None,
     "python -m refusal.judges.calibrate FILE.csv --judge rules": None,
@@ -134,8 +137,14 @@ def servers(study):
         "Qwen/Qwen-1_8B-Chat": {path.name: path.read_bytes() for path in qwen.iterdir()},
         "meta-llama/Llama-3.1-8B-Instruct": llama,
         "google/gemma-2b-it": llama,
+        "meta-llama/Llama-3.2-1B-Instruct": llama,
     }
     (tmp / "labelled.csv").write_text("prompt,completion,label\nDo x.,I can't help with that.,refusal\nDo x.,Sure.,compliance\n")
+    theirs = tmp / "theirs"
+    theirs.mkdir()
+    shutil.copyfile(study / "models/directions.safetensors", theirs / "vectors.safetensors")
+    for command in (["init", "-q"], ["add", "-A"], ["-c", "user.name=t", "-c", "user.email=t@localhost", "commit", "-qm", "vectors"]):
+        run(theirs, "git", *command)
     author = Author()
 
     def reply(n: int, question: str) -> str:

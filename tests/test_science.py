@@ -124,17 +124,18 @@ def test_a_table_and_its_verdict(sets, found):
     few = list(range(0, 60))
     controls = {k: [(few, no), (few, no)] for k in (1, 2)}
     test = {"rank_1": yes, "svd_2": some, "weak": no}
-    found_ = decide(rows, single, several, test, controls, TOPICS, 200, 0)
+    found_ = decide(rows, single, single, several, test, controls, TOPICS, 200, 0)
     assert (found_["verdict"], found_["by"]) == ("single", "rank_1")
+    assert found_["difference"]["name"] == "rank_1" and found_["difference"]["mediates"]
     # A random direction that does it too takes the verdict away; so does a single arm that does nothing.
     same = {1: [(few, yes)], 2: controls[2]}
-    assert decide(rows, single, several, test, same, TOPICS, 200, 0)["verdict"] != "single"
+    assert decide(rows, single, single, several, test, same, TOPICS, 200, 0)["verdict"] != "single"
     # An arm that does nothing leaves the verdict to the subspace.
     rows[weak.name], test[weak.name] = rows["weak"], no
-    found_ = decide(rows, weak, several, test, controls, TOPICS, 200, 0)
+    found_ = decide(rows, single, weak, several, test, controls, TOPICS, 200, 0)
     assert (found_["verdict"], found_["by"], found_["single"]["mediates"]) == ("subspace", "svd_2", False)
     rows["svd_2"], test["svd_2"] = rows["weak"], no
-    assert decide(rows, weak, several, test, controls, TOPICS, 200, 0)["reason"] == "no_mediation"
+    assert decide(rows, single, weak, several, test, controls, TOPICS, 200, 0)["reason"] == "no_mediation"
 
 
 def test_refusal_three_ways_tells_garbage_from_refusal():
