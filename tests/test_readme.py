@@ -97,6 +97,7 @@ INLINE = {
     "dvc repro -f model": None,
     "python -m refusal.judges.calibrate FILE.csv --judge rules": None,
     "make picture": None,
+    "make organisms": "two hours; tests/test_science.py and tests/test_organism.py hold what it is made of",
 }
 
 
