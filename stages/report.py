@@ -31,7 +31,7 @@ def main(params: Params) -> str:
     from refusal.weaknesses import weaknesses
 
     metrics = {name: read_json(Path(f"metrics/{name}.json")) for name in METRICS}
-    imported = read_json(IMPORTED)
+    imported, science = read_json(IMPORTED), read_json(SCIENCE)
     rows = {name: read_jsonl(path) for name, path in ROWS.items()}
     with CAPABILITY.open(encoding="utf-8", newline="") as file:
         capability = [{key: float(text) for key, text in row.items()} for row in csv.DictReader(file)]
@@ -64,7 +64,7 @@ def main(params: Params) -> str:
                 {k: v if k == "place" else float(v) if v else None for k, v in row.items()} for row in csv.DictReader(file)
             ]
     reproduction["weaknesses"] = weaknesses(
-        published(), metrics["directions"], rows["verdicts"], metrics["select"], read_json(SCIENCE), strengths
+        published(), metrics["directions"], rows["verdicts"], metrics["select"], science, strengths
     )
     inputs = [
         *(ROWS[name] for name in ("pairs", "unrelated")),
@@ -83,6 +83,7 @@ def main(params: Params) -> str:
             capability=capability,
             reproduction=reproduction,
             imported=imported,
+            science=science,
             **read,
             versions={name: pinned[name] for name in PACKAGES},
             hashes=hashes(inputs),

@@ -97,6 +97,7 @@ INLINE = {
     "dvc repro -f model": None,
     "python -m refusal.judges.calibrate FILE.csv --judge rules": None,
     "make picture": None,
+    "make organisms": "two hours; tests/test_science.py and tests/test_organism.py hold what it is made of",
 }
 
 
@@ -181,7 +182,7 @@ def test_commands_do_what_they_say(study, servers, block):
         assert re.search(r"differ in (sweep.method, sweep.pairing|sweep.pairing, sweep.method)", output)
         assert page.count("<td>unrelated</td>") == 2 and page.count("<td>batched_unmasked</td>") >= 2
     if "git clone" in block.text:
-        assert stages_run(output) == [] and output.rstrip().endswith("up to date.")
+        assert stages_run(output) == [] and "pipelines are up to date." in output
     if "by hand" in block.text:
         by_hand, stored = re.search(r"by hand (\S+)", output), re.search(r"as stored (\S+)", output)
         assert by_hand and stored and float(by_hand[1]) == pytest.approx(float(stored[1]), abs=1e-12)

@@ -150,13 +150,24 @@ def study(model_id: str = "organism", kind: str = "single", n_examples: int = 3,
         orthogonalize={"rank_1": {"name": "x", "alpha": 1.0, "n_edited": 7, "max_residual": 1e-8, "max_deviation": 1e-8}},
         evaluate=arms | {"layer": 2, "alpha": 1.0, "n_harmless": 4, "addition": _mean("refusal_safe", 0.9) | {"n": 4}},
         benchmark=benchmark,
-        reproduction=reproduce(published(), model_id, "sequential-matched", {}, directions, judge, select, benchmark),
+        reproduction=reproduce(published(), model_id, "sequential-matched", {}, directions, judge, select, benchmark)
+        | {"weaknesses": [{"name": IMAGE, "what": "b", "evidence": {"a": {"low": None}, "top_3": ["x", "y"], "n": 4}}]},
         agreement={
             "judge": {"kind": "rules", "base_url": None, "model": None, "rubric_sha256": None, "versions": None},
             "rules_and_llm": {"kappa": None, "n": None},
             "labelled": {"file": None, "rules": None, "llm": None},
         },
         imported={"files": {}, "between": {}, "figures": {}},
+        science={
+            "level": "basic",
+            "sites": "resid_pre",
+            "verdict": {"verdict": "single", "reason": None, "by": "rank_1", "best_single": "rank_1", "best_subspace": "svd_2"},
+            "arms": {
+                "baseline": _rates(0.0) | {"layer": None, "rank": 0, "p_holm": 1.0, "cosine_rank_1": None} | _mean("kl", 0.0),
+                "rank_1": _rates(1.0) | {"layer": 2, "rank": 1, "p_holm": 0.002, "cosine_rank_1": 1.0} | _mean("kl", 0.01),
+            },
+            "controls": {"random_1": _rates(0.0) | {"rank": 1, "n_arms": 3} | _mean("kl", 0.02)},
+        },
         versions={"torch": "1"},
         hashes={"metrics/judge.json": "0" * 64},
     )
@@ -227,7 +238,7 @@ def test_a_study_without_sequential_activations_has_a_page():
     directions = {"batched-unrelated": {k: v for k, v in _arm(1.0).items() if k != "effective_rank"}}
     params = s.params | {"sweep": {"method": "batched", "pairing": "unrelated", "n_random": 1}}
     reproduction = reproduce(published(), "organism", "batched-unrelated", {}, directions, s.judge, s.select, s.benchmark)
-    text = page(s._replace(directions=directions, params=params, reproduction=reproduction))
+    text = page(s._replace(directions=directions, params=params, reproduction=reproduction | {"weaknesses": []}))
     assert "Nothing to draw in this run." in text and "batched-unrelated" in text
 
 
@@ -249,6 +260,17 @@ def test_a_judge_that_is_a_model_is_named_and_compared():
     assert "<td>0.812</td><td>11</td>" in text and text.count("<td>0.900 [0.740, 0.970]</td>") == 2
     offline = page(study())
     assert "rules, exact here" in offline and "Judge beside" not in offline
+
+
+def test_arms_stand_beside_their_controls_and_weaknesses_beside_evidence():
+    text = html.unescape(page(study()))
+    assert "Verdict: <strong>single</strong>, by <code>rank_1</code>." in text
+    assert "<td>2</td><td>1</td><td>4</td><td>1.000 [0.900, 1.000]</td><td>–</td><td>0.0020</td>" in text
+    assert ">random_1 (3 drawn)</th><td>–</td><td>1</td><td>4</td><td>0.000 [0.000, 0.100]</td>" in text
+    assert "<td>b</td><td>a.low –; top 3 x, y; n 4</td>" in text
+    s = study()
+    none = s.science | {"verdict": s.science["verdict"] | {"verdict": "none", "by": None, "reason": "no_mediation"}}
+    assert "<strong>none</strong> (no mediation)." in page(s._replace(science=none))
 
 
 def test_published_directions_stand_beside_ours():

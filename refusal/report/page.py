@@ -46,6 +46,7 @@ class Study(NamedTuple):
     reproduction: dict[str, Any]
     agreement: dict[str, Any]
     imported: dict[str, Any]
+    science: dict[str, Any]
     versions: dict[str, str]
     hashes: dict[str, str]
 
@@ -193,6 +194,8 @@ def _context(study: Study) -> dict[str, Any]:
         "methods": [m for m in METHODS if f"{m}-{pairing}" in d],
         "pairings": _pairings(study),
         "judged_by": _judged_by(study),
+        "arms": _arms(study),
+        "weaknesses": [(w["name"], w["what"], _told(w["evidence"])) for w in study.reproduction["weaknesses"]],
         "imported": [_beside(name, file, arm) for name, file in study.imported["files"].items()],
         "params_text": yaml.safe_dump(p, sort_keys=False, default_flow_style=None, width=100, allow_unicode=True),
         "cell_examples": CELL_EXAMPLES,
@@ -212,6 +215,33 @@ def _beside(name: str, file: dict[str, Any], arm: str) -> list[Any]:
         return [name, file["n_layers"], file["d_model"], "–", "–", "–", file["note"] or "no layer where both are defined"]
     (most, at), (least, _) = max(cosines), min(cosines)
     return [name, file["n_layers"], file["d_model"], num(most, 4), at, num(least, 4), ""]
+
+
+def _arms(study: Study) -> list[list[Any]]:
+    """The table of what was ablated on test: every arm of metrics/science.json, then the controls."""
+    rows = [(name, m) for name, m in study.science["arms"].items()]
+    rows += [(f"{name} ({m['n_arms']} drawn)", m) for name, m in study.science["controls"].items()]
+    return [
+        [
+            name,
+            "–" if m.get("layer") is None else m["layer"],
+            m["rank"],
+            m["n"],
+            ci(m, "compliance"),
+            ci(m, "difference"),
+            num(m.get("p_holm"), 4),
+            ci(m, "kl", 4),
+            num(m.get("cosine_rank_1")),
+        ]
+        for name, m in rows
+    ]
+
+
+def _told(evidence: Any, name: str = "") -> str:
+    """Figures of any shape as one line: `a.b 0.25, a.c –`."""
+    if isinstance(evidence, dict):
+        return "; ".join(_told(x, f"{name}.{key}" if name else key) for key, x in evidence.items())
+    return f"{name.replace('_', ' ')} {value(evidence)}"
 
 
 def _judged_by(study: Study) -> str:
