@@ -12,7 +12,7 @@ from rich.console import Console
 
 from refusal.errors import RefusalError
 
-SECTIONS = ("extraction", "sweep", "orthogonalization", "pipeline", "growth")
+SECTIONS = ("extraction", "sweep", "orthogonalize", "pipeline", "growth")
 METRICS = Path("metrics/perf.json")
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from tiny import tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 
-from perf import extraction, growth, harness, orthogonalization, workload
+from perf import extraction, growth, harness, orthogonalize, workload
 from perf.__main__ import merge
 
 QUIET = Console(quiet=True)
@@ -93,14 +93,14 @@ def test_all_ways_of_extraction_find_the_same(tmp_path):
 
 def test_all_ways_of_editing_write_the_same(tmp_path, monkeypatch):
     for name, value in (("D_MODEL", 64), ("WIDTH", 96), ("VOCAB", 128), ("HEADS", 4)):
-        monkeypatch.setattr(orthogonalization, name, value)
-    source = orthogonalization.synthetic(tmp_path / "source", 3, shard_bytes=60_000)
+        monkeypatch.setattr(orthogonalize, name, value)
+    source = orthogonalize.synthetic(tmp_path / "source", 3, shard_bytes=60_000)
     assert len(list(source.glob("*.safetensors"))) > 3
     read = lambda folder: {n: t for path in folder.glob("*.safetensors") for n, t in load_file(path).items()}  # noqa: E731
-    orthogonalization.copy(source, tmp_path / "copy")
+    orthogonalize.copy(source, tmp_path / "copy")
     assert {p.name: p.read_bytes() for p in source.iterdir()} == {p.name: p.read_bytes() for p in (tmp_path / "copy").iterdir()}
-    report = orthogonalization.ours(source, tmp_path / "ours")
-    orthogonalization.reload(source, tmp_path / "reload")
+    report = orthogonalize.ours(source, tmp_path / "ours")
+    orthogonalize.reload(source, tmp_path / "reload")
     ours, usual, before = read(tmp_path / "ours"), read(tmp_path / "reload"), read(source)
     assert report.n_edited == 7 and set(ours) == set(usual) == set(before)
     for name in ours:

@@ -79,6 +79,22 @@ def test_one_changed_parameter_reruns_what_depends_on_it(study, section, values,
     assert set(stages_run(run(folder, "dvc", "repro"))) <= set(rerun)
 
 
+def test_adapters_in_place_of_checkpoints_give_the_same_figures(study):
+    folder, _ = study
+    before = (folder / "params.yaml").read_text()
+    names = ("evaluate", "benchmark", "orthogonalize")
+    whole = {name: json.loads((folder / "metrics" / f"{name}.json").read_text()) for name in names}
+    change(folder, "orthogonalize", format="lora")
+    ran = stages_run(run(folder, "dvc", "repro", "evaluate", "benchmark"))
+    assert ran[0] == "orthogonalize" and set(ran) <= {"orthogonalize", "evaluate", "benchmark"}
+    edited = folder / "models/ablated" / whole["orthogonalize"]["rank_1"]["name"]
+    assert {path.name for path in edited.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+    for name in names[:2]:
+        assert json.loads((folder / "metrics" / f"{name}.json").read_text()) == whole[name]
+    (folder / "params.yaml").write_text(before)
+    run(folder, "dvc", "repro")
+
+
 def test_a_queued_variant_shares_the_store_and_stands_beside_the_study(study):
     folder, _ = study
     run(folder, "git", "add", "-A")

@@ -1,6 +1,6 @@
 """Editing a checkpoint on disk: ours beside a plain copy of the same bytes and the usual load, edit and save.
 
-`python -m perf.orthogonalization SOURCE TARGET` is the process whose memory is measured.
+`python -m perf.orthogonalize SOURCE TARGET` is the process whose memory is measured.
 """
 
 import json
@@ -146,7 +146,7 @@ def _memory(console: Console, folder: Path) -> dict[str, float]:
     source = synthetic(folder / "large", LARGE)
     size = sum(path.stat().st_size for path in source.iterdir()) / GB
     largest = 2 * VOCAB * D_MODEL / 1e6
-    _, seconds, peak = harness.in_subprocess(["-m", "perf.orthogonalization", str(source), str(folder / "edited")])
+    _, seconds, peak = harness.in_subprocess(["-m", "perf.orthogonalize", str(source), str(folder / "edited")])
     console.print(
         f"a checkpoint of {size:.1f} GB, whole process: {peak:.0f} MB of anonymous memory at most, "
         f"{peak - 2 * largest:.0f} beyond two of the largest tensors ({largest:.0f} MB each), {seconds:.1f} s"
