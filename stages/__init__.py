@@ -67,7 +67,8 @@ def _sentence(error: Exception) -> str | None:
     if isinstance(error, FileNotFoundError) and error.filename is not None:
         return f"{error.filename}: no such file: run `dvc repro`, which makes what is missing, or `dvc pull`, which fetches it"
     if isinstance(error, OSError):
-        return f"{error.filename or 'a file'}: {error.strerror or error}: mend it and run `dvc repro`; nothing computed is lost"
+        what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        return f"{what}: mend it and run `dvc repro`; nothing computed is lost"
     return None
 
 
