@@ -43,6 +43,8 @@ def test_each_variant_is_a_row_with_what_differs():
         ("broken", "failed", False),
     ]
     assert varied(found) == ["sweep.pairing"]  # compute.threads determines no value
+    running = read([*COMMITS, {"rev": "e" * 40, "name": "running", "data": None, "error": None, "experiments": None}], evaluate)
+    assert varied(running) == ["sweep.pairing"] and "running" in page(running)
     text = page(found)
     assert "<img" not in text and html.escape(IMAGE).split()[0] in text
     assert text.count("<td>unrelated</td>") == 2 and "<td>queued</td>" in text and "<td>failed</td>" in text

@@ -74,7 +74,8 @@ def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def varied(variants: Sequence[Variant]) -> list[str]:
-    """The parameters in which the variants differ, compute.* aside, which determines no value."""
+    """The parameters in which the variants differ, compute.* aside, which determines no value; one at work shows none yet."""
+    variants = [variant for variant in variants if variant.params]
     keys = dict.fromkeys(key for variant in variants for key in variant.params if not key.startswith("compute."))
     return [key for key in keys if len({json.dumps(variant.params.get(key)) for variant in variants}) > 1]
 
