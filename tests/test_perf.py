@@ -19,7 +19,7 @@ from perf.__main__ import merge
 QUIET = Console(quiet=True)
 
 
-def test_the_workload_is_the_issues():
+def test_the_workload_is_that_of_record():
     prompts = workload.prompts()
     assert len(prompts) == 256 and prompts == workload.prompts() and prompts[:5] == workload.prompts(5)
     assert {len(p) for p in prompts} <= set(range(20, 61)) and min(map(len, prompts)) == 20 and max(map(len, prompts)) == 60
