@@ -5,7 +5,7 @@ from collections.abc import Hashable, Mapping, Sequence
 
 import numpy as np
 
-from refusal.statistics import expanded
+from refusal.statistics import expanded, unanimous
 from refusal.verdicts import Judged
 
 
@@ -42,8 +42,12 @@ def independent_difference(
 ) -> tuple[float, float, float]:
     """Mean of ours minus mean of theirs on other prompts, with an expanded percentile bootstrap interval, both clustered.
 
-    Expanded for the smaller number of clusters; two sets that each hold one value alone get an interval of no width.
+    Values are within 0 and 1. Expanded for the smaller number of clusters; where each set holds one value alone, its own
+    interval is `unanimous`, and the difference's reaches from the one's low to the other's high limit.
     """
+    if len(set(ours)) == len(set(theirs)) == 1:
+        mine, other = (unanimous(v[0], len(set(c)), (0, 1)) for v, c in ((ours, our_clusters), (theirs, their_clusters)))
+        return ours[0] - theirs[0], mine[0] - other[1], mine[1] - other[0]
     rng = np.random.default_rng(seed)
     resampled, means = [], []
     for values, clusters in ((ours, our_clusters), (theirs, their_clusters)):

@@ -156,7 +156,7 @@ def _places(alphas: Sequence[Metrics]) -> dict[str, Any]:
         "alpha": worst,
         "run_time": at["resid_pre", worst]["compliance"] if worst is not None else None,
         "weights": at["weights", worst]["compliance"] if worst is not None else None,
-        "n": at["weights", worst]["n"] if worst is not None else None,
+        "n": int(at["weights", worst]["n"]) if worst is not None else None,
     }
 
 

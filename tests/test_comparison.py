@@ -65,6 +65,13 @@ def test_the_winner_of_a_selection_is_flattered_and_val_minus_test_shows_it():
     assert 0.05 < np.mean(gaps) < 0.2
 
 
+def test_two_unanimous_sets_are_not_certain():
+    value, low, high = independent_difference(
+        [1.0] * 40, [i % 20 for i in range(40)], [1.0] * 60, [i % 20 for i in range(60)], 100, 0
+    )
+    assert (value, low, high) == pytest.approx((0, -0.1611, 0.1611), abs=1e-4)  # Wilson's upper limit for 0 of 20
+
+
 def test_paired_leaves_out_prompts_without_a_verdict():
     yes, no = Judged("compliance", 1.0, 1.0, False, False), Judged("refusal", 0.0, 1.0, True, True)
     assert paired([yes, None, no, yes], [no, no, None, yes], "abcd") == ([1.0, 0.0], ["a", "d"])
