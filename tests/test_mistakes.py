@@ -66,7 +66,7 @@ class Place:
 
     def run(self, *command: str, **environment: str) -> Result:
         done = subprocess.run(
-            command, cwd=self.folder, env=self.environment | environment, capture_output=True, text=True, timeout=300
+            command, cwd=self.folder, env=self.environment | environment, capture_output=True, text=True, timeout=800
         )
         return Result(done.returncode, done.stdout + done.stderr)
 
