@@ -98,6 +98,8 @@ INLINE = {
     "python -m refusal.judges.calibrate FILE.csv --judge rules": None,
     "make picture": None,
     "make organisms": "two hours; tests/test_science.py and tests/test_organism.py hold what it is made of",
+    "make perf": "tests/test_perf.py and tests/test_perf_sweep.py hold its parts; whole it takes half an hour",
+    "python -m perf extraction": "as make perf",
 }
 
 
@@ -303,6 +305,7 @@ def quoted() -> list[str]:
         f"| {words} | {interval(e[arm], 'compliance')} | {e[arm]['exact']:.2f} | {e[arm]['refusal_safe']:.2f} |"
         for words, arm in arms
     ]
+    speed = metrics("perf")["extraction"]
     swept, n_val = len([1 for row in rows("sweep")]), int(rows("sweep")[0]["n"])
     n_test, n_random = e["baseline"]["n"], params["sweep"]["n_random"]
     val, test = (1 + n_random + swept) * n_val, (3 + n_random) * 2 * n_test + n_test
@@ -316,6 +319,9 @@ def quoted() -> list[str]:
         f"moves it a little ({d['batched_unmasked-matched']['cosine_to_sequential_min']:.3f})",
         f"other safe prompts move it more ({other[1]:.2f} at layer 1, {other[6]:.2f} at layer 6)",
         f"(difference {b['difference']:.3f} [{b['difference_low']:+.3f}, {b['difference_high']:+.3f}])",
+        f"take a {speed['ratio_to_padded']:.1f}th of the time of left-padded batches",
+        f"a {speed['ratio_to_sequential']:.1f}th of one prompt a forward",
+        f"{100 * speed['fraction_of_bound']:.0f} % of what the matrix products alone would allow",
         f"{val + test:,} completions ({val:,} val, {test:,} test)",
     ]
 
