@@ -20,7 +20,7 @@ plan: $(READY) ## what a run will take: forward passes, tokens, judge calls, dis
 	python -m stages.plan
 
 test: $(READY) ## set up and run the tests
-	python -m pytest -q
+	python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
 
 compare: $(READY) ## every variant beside the others: report/variants.html
 	set -o pipefail; dvc exp show --json | python -m refusal.report.variants report/variants.html metrics/evaluate.json
