@@ -93,7 +93,8 @@ def steps(params: Params, size: Size, prompts: Prompts) -> list[Step]:
     test = ["test.harmful", "test.safe"]
     passes = {
         "model": total(completed(["val.harmful", "val.safe"]), completed(["val.harmful", "facts"]) if organism else (0, 0)),
-        "activations": read(collected, len(params.activations.methods)),
+        # Batched computes what all prompts begin with by itself, once.
+        "activations": total(read(collected, len(params.activations.methods)), (int("batched" in params.activations.methods), 0)),
         "sweep": completed(["val.harmful"], cells),
         # Baseline, run time, weights and random directions; addition; then the cost on harmless text of each of these and
         # of every alpha, and the identity, each beside the base model.

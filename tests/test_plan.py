@@ -37,8 +37,8 @@ def planned(size: Size | None = None, **sections: dict) -> dict:
 def test_counts_by_hand():
     s = {"layers": None, "alphas": [1.0, 2.0], "n_random": 2, "max_new_tokens": 7}
     found = planned(model={"id": "/a/folder"}, sweep=s, select={"top": 2}, orthogonalize={"include_embedding": True})
-    # Three methods over train and val, harmful, safe and unrelated, ten tokens each.
-    assert (found["activations"].passes, found["activations"].tokens) == (3 * 27, 3 * 270)
+    # Three methods over train and val, harmful, safe and unrelated, ten tokens each; a pass for the common beginning.
+    assert (found["activations"].passes, found["activations"].tokens) == (3 * 27 + 1, 3 * 270)
     # Baseline, two random directions, layers 1 and 2 at two alphas: seven cells of three prompts; ten tokens are read,
     # in two passes, and six of seven new ones.
     assert (found["sweep"].passes, found["sweep"].tokens) == (7 * 3 * 8, 7 * 3 * (10 + 6))
