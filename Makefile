@@ -31,7 +31,7 @@ picture: $(READY) ## the picture in the README, docs/result.svg, from committed 
 plots: $(READY) ## every plot as one page, dvc_plots/index.html
 	dvc plots show
 
-perf: $(READY) ## measure speed and memory beside common practice (about 15 minutes on 2 cores)
+perf: $(READY) ## measure speed and memory beside common practice (about half an hour on 2 cores)
 	python -m perf
 
 slow: $(READY) ## the tests that train organisms on other seeds
