@@ -113,18 +113,21 @@ def steps(params: Params, size: Size, prompts: Prompts) -> list[Step]:
     n_controls = 1 + params.science.n_random + len(RANKS) * b.n_subspaces
     pairs, both = ["train.harmful", "train.safe"], ["train.harmful", "train.safe", "val.harmful", "val.safe"]
     batch = some(pairs, 1, b.optimiser_batch)
+    judged = [  # completions that a judge sees: prompts, arms, and at most how many of them
+        (["val.harmful"], on_val, b.n_val),
+        (["test.harmful"], on_test, b.n_test),
+        (["test.harmful"], n_controls, b.n_control),
+        (["test.safe"], 4 + 6, b.n_test),
+        (["test.harmful"], 4 * len(b.alphas), b.n_alpha),
+    ]
     passes["science"] = total(
         (3 * b.optimiser_steps * batch[0] // 2, 3 * b.optimiser_steps * batch[1] // 2),
-        completed(["val.harmful"], on_val, b.n_val),
-        completed(["test.harmful"], on_test, b.n_test),
-        completed(["test.harmful"], n_controls, b.n_control),
+        *(completed(*arms) for arms in judged),
         completed(["test.unrelated"], 1, b.n_harmless),
         read(["test.unrelated"], 2 * (on_test + 2 + len(RANKS) + 4 * len(b.alphas)), new, b.n_harmless),
-        completed(["test.safe"], 4 + 6, b.n_test),
         read(test),
         read(both, 1, 0, b.n_padding),
         read(pairs, 2 * (len(b.pads) + 1), max(b.pads, default=0), b.n_padding),
-        completed(["test.harmful"], 4 * len(b.alphas), b.n_alpha),
     )
     checkpoints = params.select.top + 1
     tasks = tasks_of(params.benchmark.suite)
@@ -136,16 +139,7 @@ def steps(params: Params, size: Size, prompts: Prompts) -> list[Step]:
     if params.judge.kind == "llm":
         val_calls = cells * n["val.harmful"]
         test_calls = (3 + s.n_random) * (n["test.harmful"] + n["test.safe"]) + n["test.safe"]
-        science_calls = sum(
-            some(sets, arms, at_most)[0]
-            for sets, arms, at_most in (
-                (["val.harmful"], on_val, b.n_val),
-                (["test.harmful"], on_test, b.n_test),
-                (["test.harmful"], n_controls, b.n_control),
-                (["test.safe"], 4 + 6, b.n_test),
-                (["test.harmful"], 4 * len(b.alphas), b.n_alpha),
-            )
-        )
+        science_calls = sum(some(*arms)[0] for arms in judged)
     p = params.prompts
     written = sum(
         -(-(count or 0) // p.api.batch)
