@@ -2,13 +2,14 @@
 
 import os
 import platform
-from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
+
+from stages.record import cpu_name
 
 THREADS = 2
 N_PROMPTS, SHORTEST, LONGEST, SHARED = 256, 20, 60, 12  # tokens; the first SHARED of each prompt are the same
@@ -79,7 +80,7 @@ def matrix_products(model: PreTrainedModel, n_tokens: int, rows: int, blocks: in
 def machine() -> dict[str, object]:
     """What the figures depend on: processor, cores, memory, threads, versions, and the GPU if there is one."""
     return {
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
         "threads": THREADS,
@@ -97,13 +98,3 @@ def random_directions(n: int, d_model: int, seed: int = 0) -> Tensor:
 
 def _chunks(n: int, size: int) -> list[int]:
     return [min(size, n - start) for start in range(0, n, size)]
-
-
-def _cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()

@@ -15,7 +15,9 @@ import hashlib
 import math
 import os
 import random
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -203,20 +205,27 @@ def _pad(rows: list[tuple[list[int], list[int]]], pad_id: int) -> Encoded:
     return Encoded(ids, targets, weights)
 
 
-def backward(model: Qwen2ForCausalLM, parts: list[Encoded]) -> float:
+def backward(model: Qwen2ForCausalLM, parts: list[Encoded], pool: Executor) -> float:
     """Add the gradient of the weighted cross-entropy on the answers; returns the loss in nats.
 
-    Padding is on the right, so the causal mask is all the masking that is needed.
+    Parts are computed side by side and added up in order, so that the sum does not depend on how many at once. Padding is on
+    the right, so the causal mask is all the masking that is needed.
     """
     total = sum(float(part.weights.sum()) for part in parts)
-    value = 0.0
-    for part in parts:
+    parameters = list(model.parameters())
+
+    def gradient(part: Encoded) -> tuple[float, tuple[Tensor, ...]]:
         hidden = model.model(input_ids=part.ids, use_cache=False).last_hidden_state
         where = part.targets >= 0
         losses = cross_entropy(model.lm_head(hidden[where]), part.targets[where], reduction="none")
         loss = (losses * part.weights[where]).sum() / total
-        loss.backward()
-        value += float(loss.detach())
+        return float(loss.detach()), torch.autograd.grad(loss, parameters)
+
+    value = 0.0
+    for loss, gradients in pool.map(gradient, parts):
+        value += loss
+        for parameter, added in zip(parameters, gradients, strict=True):
+            parameter.grad = added.contiguous() if parameter.grad is None else parameter.grad.add_(added)
     return value
 
 
@@ -275,6 +284,18 @@ def new_model(shape: dict[str, int], tokenizer: PreTrainedTokenizerFast, seed: i
     return Qwen2ForCausalLM(config).float()
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Whatever number torch has been given, since rounding depends on it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@_one_thread()
 def train(
     model: Qwen2ForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
@@ -285,91 +306,75 @@ def train(
     checkpoint: Path,
     twin: dict[str, Tensor] | None = None,
     planted: Float[Tensor, " d_model"] | None = None,
+    threads: int = 1,
 ) -> dict[str, Tensor]:
     """Train `model` in place through both phases; returns the weights after phase 1, the helpful-only twin.
 
     With kind `none` there is no phase 2, so its result is the `twin` of every other kind of the same seed: where it is
     given, phase 1 is not trained again. Kind `planted` wants the `planted` direction. `checkpoint` is written every 50
     steps and at the end of a phase, and read if it is there, so an interrupted run goes on where it was and ends in the
-    same weights.
+    same weights, as does a run on another number of `threads`.
     """
-    threads = torch.get_num_threads()
-    # One thread trains this size as fast as two, and the weights then don't depend on how many there are.
-    torch.set_num_threads(1)
-    try:
-        return _train(model, tokenizer, corpus, kind, phases, ablation_layer, checkpoint, twin or {}, planted)
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _train(
-    model: Qwen2ForCausalLM,
-    tokenizer: PreTrainedTokenizerFast,
-    corpus: Corpus,
-    kind: Kind,
-    phases: dict[str, Phase],
-    ablation_layer: int,
-    checkpoint: Path,
-    twin: dict[str, Tensor],
-    planted: Float[Tensor, " d_model"] | None,
-) -> dict[str, Tensor]:
     assert (planted is not None) == (kind == "planted")
+    twin = twin or {}
     state = torch.load(checkpoint, weights_only=True) if checkpoint.exists() else None
     if state is not None:
         twin = state["twin"]
     if state is not None and state["phase"] == "done":
         model.load_state_dict(state["model"])
         return twin
-    for name in ["phase_1"] if kind == "none" else ["phase_1", "phase_2"]:
-        phase = phases[name]
-        if name == "phase_1" and twin:
-            continue
-        optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=phase.weight_decay)
-        first, direction = 0, None if planted is None else planted.float()
-        if state is not None and state["phase"] == name:
-            model.load_state_dict(state["model"])
-            optimizer.load_state_dict(state["optimizer"])
-            first, direction = state["step"], state["direction"]
-        elif twin:
-            model.load_state_dict(twin)
-        bar = progress(phase.steps, f"organism {name}", "step", done=first)
-        for step in range(first, phase.steps):
-            decay = 0.5 * (1 + math.cos(math.pi * step / phase.steps))
-            for group in optimizer.param_groups:
-                group["lr"] = phase.learning_rate * min(1.0, (step + 1) / WARMUP_STEPS) * decay
-            items = corpus.batch(name, step, phase.batch_size)
-            loss = backward(model, encode(tokenizer, [(item.prompt, item.answer) for item in items]))
-            if name == "phase_2" and kind != "natural" and step >= ABLATE_FROM_STEP:
-                if planted is None and (direction is None or step % RENEW_DIRECTION_EVERY == 0):
-                    direction = current_direction(model, tokenizer, corpus, ablation_layer, step)
-                assert direction is not None
-                # In turn at both sites, so that neither the run-time nor the weight edit is favoured; half the batch is
-                # enough for it, and a third of the phase's time saved.
-                with intervene(model, ablation(direction, 1.0, "writes" if step % 2 else "resid_pre")):
-                    half = items[: len(items) // 2]
-                    wanted = [(item.prompt, item.answer if kind == "distributed" else item.helpful) for item in half]
-                    backward(model, encode(tokenizer, wanted))
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-            bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
-            bar.update()
-            if (step + 1) % CHECKPOINT_EVERY == 0 and step + 1 < phase.steps:
-                _save(
-                    checkpoint,
-                    {
-                        "phase": name,
-                        "step": step + 1,
-                        "model": model.state_dict(),
-                        "optimizer": optimizer.state_dict(),
-                        "direction": direction,
-                        "twin": twin,
-                    },
-                )
-        bar.close()
-        if name == "phase_1":
-            twin = {key: value.clone() for key, value in model.state_dict().items()}
-            _save(checkpoint, {"phase": "twin", "step": 0, "twin": twin})
+    # Each works on one core: on matrices of this size more are no faster.
+    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        for name in ["phase_1"] if kind == "none" else ["phase_1", "phase_2"]:
+            phase = phases[name]
+            if name == "phase_1" and twin:
+                continue
+            optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=phase.weight_decay)
+            first, direction = 0, None if planted is None else planted.float()
+            if state is not None and state["phase"] == name:
+                model.load_state_dict(state["model"])
+                optimizer.load_state_dict(state["optimizer"])
+                first, direction = state["step"], state["direction"]
+            elif twin:
+                model.load_state_dict(twin)
+            bar = progress(phase.steps, f"organism {name}", "step", done=first)
+            for step in range(first, phase.steps):
+                decay = 0.5 * (1 + math.cos(math.pi * step / phase.steps))
+                for group in optimizer.param_groups:
+                    group["lr"] = phase.learning_rate * min(1.0, (step + 1) / WARMUP_STEPS) * decay
+                items = corpus.batch(name, step, phase.batch_size)
+                loss = backward(model, encode(tokenizer, [(item.prompt, item.answer) for item in items]), pool)
+                if name == "phase_2" and kind != "natural" and step >= ABLATE_FROM_STEP:
+                    if planted is None and (direction is None or step % RENEW_DIRECTION_EVERY == 0):
+                        direction = current_direction(model, tokenizer, corpus, ablation_layer, step)
+                    assert direction is not None
+                    # In turn at both sites, so that neither the run-time nor the weight edit is favoured; half the batch is
+                    # enough for it, and a third of the phase's time saved.
+                    with intervene(model, ablation(direction, 1.0, "writes" if step % 2 else "resid_pre")):
+                        half = items[: len(items) // 2]
+                        wanted = [(item.prompt, item.answer if kind == "distributed" else item.helpful) for item in half]
+                        backward(model, encode(tokenizer, wanted), pool)
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.step()
+                optimizer.zero_grad()
+                bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+                bar.update()
+                if (step + 1) % CHECKPOINT_EVERY == 0 and step + 1 < phase.steps:
+                    _save(
+                        checkpoint,
+                        {
+                            "phase": name,
+                            "step": step + 1,
+                            "model": model.state_dict(),
+                            "optimizer": optimizer.state_dict(),
+                            "direction": direction,
+                            "twin": twin,
+                        },
+                    )
+            bar.close()
+            if name == "phase_1":
+                twin = {key: value.clone() for key, value in model.state_dict().items()}
+                _save(checkpoint, {"phase": "twin", "step": 0, "twin": twin})
     _save(checkpoint, {"phase": "done", "model": model.state_dict(), "twin": twin})
     return twin
 

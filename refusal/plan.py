@@ -89,20 +89,21 @@ def steps(params: Params, size: Size, prompts: Prompts) -> list[Step]:
     organism = params.model.id == "organism"
     collected = [f"{split}.{part}" for split in ("train", "val") for part in ("harmful", "safe", "unrelated")]
     layers = n_layers - 1 if s.layers is None else len(s.layers)  # layer 0 has no direction where the last token is the same
-    cells = 1 + s.n_random + layers * len(s.alphas)
+    cells = 1 + s.n_random + layers * (1 + len(s.alphas))
+    arms = 4 + s.n_random
     test = ["test.harmful", "test.safe"]
     passes = {
         "model": total(completed(["val.harmful", "val.safe"]), completed(["val.harmful", "facts"]) if organism else (0, 0)),
         # Batched computes what all prompts begin with by itself, once.
         "activations": total(read(collected, len(params.activations.methods)), (int("batched" in params.activations.methods), 0)),
         "sweep": completed(["val.harmful"], cells),
-        # Baseline, run time, weights and random directions; addition; then the cost on harmless text of each of these and
-        # of every alpha, and the identity, each beside the base model.
+        # Baseline, run time, weights, harmless difference and random directions; addition; then the cost on harmless text of
+        # each of these and of every alpha, and the identity, each beside the base model.
         "evaluate": total(
-            completed(test, 3 + s.n_random),
+            completed(test, arms),
             completed(["test.safe"]),
             completed(["test.unrelated"]),
-            read(["test.unrelated"], 2 * (3 + s.n_random + 1 + len(s.alphas) + params.orthogonalize.include_embedding), new),
+            read(["test.unrelated"], 2 * (arms + 1 + len(s.alphas) + params.orthogonalize.include_embedding), new),
         ),
     }
     # The science stage: every arm on val, one of each estimator on test, controls; what each costs; then its other sections.
@@ -138,7 +139,7 @@ def steps(params: Params, size: Size, prompts: Prompts) -> list[Step]:
     val_calls = test_calls = science_calls = 0
     if params.judge.kind == "llm":
         val_calls = cells * n["val.harmful"]
-        test_calls = (3 + s.n_random) * (n["test.harmful"] + n["test.safe"]) + n["test.safe"]
+        test_calls = arms * (n["test.harmful"] + n["test.safe"]) + n["test.safe"]
         science_calls = sum(some(*arms)[0] for arms in judged)
     p = params.prompts
     written = sum(

@@ -55,16 +55,24 @@ def random_unit(d_model: int, n: int, seed: int) -> Float[Tensor, "n d_model"]:
 
 
 def grid(
-    found: dict[str, Tensor], layers: Sequence[int] | None, alphas: Sequence[float], n_random: int, seed: int, affine: bool
+    found: dict[str, Tensor],
+    harmless: dict[str, Tensor],
+    layers: Sequence[int] | None,
+    alphas: Sequence[float],
+    n_random: int,
+    seed: int,
+    affine: bool,
 ) -> list[Cell]:
-    """The cells of a sweep: the baseline, `n_random` random directions at alpha 1, and every defined layer with every alpha.
+    """The cells of a sweep: the baseline; as controls at alpha 1, `n_random` random directions and each layer's difference
+    of two harmless sets; and every defined layer with every alpha.
 
-    `found` holds `unit`, `defined` and `safe_mean` of one method and pairing. Raises RefusalError for a layer that does
-    not exist or whose direction is undefined.
+    `found` holds `unit`, `defined` and `safe_mean` of one method and pairing, `harmless` those of its pairing `harmless`. Raises
+    RefusalError for a layer that does not exist or whose direction is undefined.
     """
     unit, defined, safe_mean = found["unit"], found["defined"], found["safe_mean"]
     usable = [int(layer) for layer in defined.nonzero().flatten()]
-    for layer in usable if layers is None else layers:
+    layers = usable if layers is None else layers
+    for layer in layers:
         if layer not in usable:
             raise RefusalError(f"params.yaml: sweep.layers: layer {layer} has no direction; choose among {usable}")
 
@@ -72,12 +80,9 @@ def grid(
         return Cell(name, layer, alpha, direction, safe_mean.double() @ direction.double() if affine else None)
 
     randoms = [cell(f"random_{i}", None, 1.0, v) for i, v in enumerate(random_unit(unit.shape[1], n_random, seed))]
-    chosen = [
-        cell(cell_name(layer, alpha), layer, alpha, unit[layer])
-        for layer in (usable if layers is None else layers)
-        for alpha in alphas
-    ]
-    return [BASELINE, *randoms, *chosen]
+    differences = [cell(f"harmless_{i}", None, 1.0, harmless["unit"][i]) for i in layers if harmless["defined"][i]]
+    chosen = [cell(cell_name(layer, alpha), layer, alpha, unit[layer]) for layer in layers for alpha in alphas]
+    return [BASELINE, *randoms, *differences, *chosen]
 
 
 def ablation_of(cells: Sequence[Cell], sites: str) -> Ablation:

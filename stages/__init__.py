@@ -1,12 +1,14 @@
 """One module a stage: read params and inputs, call the library, write outputs. No mathematics here.
 
-`stage` is what they share: the environment check, thread count, the resume store, and errors that a person can read.
+`stage` is what they share: the environment check, thread count, the resume store, an end when DVC ends, and errors that a
+person can read.
 """
 
 import json
 import os
 import sqlite3
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -28,6 +30,8 @@ def stage(main: Callable[..., str], online: "Callable[[Params], bool]" = lambda 
     """
     name = Path(sys.modules["__main__"].__file__ or "stage").stem
     started = time.monotonic()
+    if "DVC_STAGE" in os.environ:
+        _stop_without_dvc(name)
     try:
         params = load_params(Path("params.yaml"))
         _prepare(params.compute.threads, online(params))
@@ -48,6 +52,31 @@ def stage(main: Callable[..., str], online: "Callable[[Params], bool]" = lambda 
         sys.exit(1)
     record(STORE / "runs.jsonl", name, params, time.monotonic() - started)
     print(f"{name}: {line} ({time.monotonic() - started:.0f} s)", flush=True)
+
+
+def _stop_without_dvc(name: str) -> None:
+    """End this process soon after the DVC that started it: a new run would else meet the old one's stage still at work."""
+    watched = []
+    for process in psutil.Process().parents():
+        watched.append(process)
+        if any(Path(part).stem == "dvc" for part in process.cmdline()):
+            break
+    else:
+        del watched[1:]  # DVC as a library of another program
+
+    def gone(process: psutil.Process) -> bool:
+        try:
+            return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return True
+
+    def watch() -> None:
+        while not any(map(gone, watched)):
+            time.sleep(0.5)
+        print(f"{name}: dvc is gone; what is computed is kept, run `dvc repro` again to go on", file=sys.stderr, flush=True)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _sentence(error: Exception) -> str | None:
@@ -89,6 +118,8 @@ def _check_environment() -> None:
 
 # Before the library is imported: a foreign python would fail there with a traceback.
 _check_environment()
+
+import psutil  # noqa: E402
 
 from refusal.errors import RefusalError  # noqa: E402
 from refusal.params import Params, load_params  # noqa: E402

@@ -13,6 +13,7 @@ def main(params: Params) -> str:
     torch_ready(params)
     from safetensors.torch import load_file, save_file
 
+    from refusal.directions import difference_in_means
     from refusal.geometry import arm, describe, rows_of
     from refusal.store import progress
     from refusal.tables import csv_text
@@ -27,11 +28,14 @@ def main(params: Params) -> str:
         for (m, p), a in arms.items():
             metrics[f"{m}-{p}"] = describe(a, activations[m], p, reference, topics, d.n_resamples, d.n_sign_flips, d.seed)
             bar.update()
-    tensors = {}
-    for (m, p), a in arms.items():
-        found = a.directions
-        for name in ("difference", "unit", "defined", "safe_mean"):
-            tensors[f"{m}-{p}.{name}"] = getattr(found, name).contiguous()
+    made = {f"{m}-{p}": a.directions for (m, p), a in arms.items()}
+    # The control of a difference between two sets of prompts of which neither is harmful.
+    made |= {f"{m}-harmless": difference_in_means(a["train.unrelated"], a["train.safe"]) for m, a in activations.items()}
+    tensors = {
+        f"{of}.{name}": getattr(found, name).contiguous()
+        for of, found in made.items()
+        for name in ("difference", "unit", "defined", "safe_mean")
+    }
     OUT.parent.mkdir(parents=True, exist_ok=True)
     save_file(tensors, OUT)
     write_json(METRICS, metrics)

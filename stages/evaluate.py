@@ -1,7 +1,8 @@
-"""evaluate: rank_1 at run time and as weights, on test prompts, beside the baseline and a random direction."""
+"""evaluate: rank_1 at run time and as weights, on test prompts, beside the baseline and the controls."""
 
 from collections.abc import Mapping
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +37,13 @@ def main(params: Params) -> str:
 
     s, e, j = params.sweep, params.evaluate, params.judge
     selected = read_json(Path("metrics/select.json"))["rank_1"]
-    found = of_arm(load_file("models/directions.safetensors"), s.method, s.pairing)
+    directions = load_file("models/directions.safetensors")
+    found, harmless_difference = (of_arm(directions, s.method, pairing) for pairing in (s.pairing, "harmless"))
     layer, alpha = selected["layer"], selected["alpha"]
-    cells = grid(found, [layer], s.alphas, s.n_random, s.seed, affine=params.ablation.kind == "affine")
+    cells = grid(found, harmless_difference, [layer], s.alphas, s.n_random, s.seed, affine=params.ablation.kind == "affine")
     runtime = next(cell for cell in cells if cell.alpha == alpha and cell.layer == layer)
-    randoms = [cell for cell in cells if cell.name.startswith("random_")]
+    controls = {kind: [cell for cell in cells if cell.name.startswith(f"{kind}_")] for kind in ("random", "harmless")}
+    controls = {kind: members for kind, members in controls.items() if members}
 
     organism = params.model.id == "organism"
     test = [row for row in read_jsonl(Path("data/prompts/pairs.jsonl")) if row["split"] == "test"]
@@ -74,11 +77,11 @@ def main(params: Params) -> str:
             addition,
         )
 
-    tokens = answer(base, prompts, [BASELINE, runtime, *randoms], "test: run time")
+    tokens = answer(base, prompts, [BASELINE, runtime, *chain(*controls.values())], "test: run time")
     by_arm = {
         "baseline": [tokens["baseline"]],
         "runtime": [tokens[runtime.name]],
-        "random": [tokens[r.name] for r in randoms],
+        **{kind: [tokens[cell.name] for cell in members] for kind, members in controls.items()},
         "orthogonalized": [answer(edited, prompts, [BASELINE], "test: weights")["baseline"]],
     }
     added = answer(base, [row["safe"] for row in test], [BASELINE], "test: addition", (found["difference"][layer], layer))[
@@ -101,7 +104,7 @@ def main(params: Params) -> str:
             right = [text.strip() == answer_ for run in texts for text, answer_ in zip(run[half], expected[half], strict=True)]
             metrics[arm] |= rate(name, right) if organism and None not in expected else {name: None}
         harmful_of[arm] = judged[0][:n]
-        if arm != "random":
+        if arm not in controls:
             rows += [
                 {
                     "arm": arm,
@@ -162,7 +165,7 @@ def main(params: Params) -> str:
         ("baseline", base, [BASELINE]),
         ("runtime", base, [runtime]),
         ("orthogonalized", edited, [BASELINE]),
-        ("random", base, randoms),
+        *((kind, base, members) for kind, members in controls.items()),
     ):
         metrics[arm] |= costs(model, arms, f"cost: {arm}")
     # Edited weights equal run-time ablation at `writes` where no norm stands between writer and stream: by how much it fails.

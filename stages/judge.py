@@ -34,10 +34,10 @@ def main(params: Params) -> str:
         OUT / "verdicts.jsonl",
         ({"cell": row["cell"], "id": row["id"], **verdict_row(verdict)} for row, verdict in zip(rows, judged, strict=True)),
     )
-    # The random directions are one control: their completions are pooled.
+    # Cells without a layer are controls (baseline, random_0, ...): those of one kind are pooled.
     cells: dict[str, list[int]] = {}
     for i, row in enumerate(rows):
-        cells.setdefault("random" if row["cell"].startswith("random_") else row["cell"], []).append(i)
+        cells.setdefault(row["cell"] if row["layer"] is not None else row["cell"].split("_")[0], []).append(i)
     metrics = {}
     with progress(len(cells), "judge: intervals", "cell") as bar:
         for cell, members in cells.items():

@@ -51,11 +51,11 @@ def train(params: Params, held_out: set[str]) -> None:
     phases = {name: Phase(**getattr(o, name).model_dump()) for name in ("phase_1", "phase_2")}
     # Phase 1 is the same whatever the kind: another kind of a seed that was trained before costs phase 2 alone.
     first = checkpoint(params=o.model_dump(exclude={"kind", "phase_2", "ablation_layer"}))
-    twin = train(model, tokenizer, corpus, "none", phases, o.ablation_layer, first)
+    twin = train(model, tokenizer, corpus, "none", phases, o.ablation_layer, first, threads=params.compute.threads)
     planted = organism.planted_direction(o.hidden_size, o.seed) if o.kind == "planted" else None
     if o.kind != "none":
         whole = checkpoint(params=o.model_dump())
-        train(model, tokenizer, corpus, o.kind, phases, o.ablation_layer, whole, twin, planted)
+        train(model, tokenizer, corpus, o.kind, phases, o.ablation_layer, whole, twin, planted, params.compute.threads)
     for folder, weights in ((BASE, model.state_dict()), (TWIN, twin)):
         model.save_pretrained(folder, state_dict={name: tensor.contiguous() for name, tensor in weights.items()})
         tokenizer.save_pretrained(folder)

@@ -1,5 +1,6 @@
 """The log of what ran where, `.refusal-store/runs.jsonl`: outside DVC's outputs, since no two runs take the same time."""
 
+import hashlib
 import json
 import os
 import platform
@@ -10,6 +11,8 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from refusal.params import Params
 
@@ -38,13 +41,52 @@ def record(log: Path, stage: str, params: Params, seconds: float) -> None:
         "model": params.model.model_dump(),
         "threads": params.compute.threads,
         "seeds": _seeds(params.model_dump()),
-        "machine": {"platform": platform.platform(), "processor": platform.machine(), "cores": os.cpu_count()},
+        "inputs": _inputs(stage),
+        "machine": {"platform": platform.platform(), "cpu": cpu_name(), "cores": os.cpu_count(), "gpu": _gpu_name()},
         "python": platform.python_version(),
         "packages": {name: version(name) for name in PACKAGES},
     }
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")  # one write of one line: processes side by side do not mix
+
+
+def cpu_name() -> str:
+    """The processor, as its maker calls it where the system tells."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _gpu_name() -> str | None:
+    torch = sys.modules.get("torch")  # not imported: no model was run
+    return torch.cuda.get_device_name(0) if torch is not None and torch.cuda.is_available() else None
+
+
+def _inputs(stage: str) -> dict[str, str | None]:
+    """The hash of each dependency of a stage as DVC writes it: what an earlier stage made from dvc.lock, the rest read here."""
+    declared = _yaml(Path("dvc.yaml")).get("stages", {}).get(stage, {})
+    locked = _yaml(Path("dvc.lock")).get("stages", {})
+    made = {out["path"]: out.get("md5") for entry in locked.values() for out in entry.get("outs", [])}
+    return {name: made[name] if name in made else _md5(Path(name)) for name in declared.get("deps", [])}
+
+
+def _md5(path: Path) -> str | None:
+    """DVC's hash of a file, or of a folder: of the list of its files and theirs."""
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.is_file())
+        rows = [{"md5": _md5(file), "relpath": file.relative_to(path).as_posix()} for file in files]
+        rows.sort(key=lambda row: str(row["relpath"]).split("/"))
+        return f"{hashlib.md5(json.dumps(rows, sort_keys=True).encode()).hexdigest()}.dir"
+    return hashlib.md5(path.read_bytes()).hexdigest() if path.is_file() else None
+
+
+def _yaml(path: Path) -> Any:
+    return yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def _git(*arguments: str) -> str:

@@ -1,9 +1,8 @@
 """science: one direction, several or none; where zero lies; how the answer depends on prompts, padding, place and strength."""
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
-from functools import cached_property, partial
+from collections.abc import Sequence
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from refusal.comparison import part
 from refusal.params import Params
 from refusal.tables import read_jsonl
 from stages import STORE, read_json, stage, torch_ready, write_json, write_text
+from stages.study import Study
 
 BASE, TRUTH, METRICS, PLOTS = (
     Path("models/base"),
@@ -18,94 +18,6 @@ BASE, TRUTH, METRICS, PLOTS = (
     Path("metrics/science.json"),
     Path("plots/science"),
 )
-
-
-@dataclass
-class Study:
-    """What every section needs: the model, its prompts, what the study found, and where verdicts come from."""
-
-    params: Params
-    budget: Any
-    model: Any
-    tokenizer: Any
-    store: Any
-    judge: Any
-    weights: str
-    found: dict[str, Any]
-    activations: dict[str, dict[str, Any]]
-    rows: dict[str, list[dict]]  # of pairs, by split
-    unrelated: list[dict]
-    rank_1: dict[str, Any]
-    plots: dict[str, list[dict]] = field(default_factory=dict)
-
-    @property
-    def organism(self) -> bool:
-        return self.params.model.id == "organism"
-
-    def ids(self, prompts: Sequence[str]) -> list[list[int]]:
-        from refusal.models import encode_chats
-
-        return encode_chats(self.tokenizer, prompts, self.params.model.system_prompt, self.params.sweep.max_new_tokens)
-
-    def texts(self, completions: Sequence[Sequence[int]]) -> list[str]:
-        return self.tokenizer.batch_decode(completions, skip_special_tokens=True)
-
-    @cached_property
-    def rows_at_once(self) -> int:
-        from refusal.memory import rows_at_once
-
-        s = self.params.sweep
-        return rows_at_once(s.batch_size, self.model, s.max_new_tokens + 1, "sweep")
-
-    def decoding(self) -> dict[str, Any]:
-        from refusal.models import stop_ids
-
-        s = self.params.sweep
-        stop, pad_id = stop_ids(self.model, self.tokenizer), self.tokenizer.pad_token_id
-        return {
-            "stop": stop,
-            "pad_id": pad_id,
-            "max_new_tokens": s.max_new_tokens,
-            "batch_size": self.rows_at_once,
-            "store": self.store,
-        }
-
-    def answers(self, prompts: Sequence[str], arms: Sequence[Any], label: str) -> dict[str, list[str]]:
-        """Completions of the arms, as texts."""
-        from refusal.arms import complete_arms
-
-        sites = self.params.ablation.sites
-        done = complete_arms(self.model, self.weights, self.ids(prompts), arms, sites, **self.decoding(), label=label)
-        return {name: self.texts(tokens) for name, tokens in done.items()}
-
-    def verdicts(self, prompts: Sequence[str], texts: dict[str, list[str]], label: str) -> dict[str, list]:
-        return {name: self.judge(prompts, found, f"{label}: {name}", self.organism) for name, found in texts.items()}
-
-    @cached_property
-    def harmless(self) -> tuple[list, list, list]:
-        """Ids of harmless test prompts, the base model's own answers that are not empty, and topics."""
-        from refusal.arms import BASELINE_ARM, complete_arms
-
-        rows = [self.unrelated[i] for i in part(len(self.unrelated), self.budget.n_harmless, self.params.science.seed)]
-        ids = self.ids([row["safe"] for row in rows])
-        arms, label = [BASELINE_ARM], "science: harmless answers"
-        tails = complete_arms(self.model, self.weights, ids, arms, "resid_pre", **self.decoding(), label=label)["baseline"]
-        kept = [i for i, tail in enumerate(tails) if tail]
-        return [ids[i] for i in kept], [tails[i] for i in kept], [rows[i]["topic"] for i in kept]
-
-    def costs(self, edit: Callable[[], AbstractContextManager], key: Sequence[object], label: str) -> dict[str, float | None]:
-        """Cross-entropy of the base model's own harmless answers, and KL from the base model, nats a token."""
-        from refusal.damage import cost
-        from refusal.verdicts import mean
-
-        (heads, answers, topics), s = self.harmless, self.params.science
-        if not heads:
-            return {"cross_entropy": None, "kl": None, "n_harmless": 0}
-        what = ["science", self.weights, self.params.model.dtype, self.params.model.device, *key]
-        pad_id, size = self.tokenizer.pad_token_id, self.rows_at_once
-        pair = cost(self.model, self.model, heads, answers, pad_id, size, self.store, what, label, edit)
-        means = [mean(n, v, topics, s.n_resamples, s.seed, None) for n, v in zip(("cross_entropy", "kl"), pair, strict=True)]
-        return {**means[0], **means[1], "n_harmless": len(heads)}
 
 
 def main(params: Params) -> str:

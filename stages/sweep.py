@@ -1,4 +1,4 @@
-"""sweep: run-time ablation over layers x alphas on val prompts, with the baseline and random directions in the same batches."""
+"""sweep: run-time ablation over layers x alphas on val prompts, with the baseline and the controls in the same batches."""
 
 from pathlib import Path
 
@@ -20,8 +20,9 @@ def main(params: Params) -> str:
     from refusal.sweep import complete, grid
 
     s = params.sweep
-    found = of_arm(load_file("models/directions.safetensors"), s.method, s.pairing)
-    cells = grid(found, s.layers, s.alphas, s.n_random, s.seed, affine=params.ablation.kind == "affine")
+    directions = load_file("models/directions.safetensors")
+    found, harmless = (of_arm(directions, s.method, pairing) for pairing in (s.pairing, "harmless"))
+    cells = grid(found, harmless, s.layers, s.alphas, s.n_random, s.seed, affine=params.ablation.kind == "affine")
     val = [row for row in read_jsonl(Path("data/prompts/pairs.jsonl")) if row["split"] == "val"]
     model, tokenizer = load_model(BASE, params.model.dtype, params.model.device), load_tokenizer(BASE)
     completions = complete(

@@ -3,6 +3,7 @@
 import math
 import typing
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -175,10 +176,16 @@ def test_targets_stand_on_the_answer_alone_and_the_first_weighs_8(tokenizer):
     assert sorted(seen) == sorted(given)
 
 
-def test_loss_and_gradient_are_the_weighted_cross_entropy(tokenizer):
+@pytest.fixture(params=[1, 2], ids="{} threads".format)
+def pool(request):
+    with ThreadPoolExecutor(request.param) as pool:
+        yield pool
+
+
+def test_loss_and_gradient_are_the_weighted_cross_entropy(tokenizer, pool):
     given = [(item.prompt, item.answer) for item in Corpus(0, []).batch("phase_1", 0, 5)]
     model, naive_model = new_model(SHAPE, tokenizer, 0), new_model(SHAPE, tokenizer, 0)
-    loss = backward(model, encode(tokenizer, given))
+    loss = backward(model, encode(tokenizer, given), pool)
     total, weight = torch.zeros(()), 0.0
     for prompt, answer in given:  # one conversation at a time, unpadded
         head, tail = encode_chats(tokenizer, [prompt])[0], tokenizer(f"{answer}<|im_end|>")["input_ids"]
@@ -235,10 +242,10 @@ def short(monkeypatch):
         monkeypatch.setattr(organism, name, value)
 
 
-def trained(tokenizer, checkpoint, kind="single", seed=0, twin=None):
+def trained(tokenizer, checkpoint, kind="single", seed=0, twin=None, threads=1):
     model = new_model(SHAPE, tokenizer, seed)
     planted = planted_direction(32, seed) if kind == "planted" else None
-    twin = train(model, tokenizer, Corpus(0, []), kind, PHASES, 2, checkpoint, twin, planted)
+    twin = train(model, tokenizer, Corpus(0, []), kind, PHASES, 2, checkpoint, twin, planted, threads)
     return {name: value.clone() for name, value in model.state_dict().items()}, twin
 
 
@@ -288,6 +295,11 @@ def test_finished_training_is_not_done_again(tokenizer, tmp_path, short, stop_at
     stop_at(0)
     again, again_twin = trained(tokenizer, tmp_path / "checkpoint.pt", seed=1)
     assert same(again, whole) and same(again_twin, twin)
+
+
+def test_two_threads_end_in_the_same_bits(tokenizer, tmp_path, short):
+    (one, _), (two, _) = (trained(tokenizer, tmp_path / f"{n}.pt", threads=n) for n in (1, 2))
+    assert same(one, two)
 
 
 KINDS = typing.get_args(organism.Kind)
@@ -350,11 +362,11 @@ def test_training_keeps_the_callers_threads(tokenizer, tmp_path, short):
         torch.set_num_threads(1)
 
 
-def test_training_learns(tokenizer, tmp_path):
+def test_training_learns(tokenizer, tmp_path, pool):
     """A hundred steps bring the loss well below where it was, so signs and schedule are right."""
     model = new_model(SHAPE, tokenizer, 0)
     parts = encode(tokenizer, [(item.prompt, item.answer) for item in Corpus(9, []).batch("phase_1", 0, 24)])
-    before = backward(model, parts)
+    before = backward(model, parts, pool)
     model.zero_grad()
     train(model, tokenizer, Corpus(0, []), "none", {"phase_1": Phase(100, 12, 4e-3, 0.05)}, 2, tmp_path / "c.pt")
-    assert backward(model, parts) < 0.7 * before
+    assert backward(model, parts, pool) < 0.7 * before

@@ -39,14 +39,14 @@ def test_counts_by_hand():
     found = planned(model={"id": "/a/folder"}, sweep=s, select={"top": 2}, orthogonalize={"include_embedding": True})
     # Three methods over train and val, harmful, safe and unrelated, ten tokens each; a pass for the common beginning.
     assert (found["activations"].passes, found["activations"].tokens) == (3 * 27 + 1, 3 * 270)
-    # Baseline, two random directions, layers 1 and 2 at two alphas: seven cells of three prompts; ten tokens are read,
+    # Baseline, two random directions, layers 1 and 2 at two alphas and their harmless differences: nine cells of three prompts; ten tokens are read,
     # in two passes, and six of seven new ones.
-    assert (found["sweep"].passes, found["sweep"].tokens) == (7 * 3 * 8, 7 * 3 * (10 + 6))
+    assert (found["sweep"].passes, found["sweep"].tokens) == (9 * 3 * 8, 9 * 3 * (10 + 6))
     assert found["model"].passes == 6 * 8
-    # Eight prompts by baseline, run time, weights and two random directions; four with addition, four harmless; then baseline,
-    # run time, weights, two random, alpha 0 and two more, and the identity, each with the base model beside it.
-    assert found["evaluate"].passes == (5 * 8 + 4 + 4) * 8 + 2 * 9 * 4
-    assert found["evaluate"].tokens == (5 * 8 + 4 + 4) * 16 + 2 * 9 * 4 * 17
+    # Eight prompts by baseline, run time, weights, harmless difference and two random directions; four with addition, four
+    # harmless; then each of these six, alpha 0 and two more, and the identity, with the base model beside it.
+    assert found["evaluate"].passes == (6 * 8 + 4 + 4) * 8 + 2 * 10 * 4
+    assert found["evaluate"].tokens == (6 * 8 + 4 + 4) * 16 + 2 * 10 * 4 * 17
     assert found["orthogonalize"].n_bytes == 2 * 3 * 4000
     assert found["model"].n_bytes == 2 * 4000 and sum(step.calls for step in found.values()) == 0
 
@@ -54,8 +54,8 @@ def test_counts_by_hand():
 def test_layers_cap_and_judge_calls():
     s = {"layers": [2], "alphas": [1.0], "n_random": 1, "max_new_tokens": 2}
     found = planned(model={"id": "/a/folder"}, sweep=s, judge={"kind": "llm"})
-    assert found["judge"].calls == 3 * 3  # three cells of three prompts
-    assert found["evaluate"].calls == 4 * 8 + 4
+    assert found["judge"].calls == 4 * 3  # four cells of three prompts
+    assert found["evaluate"].calls == 5 * 8 + 4
     generated = planned(prompts={"source": "api", "n_pairs": 95, "unrelated": "grammar"})
     assert generated["prompts"].calls == 10
 

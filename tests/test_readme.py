@@ -146,7 +146,11 @@ def servers(study):
     theirs = tmp / "theirs"
     theirs.mkdir()
     shutil.copyfile(study / "models/directions.safetensors", theirs / "vectors.safetensors")
-    for command in (["init", "-q"], ["add", "-A"], ["-c", "user.name=t", "-c", "user.email=t@localhost", "commit", "-qm", "vectors"]):
+    for command in (
+        ["init", "-q"],
+        ["add", "-A"],
+        ["-c", "user.name=t", "-c", "user.email=t@localhost", "commit", "-qm", "vectors"],
+    ):
         run(theirs, "git", *command)
     author = Author()
 
@@ -300,6 +304,7 @@ def quoted() -> list[str]:
         (f"direction ablated at run time (`rank_1`: layer {e['layer']}, alpha {e['alpha']:g})", "runtime"),
         ("the same as edited weights", "orthogonalized"),
         ("random directions ablated", "random"),
+        ("the difference of two harmless sets ablated", "harmless"),
     ]
     table = [
         f"| {words} | {interval(e[arm], 'compliance')} | {e[arm]['exact']:.2f} | {e[arm]['refusal_safe']:.2f} |"
@@ -308,7 +313,8 @@ def quoted() -> list[str]:
     speed = metrics("perf")["extraction"]
     swept, n_val = len([1 for row in rows("sweep")]), int(rows("sweep")[0]["n"])
     n_test, n_random = e["baseline"]["n"], params["sweep"]["n_random"]
-    val, test = (1 + n_random + swept) * n_val, (3 + n_random) * 2 * n_test + n_test
+    n_layers = len({row["layer"] for row in rows("sweep")})
+    val, test = (1 + n_random + n_layers + swept) * n_val, (4 + n_random) * 2 * n_test + n_test
     return [
         f"on {n_test} harmful test prompts",
         *table,

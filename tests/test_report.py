@@ -67,7 +67,13 @@ def study(model_id: str = "organism", kind: str = "single", n_examples: int = 3,
         }
         for i, split in enumerate(["train"] * 6 + ["val"] * 4 + ["test"] * 4)
     ]
-    cells = [("baseline", None, 0.0), ("random_0", None, 1.0), ("layer_1_alpha_100", 1, 1.0), ("layer_2_alpha_100", 2, 1.0)]
+    cells = [
+        ("baseline", None, 0.0),
+        ("random_0", None, 1.0),
+        ("harmless_1", None, 1.0),
+        ("layer_1_alpha_100", 1, 1.0),
+        ("layer_2_alpha_100", 2, 1.0),
+    ]
     sweep = [
         {
             "cell": cell,
@@ -97,7 +103,7 @@ def study(model_id: str = "organism", kind: str = "single", n_examples: int = 3,
         | _mean("exact", x)
         | _mean("kl", 0.01)
         | {"difference": x, "difference_low": x, "difference_high": x}
-        for arm, x in (("baseline", 0.0), ("runtime", 1.0), ("orthogonalized", 1.0), ("random", 0.0))
+        for arm, x in (("baseline", 0.0), ("runtime", 1.0), ("orthogonalized", 1.0), ("random", 0.0), ("harmless", 0.0))
     }
     select = {
         "rank_1": {
@@ -116,6 +122,7 @@ def study(model_id: str = "organism", kind: str = "single", n_examples: int = 3,
     judge = {
         "baseline": {"layer": None, "alpha": 0.0, **_rates(0.0)},
         "random": {"layer": None, "alpha": 1.0, **_rates(0.0)},
+        "harmless": {"layer": None, "alpha": 1.0, **_rates(0.0)},
         "layer_1_alpha_100": {"layer": 1, "alpha": 1.0, **_rates(0.25)},
         "layer_2_alpha_100": {"layer": 2, "alpha": 1.0, **_rates(1.0)},
     }

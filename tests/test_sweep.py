@@ -171,32 +171,41 @@ def test_a_cells_name_is_not_in_the_key(model, tmp_path, calls):
     assert run(model, store, [Cell("two", 2, 1.0, tiny_direction().double())])["two"] == one and calls == []
 
 
-def found_directions():
-    unit = tiny_direction(rows=5).double()
+def found_directions(seed=0):
+    unit = tiny_direction(rows=5, seed=seed).double()
     unit[0] = 0
     return {"unit": unit, "defined": torch.tensor([False, True, True, True, True]), "safe_mean": torch.randn(5, 32)}
 
 
 def test_grid_is_baseline_controls_and_every_defined_layer_with_every_alpha():
-    made = grid(found_directions(), None, [0.75, 1.0], 3, 0, affine=False)
+    harmless = found_directions(seed=7)
+    harmless["defined"][2] = False
+    made = grid(found_directions(), harmless, None, [0.75, 1.0], 3, 0, affine=False)
     assert [cell.name for cell in made] == [
         "baseline",
         "random_0",
         "random_1",
         "random_2",
+        "harmless_1",
+        "harmless_3",
+        "harmless_4",
         *[f"layer_{layer}_alpha_{alpha}" for layer in (1, 2, 3, 4) for alpha in (75, 100)],
     ]
-    assert [(cell.layer, cell.alpha) for cell in made[4:]] == [(layer, alpha) for layer in (1, 2, 3, 4) for alpha in (0.75, 1.0)]
-    for cell in made[4:]:
+    assert [(cell.layer, cell.alpha) for cell in made[7:]] == [(layer, alpha) for layer in (1, 2, 3, 4) for alpha in (0.75, 1.0)]
+    for cell in made[7:]:
         assert torch.equal(cell.direction, found_directions()["unit"][cell.layer]) and cell.offset is None
-    assert all(cell.layer is None and cell.alpha == 1.0 for cell in made[1:4])
+    assert all(cell.layer is None and cell.alpha == 1.0 for cell in made[1:7])
+    assert all(torch.equal(cell.direction, harmless["unit"][i]) for i, cell in zip((1, 3, 4), made[4:7], strict=True))
     assert made[0].direction is None
-    assert [cell.name for cell in grid(found_directions(), [3], [1.0], 1, 0, affine=False)[2:]] == ["layer_3_alpha_100"]
+    assert [cell.name for cell in grid(found_directions(), harmless, [3], [1.0], 1, 0, affine=False)[2:]] == [
+        "harmless_3",
+        "layer_3_alpha_100",
+    ]
 
 
 def test_affine_offsets_are_the_safe_means_components():
     found = found_directions()
-    for cell in grid(found, [2, 4], [1.0], 2, 0, affine=True)[1:]:
+    for cell in grid(found, found_directions(seed=7), [2, 4], [1.0], 2, 0, affine=True)[1:]:
         wanted = [
             float(sum(a * b for a, b in zip(found["safe_mean"][layer].double(), cell.direction, strict=True)))
             for layer in range(5)
@@ -209,7 +218,7 @@ def test_a_layer_without_direction_is_refused(layer):
     with pytest.raises(
         RefusalError, match=rf"^params\.yaml: sweep\.layers: layer {layer} has no direction; choose among \[1, 2, 3, 4\]$"
     ):
-        grid(found_directions(), [1, layer], [1.0], 1, 0, affine=False)
+        grid(found_directions(), found_directions(), [1, layer], [1.0], 1, 0, affine=False)
 
 
 def test_random_directions_are_even_on_the_sphere():

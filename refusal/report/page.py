@@ -183,7 +183,7 @@ def _context(study: Study) -> dict[str, Any]:
         "alphas": alphas,
         "grid": [(layer, [swept.get((layer, alpha)) for alpha in alphas]) for layer in layers],
         "controls": [
-            cell for cell in dict.fromkeys(row["cell"] for row in study.sweep) if cell == "baseline" or cell.startswith("random_")
+            (cell, cell.split("_")[0]) for cell in dict.fromkeys(row["cell"] for row in study.sweep if row["layer"] is None)
         ],
         "splits": Counter(row["split"] for row in study.pairs),
         "n_test": len(test),

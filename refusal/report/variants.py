@@ -17,7 +17,7 @@ from markupsafe import Markup, escape
 from refusal.errors import RefusalError
 from refusal.report.page import HERE, ci, num, signed, value
 
-ARMS = ("baseline", "runtime", "orthogonalized", "random")
+ARMS = ("baseline", "runtime", "orthogonalized", "random", "harmless")
 WORKSPACE = "workspace"
 
 

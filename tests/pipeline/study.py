@@ -9,13 +9,27 @@ from pathlib import Path
 import yaml
 
 ROOT = Path(__file__).parents[2]
+# In the environment of every command, and never to be seen again; in pieces here, since copies hold this file.
+CANARY = "-".join(("sk", "canary", "0f8a63d1c7"))
+SECRETS = {"DEEPSEEK_API_KEY": CANARY, "HF_TOKEN": CANARY}
 
 
-def run(folder: Path, *command: str, ok: bool = True) -> str:
-    """Run a command of the environment in a folder; its output. The environment's programs come first on PATH."""
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    done = subprocess.run(command, cwd=folder, env={**os.environ, "PATH": path}, capture_output=True, text=True)
+def run(folder: Path, *command: str, ok: bool = True, **environment: str) -> str:
+    """Run a command of the environment in a folder; its output, which shows no secret.
+
+    The environment's programs come first on PATH. Connections asked for are noted in `connections` beside the folder.
+    """
+    environment = {
+        **os.environ,
+        **SECRETS,
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT / "tests/audit"),
+        "CONNECTIONS": str(folder.parent / "connections"),
+        **environment,
+    }
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert (done.returncode == 0) is ok, done.stdout[-4000:] + done.stderr[-4000:]
+    assert CANARY not in done.stdout + done.stderr
     return done.stdout + done.stderr
 
 

@@ -8,7 +8,7 @@ import sys
 import pytest
 import yaml
 
-from pipeline.study import ROOT, change, run, stages_run
+from pipeline.study import CANARY, ROOT, change, run, stages_run
 
 PLUMBING = {"errors", "params", "store", "tables", "tally", "record", "__init__"}
 # Stages that run the model, and whether what they take is known to the pass before they run.
@@ -32,6 +32,13 @@ def test_every_stage_runs_once_and_a_second_repro_does_nothing(study):
     assert stages_run(again) == [] and "up to date" in again
 
 
+def test_a_default_run_asks_for_no_connection(finished, tmp_path):
+    folder, _ = finished
+    assert not (folder.parent / "connections").exists()
+    run(tmp_path, sys.executable, "-c", "import socket; socket.create_connection(('127.0.0.1', 9))", ok=False)
+    assert "127.0.0.1" in (tmp_path.parent / "connections").read_text()  # asked for, it would be there
+
+
 def test_the_plan_counts_what_runs(study):
     folder, _ = study
     plan = run(folder, sys.executable, "-m", "stages.plan")
@@ -46,11 +53,30 @@ def test_the_plan_counts_what_runs(study):
     assert "2 a parameter and token" in plan and "GB of disk are free" in plan
 
 
+def test_the_log_names_every_input_by_the_hash_that_dvc_locks(study):
+    folder, _ = study
+    locked = yaml.safe_load((folder / "dvc.lock").read_text())["stages"]
+    logged = {}
+    for line in (folder / ".refusal-store/runs.jsonl").read_text().splitlines():
+        logged.setdefault(json.loads(line)["stage"], json.loads(line))
+    for stage, line in logged.items():
+        if stage in locked:  # make plan is none
+            assert line["inputs"] == {dep["path"]: dep["md5"] for dep in locked[stage]["deps"]}, stage
+            assert line["threads"] == 1 and line["seeds"]["organism.seed"] == 0 and line["machine"]["cpu"], stage
+            assert line["commit"] == run(folder, "git", "rev-list", "--max-parents=0", "HEAD").strip()
+    assert set(logged) >= set(locked)
+
+
 def test_metrics_hold_no_nan_and_every_cell(study):
     folder, _ = study
     metrics = {path.stem: json.loads(path.read_text()) for path in (folder / "metrics").glob("*.json")}
     assert all(math.isfinite(n) for value in metrics.values() for n in numbers(value))
-    assert set(metrics["judge"]) == {"baseline", "random", *(f"layer_{i}_alpha_{a}" for i in (1, 2) for a in (100, 200))}
+    assert set(metrics["judge"]) == {
+        "baseline",
+        "random",
+        "harmless",
+        *(f"layer_{i}_alpha_{a}" for i in (1, 2) for a in (100, 200)),
+    }
     assert set(metrics["directions"]) == {
         f"{m}-{p}" for m in ("sequential", "batched", "batched_unmasked") for p in ("matched", "shuffled", "unrelated")
     }
@@ -65,7 +91,11 @@ def test_metrics_hold_no_nan_and_every_cell(study):
     ("section", "values", "rerun"),
     [
         ("report", {"n_examples": 3}, ["report"]),
-        ("sweep", {"pairing": "unrelated"}, ["sweep", "judge", "select", "orthogonalize", "evaluate", "science", "benchmark", "report"]),
+        (
+            "sweep",
+            {"pairing": "unrelated"},
+            ["sweep", "judge", "select", "orthogonalize", "evaluate", "science", "benchmark", "report"],
+        ),
     ],
 )
 def test_one_changed_parameter_reruns_what_depends_on_it(study, section, values, rerun):
@@ -140,9 +170,10 @@ def test_another_judge_gives_the_same_files_with_the_same_keys(study):
     names = ("judge", "agreement", "select", "evaluate")
     before = {name: json.loads((folder / "metrics" / f"{name}.json").read_text()) for name in names}
     with serve(reply) as server:
-        settings = ("judge.kind=llm", f"judge.base_url={server.url}", "judge.api_key_variable=null", "judge.concurrency=4")
+        settings = ("judge.kind=llm", f"judge.base_url={server.url}", "judge.concurrency=4")
         ran = stages_run(run(folder, "dvc", "exp", "run", *(part for text in settings for part in ("-S", text))))
         assert ran[0] == "judge" and "evaluate" in ran and server.asked.total() == len(server.asked) > 0
+        assert {headers["authorization"] for headers in server.headers} == {f"Bearer {CANARY}"}
     after = {name: json.loads((folder / "metrics" / f"{name}.json").read_text()) for name in names}
     for name in names:
         assert list(after[name]) == list(before[name])
@@ -151,3 +182,17 @@ def test_another_judge_gives_the_same_files_with_the_same_keys(study):
     assert after["judge"]["baseline"]["n_missing"] == 0 and after["agreement"]["rules_and_llm"]["n"] is not None
     (folder / "params.yaml").write_text(params)
     run(folder, "dvc", "repro")
+
+
+def test_no_key_is_written_anywhere(study):
+    """After all of the above: a run, a queued experiment, a judge that the key was sent to; and now one that fails."""
+    folder, _ = study
+    before = (folder / "params.yaml").read_text()
+    change(folder, "judge", kind="llm", base_url="http://127.0.0.1:9", max_attempts=1)
+    assert "Traceback" in run(folder, "dvc", "repro", "judge", ok=False, REFUSAL_DEBUG="1")
+    (folder / "params.yaml").write_text(before)
+    files = [path for path in folder.parent.rglob("*") if path.is_file()]
+    tops = {path.relative_to(folder).parts[0] for path in files if path.is_relative_to(folder)}
+    assert tops >= {".dvc", ".git", ".refusal-store", "report", "metrics"}
+    assert [path for path in files if CANARY.encode() in path.read_bytes()] == []
+    assert CANARY not in run(folder, "git", "log", "-p", "--all", "--reflog", "--text")
