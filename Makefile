@@ -25,8 +25,9 @@ test: $(READY) ## set up and run the tests
 compare: $(READY) ## every variant beside the others: report/variants.html
 	set -o pipefail; dvc exp show --json | python -m refusal.report.variants report/variants.html metrics/evaluate.json
 
-picture: $(READY) ## the picture in the README, docs/result.svg, from committed figures
+picture: $(READY) ## the pictures in the README, docs/*.svg, from committed figures
 	python -m refusal.report.picture plots/separation.csv plots/sweep.csv metrics/evaluate.json docs/result.svg
+	python -m refusal.report.organisms metrics/organisms.json docs/organisms.svg
 
 plots: $(READY) ## every plot as one page, dvc_plots/index.html
 	dvc plots show

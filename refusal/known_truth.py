@@ -38,7 +38,11 @@ def figures(kind: str, model: Metrics, directions: Metrics, judge: Metrics, scie
         "separation_peak": found["peak_separation"],
         "cross_layer_cosine_mean": mean_between_layers(found["cross_layer_cosine"]),
         "zero": [None if row is None else row["zero"] for row in science["zero"]],
-        "by_layer": {"compliance": {str(c["layer"]): c["compliance"] for c in cells}, "n": judge["baseline"]["n"]},
+        "by_layer": {
+            "compliance": {str(c["layer"]): c["compliance"] for c in cells},
+            "separation": {str(c["layer"]): found["separation"][c["layer"]] for c in cells},
+            "n": judge["baseline"]["n"],
+        },
         "single": rates("rank_1") | {"layer": science["layer"]},
         "per_layer": rates("per_layer"),
         "planted": rates("planted") if planted else None,

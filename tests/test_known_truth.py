@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from refusal.known_truth import figures, mean_between_layers
+from refusal.report.organisms import picture
 
 ROOT = Path(__file__).parents[1]
 RATES = {"compliance": 0.5, "compliance_low": 0.4, "compliance_high": 0.6, "n": 100, "coherence": 1.0, "exact": 0.4, "kl": 0.01}
@@ -47,7 +48,7 @@ def study(kind):
         "layer_2_alpha_100": {"layer": 2, "compliance": 0.9},
     }
     cosines = [[None, None, None], [None, 1.0, 0.5], [None, 0.5, 1.0]]
-    directions = {"batched-matched": {"peak_separation": 7.0, "cross_layer_cosine": cosines}}
+    directions = {"batched-matched": {"peak_separation": 7.0, "separation": [None, 7.0, 5.0], "cross_layer_cosine": cosines}}
     return figures(kind, {"refusal_safe": 0.0, "facts_accuracy": 0.99}, directions, judge, science)
 
 
@@ -61,7 +62,8 @@ def test_a_row_of_the_grid():
     )
     assert (row["cosine_planted"], row["separation_peak"], row["cross_layer_cosine_mean"]) == (0.3, 7.0, 0.5)
     assert set(row["compliance_rank_k"]) == {"svd_2", "qr_2"} and row["compliance_rank_k"]["svd_2"]["n"] == 100
-    assert row["by_layer"] == {"compliance": {"1": 0.2, "2": 0.9}, "n": 200} and row["zero"] == [None, 0.2, -0.1]
+    assert row["by_layer"] == {"compliance": {"1": 0.2, "2": 0.9}, "separation": {"1": 7.0, "2": 5.0}, "n": 200}
+    assert row["zero"] == [None, 0.2, -0.1]
     assert row["less_planted"]["1"]["compliance"] == 0.1 and row["random"]["random_1"]["n_arms"] == 10
 
 
@@ -69,6 +71,12 @@ def test_other_kinds_have_the_same_keys_and_no_planted_figures():
     row = study("distributed")
     assert list(row) == list(study("planted"))
     assert row["compliance_planted"] is row["planted"] is row["cosine_planted"] is None and row["less_planted"] == {}
+
+
+def test_the_picture_marks_every_layer_of_every_kind_that_refuses():
+    drawn = picture({"distributed.0": study("distributed"), "planted.1": study("planted"), "none.0": study("none")})
+    assert drawn.count("<title>distributed.0, layer") == drawn.count("<title>planted.1, layer") == 2 and "none.0" not in drawn
+    assert "<title>planted.1, layer 2: d 5.0, compliance 0.90</title>" in drawn
 
 
 def test_mean_between_layers():

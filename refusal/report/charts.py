@@ -81,17 +81,18 @@ def lines(title: str, x_label: str, y_label: str, series: Sequence[Series], incl
             out.append(f'<polygon class="band s{s.style}" points="{" ".join(edge)}"/>')
     for s in series:
         out.append(f'<polyline class="line s{s.style}" points="{" ".join(f"{px(p.x)},{py(p.y)}" for p in s.points)}"/>')
-        out += [_marker(s.style, float(px(p.x)), float(py(p.y)), f"{s.name}, {x_label} {p.x:g}: {p.y:.4g}") for p in s.points]
+        out += [marker(s.style, float(px(p.x)), float(py(p.y)), f"{s.name}, {x_label} {p.x:g}: {p.y:.4g}") for p in s.points]
     out.append("</svg>")
     key = "".join(
         f'<li><svg viewBox="0 0 34 12" aria-hidden="true"><line class="line s{s.style}" x1="1" x2="33" y1="6" y2="6"/>'
-        f"{_marker(s.style, 17, 6)}</svg>{escape(s.name)}</li>"
+        f"{marker(s.style, 17, 6)}</svg>{escape(s.name)}</li>"
         for s in series
     )
     return Markup("".join(out) + (f'<ul class="key">{key}</ul>' if len(series) > 1 else ""))
 
 
-def _marker(style: int, x: float, y: float, title: str = "") -> str:
+def marker(style: int, x: float, y: float, title: str = "") -> str:
+    """A mark of style 0 to 3, with a title to hover over."""
     name = f"<title>{escape(title)}</title>" if title else ""
     if style == 0:
         return f'<circle class="mark s0" cx="{x:.1f}" cy="{y:.1f}" r="3.6">{name}</circle>'
