@@ -27,7 +27,7 @@ from refusal.store import Store
 from refusal.sweep import Cell, complete
 
 BATCH = 8  # of generate8
-SLOTS = 128  # params.yaml's sweep.batch_size
+SLOTS = 128  # half of the prompts: rows enter as others end
 N_RECOMPUTED = 2
 NEAR_TIE = 1e-4  # logits; below it rounding decides
 Tokens = list[list[int]]

@@ -2,8 +2,9 @@
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -43,8 +44,17 @@ def answer_log_probs(
     return [row for part in in_parts(rows, len(ids), "log probabilities") for row in part]
 
 
-def cost(
-    model: PreTrainedModel,
+@dataclass(frozen=True)
+class Edited:
+    """A model as it is inside `edit`, the context of a run-time intervention; `key` names both in the store."""
+
+    model: PreTrainedModel
+    key: Sequence[object]
+    edit: Callable[[], AbstractContextManager] = nullcontext
+
+
+def costs(
+    edited: Mapping[str, Edited],
     reference: PreTrainedModel,
     prompts: Sequence[Sequence[int]],
     answers: Sequence[Sequence[int]],
@@ -53,33 +63,38 @@ def cost(
     store: Store,
     key: Sequence[object],
     label: str,
-    edit: Callable[[], AbstractContextManager] = nullcontext,
-) -> tuple[list[float], list[float]]:
-    """Cross-entropy of each answer under the edited model, and KL(reference || edited), both nats a token.
+) -> dict[str, tuple[list[float], list[float]]]:
+    """Of each edited model: cross-entropy of each answer, and KL(reference || edited), both nats a token.
 
-    `edit` opens the run-time intervention on `model` (which may be `reference` itself); `key` names both in the store.
+    A batch runs the reference once, whatever the number of edits (of which the model may be `reference` itself); `key` names
+    the reference in the store.
     """
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]) + len(answers[i]))
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    shared = {"reference": list(key), "edited": [list(e.key) for e in edited.values()]}
     jobs = [
-        (stores.key("cost", *CODE, what=list(key), rows=[[list(prompts[i]), list(answers[i])] for i in batch]), batch)
+        (stores.key("cost", *CODE, **shared, rows=[[list(prompts[i]), list(answers[i])] for i in batch]), batch)
         for batch in batches
     ]
 
     def compute(batch: list[int]) -> bytes:
         heads, tails = [prompts[i] for i in batch], [answers[i] for i in batch]
         before = answer_log_probs(reference, heads, tails, pad_id)
-        with edit():
-            after = answer_log_probs(model, heads, tails, pad_id)
-        rows = []
-        for p, q, tokens in zip(before, after, tails, strict=True):
-            entropy = -q.gather(1, torch.tensor(tokens)[:, None]).mean()
-            divergence = kl_div(q, p, reduction="sum", log_target=True) / len(tokens)
-            rows.append([float(entropy), max(0.0, float(divergence))])
-        return json.dumps(rows).encode()
+        figures = []
+        for e in edited.values():
+            with e.edit():
+                after = answer_log_probs(e.model, heads, tails, pad_id)
+            rows = []
+            for p, q, tokens in zip(before, after, tails, strict=True):
+                entropy = -q.gather(1, torch.tensor(tokens)[:, None]).mean()
+                divergence = kl_div(q, p, reduction="sum", log_target=True) / len(tokens)
+                rows.append([float(entropy), max(0.0, float(divergence))])
+            figures.append(rows)
+        return json.dumps(figures).encode()
 
-    found = [[0.0, 0.0] for _ in prompts]
+    found = {name: ([0.0] * len(prompts), [0.0] * len(prompts)) for name in edited}
     for batch, value in zip(batches, store.run(jobs, compute, label), strict=True):
-        for i, row in zip(batch, json.loads(value), strict=True):
-            found[i] = row
-    return [row[0] for row in found], [row[1] for row in found]
+        for (entropies, divergences), rows in zip(found.values(), json.loads(value), strict=True):
+            for i, row in zip(batch, rows, strict=True):
+                entropies[i], divergences[i] = row
+    return found

@@ -98,12 +98,12 @@ def steps(params: Params, size: Size, prompts: Prompts) -> list[Step]:
         "activations": total(read(collected, len(params.activations.methods)), (int("batched" in params.activations.methods), 0)),
         "sweep": completed(["val.harmful"], cells),
         # Baseline, run time, weights, harmless difference and random directions; addition; then the cost on harmless text of
-        # each of these and of every alpha, and the identity, each beside the base model.
+        # each of these and of every alpha, beside the base model; and the identity, which is two.
         "evaluate": total(
             completed(test, arms),
             completed(["test.safe"]),
             completed(["test.unrelated"]),
-            read(["test.unrelated"], 2 * (arms + 1 + len(s.alphas) + params.orthogonalize.include_embedding), new),
+            read(["test.unrelated"], arms + len(s.alphas) + 2 * params.orthogonalize.include_embedding, new),
         ),
     }
     # The science stage: every arm on val, one of each estimator on test, controls; what each costs; then its other sections.
@@ -125,7 +125,7 @@ def steps(params: Params, size: Size, prompts: Prompts) -> list[Step]:
         (3 * b.optimiser_steps * batch[0] // 2, 3 * b.optimiser_steps * batch[1] // 2),
         *(completed(*arms) for arms in judged),
         completed(["test.unrelated"], 1, b.n_harmless),
-        read(["test.unrelated"], 2 * (on_test + 2 + len(RANKS) + 4 * len(b.alphas)), new, b.n_harmless),
+        read(["test.unrelated"], 1 + on_test + 2 + len(RANKS) + (4 + 4 * len(b.alphas) if b.alphas else 0), new, b.n_harmless),
         read(test),
         read(both, 1, 0, b.n_padding),
         read(pairs, 2 * (len(b.pads) + 1), max(b.pads, default=0), b.n_padding),

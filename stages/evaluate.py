@@ -1,6 +1,5 @@
 """evaluate: rank_1 at run time and as weights, on test prompts, beside the baseline and the controls."""
 
-from collections.abc import Mapping
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -23,7 +22,7 @@ def main(params: Params) -> str:
     from safetensors.torch import load_file
 
     from refusal.anatomy import anatomy_of
-    from refusal.damage import cost
+    from refusal.damage import Edited, costs
     from refusal.directions import of_arm
     from refusal.interventions import intervene
     from refusal.judges.panel import judge_with
@@ -134,48 +133,42 @@ def main(params: Params) -> str:
     kept = [i for i, a in enumerate(answers) if a]
     clusters = [harmless[i]["topic"] for i in kept]
 
-    def costs(model: Any, arms: list, label: str, sites: Sites = params.ablation.sites, of: Any = base) -> Mapping[str, Any]:
+    def priced(edited_of: dict[str, Edited], of: Any, label: str) -> dict[str, tuple[list[float], list[float]]]:
+        if not kept:
+            return {}
+        key, heads, tails = [hashes[id(of)], *runs_on], [safe_ids[i] for i in kept], [answers[i] for i in kept]
+        return costs(edited_of, of, heads, tails, pad_id, size, store, key, label)
+
+    def figures(values: list[tuple[list[float], list[float]]]) -> dict[str, Any]:
+        """Means over all texts of all these cells."""
         if not kept:
             return {"cross_entropy": None, "kl": None}
-        entropy, divergence = [], []
-        for cell in arms:
-            key = [hashes[id(of)], hashes[id(model)], params.model.dtype, params.model.device]
-            edits = [] if cell.direction is None else [ablation_of([cell], sites)]
-            pair = cost(
-                model,
-                of,
-                [safe_ids[i] for i in kept],
-                [answers[i] for i in kept],
-                pad_id,
-                size,
-                store,
-                [*key, sites, cell.fingerprint()],
-                label,
-                partial(intervene, model, *edits),
-            )
-            entropy += pair[0]
-            divergence += pair[1]
-        topics_of = clusters * len(arms)
-        return mean("cross_entropy", entropy, topics_of, e.n_resamples, e.seed, bounds=None) | mean(
-            "kl", divergence, topics_of, e.n_resamples, e.seed, bounds=None
-        )
+        entropies, divergences = (list(chain(*which)) for which in zip(*values, strict=True))
+        rest = (clusters * len(values), e.n_resamples, e.seed)
+        return mean("cross_entropy", entropies, *rest, bounds=None) | mean("kl", divergences, *rest, bounds=None)
 
+    def ablated(cell: Cell, sites: Sites) -> Edited:
+        edits = [] if cell.direction is None else [ablation_of([cell], sites)]
+        return Edited(base, [hashes[id(base)], sites, cell.fingerprint()], partial(intervene, base, *edits))
+
+    runs_on = [params.model.dtype, params.model.device]
+    all_edited = {cell.name: ablated(cell, params.ablation.sites) for cell in cells}
+    price = priced(all_edited | {"orthogonalized": Edited(edited, [hashes[id(edited)]])}, base, "cost")
     metrics["n_harmless"] = len(kept)
-    for arm, model, arms in (
-        ("baseline", base, [BASELINE]),
-        ("runtime", base, [runtime]),
-        ("orthogonalized", edited, [BASELINE]),
-        *((kind, base, members) for kind, members in controls.items()),
-    ):
-        metrics[arm] |= costs(model, arms, f"cost: {arm}")
+    for arm, names in {
+        "baseline": ["baseline"],
+        "runtime": [runtime.name],
+        "orthogonalized": ["orthogonalized"],
+        **{kind: [cell.name for cell in members] for kind, members in controls.items()},
+    }.items():
+        metrics[arm] |= figures([price[name] for name in names if kept])
     # Edited weights equal run-time ablation at `writes` where no norm stands between writer and stream: by how much it fails.
     metrics["identity"] = {"norm_after_writer": anatomy_of(base.config).norm_after_writer, "kl": None}
     if params.orthogonalize.include_embedding:
-        writes = Cell("writes", layer, alpha, found["unit"][layer])
-        metrics["identity"] |= costs(base, [writes], "cost: identity", "writes", edited)
-    curve = [(0.0, costs(base, [BASELINE], "cost: alpha 0"))] + [
-        (cell.alpha, costs(base, [cell], f"cost: alpha {cell.alpha}")) for cell in cells if cell.layer == layer
-    ]
+        writes = ablated(Cell("writes", layer, alpha, found["unit"][layer]), "writes")
+        metrics["identity"] |= figures([*priced({"writes": writes}, edited, "cost: identity").values()])
+    swept = [BASELINE, *(cell for cell in cells if cell.layer == layer)]
+    curve = [(cell.alpha, figures([price[cell.name]] if kept else [])) for cell in swept]
     OUT.mkdir(parents=True, exist_ok=True)
     write_jsonl(OUT / "completions.jsonl", rows)
     write_json(METRICS, metrics)

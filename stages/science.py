@@ -1,7 +1,7 @@
 """science: one direction, several or none; where zero lies; how the answer depends on prompts, padding, place and strength."""
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -162,8 +162,6 @@ def mediation(study: Study, truth: Any) -> dict[str, Any]:
         table[arm.name] |= refusal_three_ways(prompts["test"], texts["test"][arm.name], judged["test"][arm.name], exact)
         right = [t.strip() == r["harmful_answer"] for t, r in zip(texts["test"][arm.name], test, strict=True)]
         table[arm.name] |= rate("exact", right) if exact and None not in [r["harmful_answer"] for r in test] else {"exact": None}
-        edit = partial(intervene, study.model, *edits(arm, sites)) if arm is not BASELINE_ARM else nullcontext
-        table[arm.name] |= study.costs(edit, fingerprint(arm, sites), f"cost: {arm.name}")
     correct(table)
     families: dict[str, list] = {}
     for arm in controls:
@@ -176,9 +174,16 @@ def mediation(study: Study, truth: Any) -> dict[str, Any]:
         pooled[family] |= summary(verdicts, of, s.n_resamples, s.seed, family, p.judge.allow_missing)
         said = [t for arm in members for t in control_texts[arm.name]]
         pooled[family] |= refusal_three_ways(asked * len(members), said, verdicts, exact)
-        first = members[0]
-        edit = partial(intervene, study.model, *edits(first, sites))
-        pooled[family] |= study.costs(edit, fingerprint(first, sites), f"cost: {first.name}")
+    first_of = {family: members[0] for family, members in families.items()}
+    priced = study.costs(
+        {
+            name: (partial(intervene, study.model, *edits(arm, sites)), fingerprint(arm, sites))
+            for name, arm in [*((arm.name, arm) for arm in arms), *first_of.items()]
+        },
+        "science: cost",
+    )
+    for name, found_of in [*table.items(), *pooled.items()]:
+        found_of |= priced[name]
     by_rank = {
         members[0].rank: [(few, control_judged[arm.name]) for arm in members]
         for family, members in families.items()
@@ -378,26 +383,20 @@ def strengths(study: Study) -> dict[str, Any]:
     ids, decoding, unit = study.ids(prompts), study.decoding(), study.found["unit"][layer]
     arms = [direction_arm(f"alpha {alpha:g}", "alpha", unit, alpha, layer) for alpha in b.alphas]
     rows = []
+    opened: dict[str, Callable[[], AbstractContextManager]]
     for place in PLACES:
         if place == "weights":
-            tokens, costs = {}, {}
+            tokens = {}
+            opened = {arm.name: partial(edited_weights, study.model, unit, arm.alpha) for arm in arms}
             for arm in arms:
-                edit, key, label = (
-                    partial(edited_weights, study.model, unit, arm.alpha),
-                    fingerprint(arm, place),
-                    f"{arm.name}, {place}",
-                )
-                with edit():
+                key, label = fingerprint(arm, place), f"{arm.name}, {place}"
+                with opened[arm.name]():
                     done = complete(study.model, f"{study.weights}+{key}", ids, [BASELINE], "resid_pre", **decoding, label=label)
-                tokens[arm.name], costs[arm.name] = done["baseline"], study.costs(edit, key, f"cost: {label}")
+                tokens[arm.name] = done["baseline"]
         else:
             tokens = complete_arms(study.model, study.weights, ids, arms, place, **decoding, label=f"science: alphas, {place}")
-            costs = {
-                arm.name: study.costs(
-                    partial(intervene, study.model, *edits(arm, place)), fingerprint(arm, place), f"cost: {arm.name}, {place}"
-                )
-                for arm in arms
-            }
+            opened = {arm.name: partial(intervene, study.model, *edits(arm, place)) for arm in arms}
+        costs = study.costs({arm.name: (opened[arm.name], fingerprint(arm, place)) for arm in arms}, f"cost: {place}")
         for arm in arms:
             judged = study.judge(prompts, study.texts(tokens[arm.name]), f"judge: {arm.name}, {place}", study.organism)
             said = summary(judged, topics, p.science.n_resamples, p.science.seed, f"{arm.name}, {place}", p.judge.allow_missing)

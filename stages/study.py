@@ -1,6 +1,6 @@
 """What every section of the science stage needs: the model, its prompts, its answers, their verdicts and what an edit costs."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -83,16 +83,25 @@ class Study:
         kept = [i for i, tail in enumerate(tails) if tail]
         return [ids[i] for i in kept], [tails[i] for i in kept], [rows[i]["topic"] for i in kept]
 
-    def costs(self, edit: Callable[[], AbstractContextManager], key: Sequence[object], label: str) -> dict[str, float | None]:
-        """Cross-entropy of the base model's own harmless answers, and KL from the base model, nats a token."""
-        from refusal.damage import cost
+    def costs(
+        self, edits: Mapping[str, tuple[Callable[[], AbstractContextManager], Sequence[object]]], label: str
+    ) -> dict[str, dict[str, float | None]]:
+        """Of each (edit, its key): cross-entropy of the base model's own harmless answers, and KL from it, nats a token."""
+        from refusal.damage import Edited, costs
         from refusal.verdicts import mean
 
         (heads, answers, topics), s = self.harmless, self.params.science
         if not heads:
-            return {"cross_entropy": None, "kl": None, "n_harmless": 0}
-        what = ["science", self.weights, self.params.model.dtype, self.params.model.device, *key]
+            return {name: {"cross_entropy": None, "kl": None, "n_harmless": 0} for name in edits}
+        what = ["science", self.weights, self.params.model.dtype, self.params.model.device]
+        edited = {name: Edited(self.model, key, edit) for name, (edit, key) in edits.items()}
         pad_id, size = self.tokenizer.pad_token_id, self.rows_at_once
-        pair = cost(self.model, self.model, heads, answers, pad_id, size, self.store, what, label, edit)
-        means = [mean(n, v, topics, s.n_resamples, s.seed, None) for n, v in zip(("cross_entropy", "kl"), pair, strict=True)]
-        return {**means[0], **means[1], "n_harmless": len(heads)}
+        found = costs(edited, self.model, heads, answers, pad_id, size, self.store, what, label)
+
+        def figures(values: tuple[list[float], list[float]]) -> dict[str, float | None]:
+            means = [
+                mean(n, v, topics, s.n_resamples, s.seed, None) for n, v in zip(("cross_entropy", "kl"), values, strict=True)
+            ]
+            return {**means[0], **means[1], "n_harmless": len(heads)}
+
+        return {name: figures(values) for name, values in found.items()}

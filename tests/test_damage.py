@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny import tiny_direction, tiny_model
 
-from refusal.damage import answer_log_probs, cost
+from refusal.damage import Edited, answer_log_probs, costs
 from refusal.interventions import ablation, intervene
 from refusal.store import Store
 
@@ -37,10 +37,12 @@ def distributions(model, prompt, answer):
     return model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1].double().softmax(-1).tolist()
 
 
+def price(edited, reference, tmp_path, batch_size=2):
+    return costs(edited, reference, PROMPTS, ANSWERS, 0, batch_size, Store(tmp_path / "s.sqlite"), ["reference"], "test")
+
+
 def run(model, tmp_path, reference=None, batch_size=2, key="k", **options):
-    return cost(
-        model, reference or model, PROMPTS, ANSWERS, 0, batch_size, Store(tmp_path / "s.sqlite"), [key], "test", **options
-    )
+    return price({"one": Edited(model, [key], **options)}, reference or model, tmp_path, batch_size)["one"]
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 100])
@@ -84,6 +86,15 @@ def test_the_store_tells_edits_apart_and_computes_once(tmp_path, monkeypatch):
     plain = run(model, tmp_path)
     edited = run(model, tmp_path, key="another", edit=lambda: intervene(model, ablation(V, 1.0, "resid_pre")))
     assert edited != plain
+    passes = []
+    real = answer_log_probs
+    monkeypatch.setattr("refusal.damage.answer_log_probs", lambda m, *rest: passes.append(m) or real(m, *rest))
+    both = {
+        "plain": Edited(model, ["k"]),
+        "edited": Edited(model, ["another"], lambda: intervene(model, ablation(V, 1.0, "resid_pre"))),
+    }
+    assert price(both, model, tmp_path) == {"plain": plain, "edited": edited}
+    assert len(passes) == 3 * (1 + 2)  # three batches: the reference once for all edits
     monkeypatch.setattr("refusal.damage.answer_log_probs", None)  # not to be called again
     assert run(model, tmp_path) == plain
     assert run(model, tmp_path, key="another") == edited
