@@ -327,7 +327,7 @@ def load_params(path: Path) -> Params:
             # Of a union pydantic names the member too, which is no key of the file.
             parts = [str(part) for part in problem["loc"] if part not in ("constrained-int", "literal['auto']")]
             key = ".".join(parts) or "the file"
-            given = "" if problem["type"] in {"missing", "value_error"} else f" (it is {reprlib.repr(problem['input'])})"
+            given = "" if problem["type"] in {"missing", "value_error"} else f" (it is {reprlib.repr(problem['input'])[:100]})"
             message = problem["msg"].removeprefix("Value error, ")
             problems.append(f"{key}: {message}{given}")
         raise RefusalError(f"{path}: " + "; ".join(problems)) from error
