@@ -95,28 +95,32 @@ class Store:
             self.path.with_name(self.path.name + suffix).unlink(missing_ok=True)
         self._open()
 
-    def get(self, key: str) -> bytes | None:
-        """The value of a key, or None where it is missing or damaged."""
+    def _execute(self, statement: str, *values: str | bytes) -> Any:
+        """The first row that a statement gives; of a file that went bad since it was opened, of the new one in its place."""
         try:
-            row = self.connection.execute("SELECT digest, value FROM blobs WHERE key = ?", (key,)).fetchone()
+            return self.connection.execute(statement, values).fetchone()
         except sqlite3.OperationalError:
             raise
         except sqlite3.DatabaseError as error:
             self.connection.close()
             self._set_aside(error)
-            return None
+            return self.connection.execute(statement, values).fetchone()
+
+    def get(self, key: str) -> bytes | None:
+        """The value of a key, or None where it is missing or damaged."""
+        row = self._execute("SELECT digest, value FROM blobs WHERE key = ?", key)
         if row is None:
             return None
         if hashlib.sha256(row[1]).hexdigest() != row[0]:
             print(f"{self.path}: the value {key[:12]} is damaged; it is dropped and computed again.", file=sys.stderr)
-            self.connection.execute("DELETE FROM blobs WHERE key = ?", (key,))
+            self._execute("DELETE FROM blobs WHERE key = ?", key)
             return None
         return row[1]
 
     def put(self, key: str, value: bytes) -> None:
         """Store a value; a key already present keeps its value."""
         digest = hashlib.sha256(value).hexdigest()
-        self.connection.execute("INSERT OR IGNORE INTO blobs VALUES (?, ?, ?)", (key, digest, value))
+        self._execute("INSERT OR IGNORE INTO blobs VALUES (?, ?, ?)", key, digest, value)
 
     def run(
         self, jobs: Sequence[tuple[str, T]], compute: Callable[[T], bytes], label: str, unit: str = "batch"
