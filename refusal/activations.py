@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from refusal.anatomy import anatomy_of
+from refusal.errors import RefusalError
 from refusal.memory import in_parts
 
 # What a forward costs beside its tokens, in tokens: below it, padding is cheaper than one more forward.
@@ -58,6 +59,12 @@ def batches(lengths: Sequence[int], method: str, batch_size: int) -> list[list[i
         plan.append(order[cut[end] : end])
         end = cut[end]
     return plan[::-1]
+
+
+def not_finite(model: PreTrainedModel) -> RefusalError:
+    """What is said where a forward pass gives NaN or infinity."""
+    dtype = str(model.dtype).removeprefix("torch.")
+    return RefusalError(f"params.yaml: model.dtype: the model computes NaN or infinity in {dtype}: set bfloat16 or float32")
 
 
 class Prefix:

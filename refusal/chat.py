@@ -144,7 +144,7 @@ class Chat:
             raise Unanswered(f"no answer within {self.endpoint.timeout_seconds:g} s") from None
         except openai.APIConnectionError as error:
             raise Unanswered(f"no connection ({type(error.__cause__).__name__})") from None
-        except (openai.APIError, ValueError, AttributeError, IndexError, TypeError):
+        except (openai.APIError, ValueError, AttributeError, IndexError, TypeError, RecursionError):
             raise Garbled("the answers were no chat completions") from None
 
     @property

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from refusal import activations, anatomy
 from refusal import store as stores
-from refusal.activations import Prefix, batches, last_token_resid_pre
+from refusal.activations import Prefix, batches, last_token_resid_pre, not_finite
 from refusal.safetensors_file import Writer
 from refusal.store import Store
 
@@ -30,7 +30,7 @@ def collect(
     """Write last-token `resid_pre` of each set of prompts (token ids) to `path`: {set: [prompt, n_layers, d_model]}.
 
     `weights` is the checkpoint's hash. Batches hold prompts of one set; what all prompts of all sets begin with is
-    computed once (`batched`).
+    computed once (`batched`). Raises RefusalError where an activation is not finite.
     """
     n_layers, d_model = model.config.num_hidden_layers, model.config.hidden_size
     prefix = Prefix(model, [tokens for prompts in sets.values() for tokens in prompts]) if method == "batched" else None
@@ -44,7 +44,10 @@ def collect(
     }
 
     def compute(batch: list[list[int]]) -> bytes:
-        return save({"resid_pre": last_token_resid_pre(model, batch, method, pad_id, prefix)})
+        found = last_token_resid_pre(model, batch, method, pad_id, prefix)
+        if not found.isfinite().all():
+            raise not_finite(model)
+        return save({"resid_pre": found})
 
     with Writer(path, {name: (model.dtype, (len(prompts), n_layers, d_model)) for name, prompts in sets.items()}) as out:
         for name, prompts in sets.items():

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from refusal.activations import Prefix, batches
+from refusal.activations import Prefix, batches, not_finite
 from refusal.interventions import Ablation, Addition, intervene
 from refusal.kv_cache import SlotCache
 from refusal.memory import fitting
@@ -159,7 +159,10 @@ class _Job:
                 logits_to_keep=1,
             ).logits[:, -1]
         self.cache.advance()
-        self.tokens = logits.argmax(-1).tolist()
+        best = logits.argmax(-1)
+        if logits.gather(-1, best[:, None]).isnan().any():  # NaN is the largest of all to argmax
+            raise not_finite(self.model)
+        self.tokens = best.tolist()
         self.lengths = [n + 1 for n in self.lengths]
         ended = set()
         for slot, (i, token) in enumerate(zip(self.live, self.tokens, strict=True)):

@@ -1,27 +1,39 @@
 """What `params.yaml` may say, and one clear sentence where it says something else."""
 
 import re
+import reprlib
+import unicodedata
 from pathlib import Path
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from refusal.errors import RefusalError
 
 Method = Literal["sequential", "batched", "batched_unmasked"]
 Pairing = Literal["matched", "shuffled", "unrelated"]
 Sites = Literal["resid_pre", "paper", "writes"]
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, le=1_000_000_000)]
 Batch = Count | Literal["auto"]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 
 
 class Section(BaseModel):
-    """A section of params.yaml: no unknown keys, no silent conversion of a string to a number."""
+    """A section of params.yaml: no unknown keys, no silent conversion of a string to a number, no infinity."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, hide_input_in_errors=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, hide_input_in_errors=True, allow_inf_nan=False)
+
+
+def _no_nul(path: str) -> str:
+    if not path.strip() or "\0" in path:
+        raise ValueError("is empty, or holds a NUL character that no path has")
+    return path
+
+
+Where = Annotated[str, AfterValidator(_no_nul)]
 
 
 class Endpoint(Section):
@@ -43,8 +55,15 @@ class Endpoint(Section):
     @field_validator("base_url")
     @classmethod
     def _no_password(cls, url: str) -> str:
-        if not re.fullmatch(r"https?://[^@\s]+", url):
-            raise ValueError("must begin with http:// or https:// and hold no user name, password or blank")
+        try:
+            parts = urlsplit(url)
+            whole = bool(re.fullmatch(r"https?://[^@\s]+", url) and url.isprintable() and parts.hostname and parts.port != 0)
+        except ValueError:  # urllib would say the value
+            whole = False
+        if not whole:
+            raise ValueError(
+                "must be http:// or https:// with a host and, if need be, a port, and hold no user name, password or blank"
+            )
         return url
 
     @field_validator("api_key_variable")
@@ -53,6 +72,12 @@ class Endpoint(Section):
         if name is not None and not re.fullmatch(r"[A-Z][A-Z0-9_]*", name):
             raise ValueError("must be the NAME of an environment variable, such as DEEPSEEK_API_KEY, and never a key")
         return name
+
+
+def _each_once(values: list) -> list:
+    if len(set(values)) < len(values):
+        raise ValueError("one stands twice; delete it")
+    return values
 
 
 class PromptsApi(Endpoint):
@@ -73,10 +98,10 @@ class Splits(Section):
 
 
 class Prompts(Section):
-    source: str
-    unrelated: str
+    source: Where
+    unrelated: Where
     n_pairs: Annotated[int, Field(ge=1, le=10_000)] | None
-    n_unrelated: Count | None
+    n_unrelated: Annotated[int, Field(ge=1, le=10_000)] | None
     splits: Splits
     near_duplicate: Annotated[float, Field(gt=0, le=1)]
     seed: Seed
@@ -91,11 +116,18 @@ class Prompts(Section):
 
 
 class Model(Section):
-    id: str
+    id: Where
     revision: str | None
     dtype: Literal["float32", "float16", "bfloat16"]
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")]
     system_prompt: str | None
+
+    @field_validator("system_prompt")
+    @classmethod
+    def _text(cls, text: str | None) -> str | None:
+        if text is not None and any(unicodedata.category(c) in ("Cc", "Cs") and c not in "\t\n\r" for c in text):
+            raise ValueError("holds a control character or half a character; delete it")
+        return text
 
     @model_validator(mode="after")
     def _only_the_hub_has_revisions(self) -> "Model":
@@ -134,12 +166,12 @@ class Organism(Section):
 
 
 class Activations(Section):
-    methods: Annotated[list[Method], Field(min_length=1)]
+    methods: Annotated[list[Method], Field(min_length=1), AfterValidator(_each_once)]
     batch_size: Count
 
 
 class DirectionsSection(Section):
-    pairings: Annotated[list[Pairing], Field(min_length=1)]
+    pairings: Annotated[list[Pairing], Field(min_length=1), AfterValidator(_each_once)]
     n_resamples: Count
     n_sign_flips: Count
     seed: Seed
@@ -161,7 +193,7 @@ class Sweep(Section):
     pairing: Literal["matched", "unrelated"]
     layers: list[Annotated[int, Field(ge=0)]] | None
     alphas: Annotated[list[Annotated[float, Field(gt=0, le=10)]], Field(min_length=1)]
-    n_random: Count
+    n_random: Annotated[int, Field(ge=1, le=10_000)]
     max_new_tokens: Count
     batch_size: Batch
     seed: Seed
@@ -177,7 +209,7 @@ class Sweep(Section):
 class Judge(Endpoint):
     kind: Literal["rules", "llm"]
     allow_missing: bool
-    labelled: str | None
+    labelled: Where | None
     n_resamples: Count
     seed: Seed
 
@@ -198,7 +230,7 @@ class Evaluate(Section):
 
 class Science(Section):
     level: Literal["mediation", "basic", "full"]
-    n_random: Annotated[int, Field(ge=1)]
+    n_random: Annotated[int, Field(ge=1, le=10_000)]
     n_resamples: Count
     seed: Seed
 
@@ -214,9 +246,19 @@ class Benchmark(Section):
     @field_validator("suite", mode="before")
     @classmethod
     def _suite(cls, value: object) -> object:
-        if value in ("organism", "standard") or (isinstance(value, list) and value and all(isinstance(v, str) for v in value)):
+        if value in ("organism", "standard"):
             return value
-        raise ValueError(f"must be organism, standard, or a list of the names of lm-eval tasks (it is {value!r})")
+        # A name is no path: lm-eval would read a definition, which may hold code, from any file.
+        names = (
+            [v for v in value if isinstance(v, str) and v.strip() and not set(v) & set("/\\\0")]
+            if isinstance(value, list)
+            else []
+        )
+        if names and names == value and len(set(names)) == len(names):
+            return value
+        raise ValueError(
+            f"must be organism, standard, or a list of the names of lm-eval tasks, each once (it is {reprlib.repr(value)})"
+        )
 
 
 class Report(Section):
@@ -224,7 +266,7 @@ class Report(Section):
 
 
 class Compute(Section):
-    threads: Count
+    threads: Annotated[int, Field(ge=1, le=1024)]
 
 
 class Params(Section):
@@ -255,22 +297,37 @@ class Params(Section):
         return self
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML where a key stands once: of two values the last would win unseen."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and keys.count(key.value) > 1:
+                raise yaml.YAMLError(f"line {key.start_mark.line + 1}: {key.value} stands twice; delete one")
+        return super().construct_mapping(node, deep)
+
+
 def load_params(path: Path) -> Params:
     """Read and check a params.yaml.
 
     Raises RefusalError naming the file, the key and what is wrong with its value.
     """
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raw = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # a SafeLoader
+    except RecursionError:
+        raise RefusalError(f"{path}: cannot be read as YAML: too many brackets in one another; delete them") from None
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise RefusalError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from error
     try:
         return Params.model_validate(raw)
     except ValidationError as error:
         problems = []
         for problem in error.errors():
-            key = ".".join(str(part) for part in problem["loc"]) or "the file"
-            given = "" if problem["type"] in {"missing", "value_error"} else f" (it is {problem['input']!r})"
+            # Of a union pydantic names the member too, which is no key of the file.
+            parts = [str(part) for part in problem["loc"] if part not in ("constrained-int", "literal['auto']")]
+            key = ".".join(parts) or "the file"
+            given = "" if problem["type"] in {"missing", "value_error"} else f" (it is {reprlib.repr(problem['input'])[:100]})"
             message = problem["msg"].removeprefix("Value error, ")
             problems.append(f"{key}: {message}{given}")
         raise RefusalError(f"{path}: " + "; ".join(problems)) from error

@@ -5,6 +5,7 @@ import io
 import json
 import random
 import re
+import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from refusal.params import Prompts
 
 SPLITS = ("train", "val", "test")
 MAX_PROMPT_CHARACTERS = 4000  # a request at the level of mention is one line
+MISSES = 1000  # drawings of nothing new after which the grammar is taken to be exhausted
 WORDS = re.compile(r"\w+")
 
 
@@ -63,13 +65,13 @@ def grammar_pairs(n_pairs: int, splits: dict[str, float], near_duplicate: float,
     bagged: list[tuple[str, frozenset[str]]] = []
     rows: list[dict[str, Any]] = []
     for split in SPLITS:
-        attempts = 0
+        misses = 0  # one after another, on one topic
         # Topics in turn, so that every category and topic phrase is as frequent as every other.
         order = rng.sample(topics[split], len(topics[split]))
         made = 0
         while made < counts[split]:
-            attempts += 1
-            if attempts > 50 * counts[split] + 1000:
+            misses += 1
+            if misses > MISSES:
                 raise RefusalError(
                     f"params.yaml: prompts.n_pairs: the grammar has no {n_pairs} distinct pairs; ask for fewer, or for a file"
                 )
@@ -86,7 +88,7 @@ def grammar_pairs(n_pairs: int, splits: dict[str, float], near_duplicate: float,
                 continue
             used |= set(texts)
             bagged += [(split, bag) for bag in bags]
-            made += 1
+            made, misses = made + 1, 0
             rows.append(
                 {
                     "id": f"pair-{len(rows):05d}",
@@ -111,15 +113,15 @@ def grammar_unrelated(n: int, splits: dict[str, float], seed: int) -> list[dict[
     split_of = {t: s for s, part in zip(SPLITS, _cut(topics, _filled(len(topics), splits)), strict=True) for t in part}
     wanted = dict(zip(SPLITS, _filled(n, splits), strict=True))
     found: dict[str, dict[str, str]] = {split: {} for split in SPLITS}
-    for _ in range(200 * n + 1000):
-        if all(len(found[split]) == wanted[split] for split in SPLITS):
-            break
+    misses = 0
+    while any(len(found[split]) < wanted[split] for split in SPLITS):
+        misses += 1
+        if misses > 10 * MISSES:
+            raise RefusalError(f"params.yaml: prompts.n_unrelated: the grammar has no {n} distinct safe requests; ask for fewer")
         topic, request = grammar.draw_unrelated(rng)
         split = split_of[topic]
-        if len(found[split]) < wanted[split]:
-            found[split][request.text] = topic
-    else:
-        raise RefusalError(f"params.yaml: prompts.n_unrelated: the grammar has no {n} distinct safe requests; ask for fewer")
+        if len(found[split]) < wanted[split] and request.text not in found[split]:
+            found[split][request.text], misses = topic, 0
     rows = [(split, text, topic) for split in SPLITS for text, topic in found[split].items()]
     return [{"id": f"unrelated-{i:05d}", "split": s, "topic": t, "safe": text} for i, (s, text, t) in enumerate(rows)]
 
@@ -180,6 +182,8 @@ def read_rows(path: Path, width: int) -> list[tuple[str, ...]]:
     Raises RefusalError naming the file, the row and the fix.
     """
     shape = "[harmful, safe]" if width == 2 else "one safe prompt"
+    if path.exists() and not path.is_file():
+        raise RefusalError(f"{path}: cannot be read: it is no file; give the path of a .jsonl, .csv or .json file")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
@@ -191,7 +195,7 @@ def read_rows(path: Path, width: int) -> list[tuple[str, ...]]:
     suffix = path.suffix.lower()
     try:
         if suffix == ".json":
-            raw = json.loads(text)
+            raw = json.loads(text, object_pairs_hook=_once)
             if not isinstance(raw, list):
                 raise RefusalError(f"{path}: the file must hold one JSON list of {shape} rows")
             numbered = list(enumerate(raw, 1))
@@ -200,20 +204,39 @@ def read_rows(path: Path, width: int) -> list[tuple[str, ...]]:
             for number, line in enumerate(text.split("\n"), 1):
                 if line.strip():
                     try:
-                        numbered.append((number, json.loads(line)))
-                    except json.JSONDecodeError as error:
-                        raise RefusalError(f"{path}: row {number} is not JSON ({error.msg})") from None
+                        numbered.append((number, json.loads(line, object_pairs_hook=_once)))
+                    except (ValueError, RecursionError) as error:
+                        raise RefusalError(f"{path}: row {number} is not JSON ({_why(error)}); correct it") from None
         elif suffix == ".csv":
-            numbered = list(enumerate(csv.DictReader(io.StringIO(text, newline=""), strict=True), 1))
+            table = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+            columns = table.fieldnames or []
+            for name in ("harmful", "safe", "prompt"):
+                if columns.count(name) > 1:
+                    raise RefusalError(f"{path}: the column {name} stands twice; delete one")
+            numbered = list(enumerate(table, 1))
         else:
             raise RefusalError(f"{path}: the ending {suffix or '(none)'} is not known; use .jsonl, .csv or .json")
-    except json.JSONDecodeError as error:
-        raise RefusalError(f"{path}: line {error.lineno} is not JSON ({error.msg})") from None
     except csv.Error as error:
-        raise RefusalError(f"{path}: cannot be read as CSV ({error})") from None
+        raise RefusalError(f"{path}: cannot be read as CSV ({error}); correct the row, or save it as .jsonl") from None
+    except (ValueError, RecursionError) as error:
+        line = f"line {error.lineno}" if isinstance(error, json.JSONDecodeError) else "it"
+        raise RefusalError(f"{path}: {line} is not JSON ({_why(error)}); correct it") from None
     if not numbered:
         raise RefusalError(f"{path}: the file holds no rows; each must be {shape}")
     return [_row(path, number, row, width, shape) for number, row in numbered]
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object whose keys stand once: of two values the last would win unseen."""
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("a key stands twice in an object")
+    return dict(pairs)
+
+
+def _why(error: Exception) -> str:
+    if isinstance(error, RecursionError):
+        return "too many brackets in one another"
+    return error.msg if isinstance(error, json.JSONDecodeError) else str(error).partition(";")[0]
 
 
 def _row(path: Path, number: int, row: Any, width: int, shape: str) -> tuple[str, ...]:
@@ -229,11 +252,11 @@ def _row(path: Path, number: int, row: Any, width: int, shape: str) -> tuple[str
         raise RefusalError(f"{path}: row {number} is not {shape}, {width} text{'s' if width > 1 else ''} a row")
     halves = tuple(half.strip() for half in row)
     for half in halves:
-        if not half:
+        if not any(c.isprintable() and not c.isspace() for c in half):
             raise RefusalError(f"{path}: row {number} has an empty prompt; fill it or delete the row")
         if len(half) > MAX_PROMPT_CHARACTERS:
             raise RefusalError(f"{path}: row {number} has a prompt of {len(half)} characters; at most {MAX_PROMPT_CHARACTERS}")
-        if any((ord(c) < 32 and c not in "\t\n\r") or 0xD800 <= ord(c) < 0xE000 for c in half):
+        if any(unicodedata.category(c) in ("Cc", "Cs") and c not in "\t\n\r" for c in half):
             raise RefusalError(f"{path}: row {number} has a control character or half a character; delete it")
     if width == 2 and halves[0] == halves[1]:
         raise RefusalError(f"{path}: row {number} has equal halves; a pair needs a harmful and a safe prompt")

@@ -15,7 +15,7 @@ from typing import Any
 
 from refusal import grammar
 from refusal import store as stores
-from refusal.chat import Chat, Garbled, Rejected, Unanswered
+from refusal.chat import Chat, Rejected, Unanswered
 from refusal.errors import RefusalError
 from refusal.params import PromptsApi
 from refusal.prompts import share_out, split_rows, words
@@ -158,10 +158,13 @@ def _collect(
 
 
 def _answers(chat: Chat, store: Store, system: str, what: str, round_: int, known: dict[str, list[str]]) -> dict[str, str]:
-    """{category: the model's answer} of one round; "" where the endpoint rejects the request or sends no completion."""
+    """{category: the model's answer} of one round; "" where the endpoint rejects the request, as its filters do.
+
+    An endpoint that rejects the whole first round has no filter but another trouble: that is an error, and not kept.
+    """
     api = chat.endpoint
     assert isinstance(api, PromptsApi)
-    messages, keys, found = {}, {}, {}
+    messages, keys, found, rejected = {}, {}, {}, {}
     for category, texts in known.items():
         user = {"category": category, "number": api.batch, "already_there": texts[-SHOWN:]}
         messages[category] = [
@@ -177,16 +180,24 @@ def _answers(chat: Chat, store: Store, system: str, what: str, round_: int, know
     async def work(category: str) -> str | None:
         try:
             answer = await chat.ask(messages[category], TEMPERATURE, 500 + 300 * api.batch)
-            text = answer.text
-        except (Rejected, Garbled):
-            text = ""
+        except Rejected as error:
+            rejected[category] = str(error)
+            return None
         except Unanswered as error:
             raise chat.error(f"{api.model} at {api.base_url} did not answer ({error})", "mend the cause") from None
+        keep(category, answer.text)
+        return None
+
+    def keep(category: str, text: str) -> None:
         store.put(keys[category], text.encode("utf-8", "replace"))
         found[category] = text
-        return None
 
     todo = [category for category in known if category not in found]
     if todo:
         chat.run(todo, work)
+    if round_ == 0 and len(rejected) == len(known):
+        why = next(iter(rejected.values()))
+        raise chat.error(f"{api.model} at {api.base_url} rejects every request ({why})", "mend the cause")
+    for category in rejected:
+        keep(category, "")
     return found
