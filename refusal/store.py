@@ -78,21 +78,24 @@ class Store:
 
     def _open(self) -> None:
         self.connection = sqlite3.connect(self.path, timeout=60, isolation_level=None)
+        self.inode = self.path.stat().st_ino
         self.connection.execute("PRAGMA journal_mode=WAL")
         self.connection.execute("PRAGMA synchronous=NORMAL")
         self.connection.execute("CREATE TABLE IF NOT EXISTS blobs (key TEXT PRIMARY KEY, digest TEXT, value BLOB) WITHOUT ROWID")
 
     def _set_aside(self, error: Exception) -> None:
-        n = 1
-        while (aside := self.path.with_name(f"{self.path.name}.corrupt-{n}")).exists():
-            n += 1
-        print(
-            f"{self.path} is corrupted ({error}); it is set aside as {aside.name} and its values are computed again.",
-            file=sys.stderr,
-        )
-        self.path.rename(aside)
-        for suffix in ("-wal", "-shm"):
-            self.path.with_name(self.path.name + suffix).unlink(missing_ok=True)
+        # Where another process has set it aside already, the file of this name is a new one, and whole.
+        if self.path.exists() and self.path.stat().st_ino == self.inode:
+            n = 1
+            while (aside := self.path.with_name(f"{self.path.name}.corrupt-{n}")).exists():
+                n += 1
+            print(
+                f"{self.path} is corrupted ({error}); it is set aside as {aside.name} and its values are computed again.",
+                file=sys.stderr,
+            )
+            self.path.rename(aside)
+            for suffix in ("-wal", "-shm"):
+                self.path.with_name(self.path.name + suffix).unlink(missing_ok=True)
         self._open()
 
     def _execute(self, statement: str, *values: str | bytes) -> Any:
