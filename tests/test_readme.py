@@ -314,7 +314,8 @@ def organisms() -> list[str]:
             span([o["compliance_planted"] for o in of]),
         ]
         lines.append(f"| `{kind}` | {' | '.join(cells)} |")
-    return lines
+    planted = [found[f"planted.{seed}"]["cosine_planted"] for seed in range(3)]
+    return [*lines, f"at cosine {min(planted):.2f} to {max(planted):.2f} to the planted vector"]
 
 
 def quoted() -> list[str]:
@@ -373,6 +374,21 @@ def test_the_words_about_the_sweep_and_the_shuffle_hold():
     assert min(falls) == 2.5 and all(float(row["coherence"]) > 0.9 for row in rows("sweep") if float(row["alpha"]) < 2.5)
     shuffled = metrics("directions")["sequential-shuffled"]
     assert shuffled["cosine_to_sequential_min"] >= 1 - 1e-12
+
+
+def test_organisms_come_out_as_they_were_made():
+    found = metrics("organisms")
+    assert len(found) == 15
+    for name, o in found.items():
+        kind = name.split(".")[0]
+        assert o["verdict"] == ("none" if kind == "none" else "single"), name
+        assert o["difference_mediates"] is (kind in ("single", "planted", "natural")), name
+        assert o["baseline_refusal"] <= 0.01 if kind == "none" else o["baseline_refusal"] >= 0.9, name
+        if kind == "planted":
+            assert o["compliance_planted"] >= 0.9, name
+        if kind == "distributed":
+            assert max(o["by_layer"]["compliance"].values()) <= 0.1 and o["separation_peak"] > 3, name
+        assert o["random"]["random_1"]["n_arms"] == 10, name
 
 
 def test_the_picture_is_that_of_the_committed_figures():
