@@ -387,11 +387,14 @@ def _save(path: Path, state: dict) -> None:
     buffer = io.BytesIO()
     torch.save(state, buffer)
     beside = path.with_name(f"{path.name}.{os.getpid()}")
-    with beside.open("wb") as file:
-        file.write(hashlib.sha256(buffer.getbuffer()).digest() + buffer.getvalue())
-        file.flush()
-        os.fsync(file.fileno())
-    beside.rename(path)
+    try:
+        with beside.open("wb") as file:
+            file.write(hashlib.sha256(buffer.getbuffer()).digest() + buffer.getvalue())
+            file.flush()
+            os.fsync(file.fileno())
+        beside.rename(path)
+    finally:
+        beside.unlink(missing_ok=True)  # a full disk
 
 
 def _load(path: Path) -> dict | None:
