@@ -314,8 +314,15 @@ def organisms() -> list[str]:
             span([o["compliance_planted"] for o in of]),
         ]
         lines.append(f"| `{kind}` | {' | '.join(cells)} |")
-    planted = [found[f"planted.{seed}"]["cosine_planted"] for seed in range(3)]
-    return [*lines, f"at cosine {min(planted):.2f} to {max(planted):.2f} to the planted vector"]
+    planted = [found[f"planted.{seed}"] for seed in range(3)]
+    restored, cosine = [o["compliance_single"] for o in planted], [o["cosine_planted"] for o in planted]
+    optimised = [o["estimators"]["optimised"]["cosine_planted"] for o in planted]
+    return [
+        *lines,
+        f"at cosine {min(cosine):.2f} to {max(cosine):.2f} to the planted vector, restores "
+        f"{restored[0]:.2f}, {restored[1]:.2f} and {restored[2]:.2f}",
+        f"at cosine {min(optimised):.2f} to {max(optimised):.2f}. That",
+    ]
 
 
 def quoted() -> list[str]:
@@ -381,13 +388,14 @@ def test_organisms_come_out_as_they_were_made():
     assert len(found) == 15
     for name, o in found.items():
         kind = name.split(".")[0]
-        assert o["verdict"] == ("none" if kind == "none" else "single"), name
-        assert o["difference_mediates"] is (kind in ("single", "planted", "natural")), name
-        assert o["baseline_refusal"] <= 0.01 if kind == "none" else o["baseline_refusal"] >= 0.9, name
+        if kind == "single":
+            assert o["verdict"] == "single" and o["by"] == "rank_1" and o["difference_mediates"], name
         if kind == "planted":
             assert o["compliance_planted"] >= 0.9, name
         if kind == "distributed":
-            assert max(o["by_layer"]["compliance"].values()) <= 0.1 and o["separation_peak"] > 3, name
+            assert max(o["by_layer"]["compliance"].values()) <= 0.1 and not o["difference_mediates"], name
+        assert o["baseline_refusal"] <= 0.01 if kind == "none" else o["baseline_refusal"] >= 0.9, name
+        assert kind != "none" or o["verdict"] == "none", name
         assert o["random"]["random_1"]["n_arms"] == 10, name
 
 
