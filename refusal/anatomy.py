@@ -11,6 +11,7 @@ To add an architecture: check in its `modeling_*.py` that a block is `x + attn_o
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import cast
 
 from torch import nn
@@ -112,31 +113,45 @@ class Anatomy:
         return block.get_submodule("post_feedforward_layernorm" if self.norm_after_writer else "mlp")
 
 
-def anatomy_of(config) -> Anatomy:
-    """The anatomy of the model that a transformers config describes, or a config.json's dictionary.
+def anatomy_of(config, folder: Path | None = None) -> Anatomy:
+    """The anatomy of the model that a transformers config describes, or a config.json's dictionary (of `folder`).
 
     Raises RefusalError for a `model_type` that is not in SUPPORTED, or a config that transformers cannot read.
     """
     kind = config.get("model_type") if isinstance(config, dict) else config.model_type
-    if kind not in SUPPORTED:
-        raise RefusalError(
-            f"config.json: model_type {kind!r} is not supported (only {', '.join(SUPPORTED)}): "
-            "say in refusal/anatomy.py which of its tensors write into the residual stream."
-        )
     if isinstance(config, dict):
-        from huggingface_hub.errors import StrictDataclassError
-        from transformers import CONFIG_MAPPING  # slow to import; fills in what config.json leaves to the defaults
-
-        try:
-            config = CONFIG_MAPPING[kind].from_dict(config)
-        except (TypeError, ValueError, StrictDataclassError) as error:
-            raise RefusalError(f"config.json: transformers cannot read it as {kind}: {error}") from None
+        config = config_of(config, folder)
+    elif kind not in SUPPORTED:
+        raise _unsupported(kind, "config.json")
     experts = getattr(config, "num_local_experts" if kind == "mixtral" else "num_experts", 0)
     return Anatomy(
-        model_type=kind,
+        model_type=str(kind),
         n_layers=config.num_hidden_layers,
         d_model=config.hidden_size,
         n_experts=experts or 0,
         tied=bool(config.tie_word_embeddings),
         norm_after_writer=kind in _POST_NORM,
+    )
+
+
+def config_of(fields: dict, folder: Path | None = None):
+    """The transformers config of a config.json's dictionary, with what it leaves to the defaults. Raises as `anatomy_of`."""
+    from transformers import CONFIG_MAPPING  # slow to import
+
+    where, kind = "config.json" if folder is None else f"{folder}/config.json", fields.get("model_type")
+    if kind not in SUPPORTED:
+        raise _unsupported(kind, where)
+    if fields.get("quantization_config") is not None:
+        raise RefusalError(f"{where}: quantization_config: quantized weights cannot be edited: use an unquantized checkpoint.")
+    try:
+        return CONFIG_MAPPING[kind].from_dict(fields)
+    except Exception as error:  # any value of config.json meets code that assumes another
+        why = " ".join(str(error).split())
+        raise RefusalError(f"{where}: transformers cannot read it as {kind} ({why}): fetch it again.") from None
+
+
+def _unsupported(kind: object, where: str) -> RefusalError:
+    return RefusalError(
+        f"{where}: model_type {kind!r} is not supported (only {', '.join(SUPPORTED)}): "
+        "say in refusal/anatomy.py which of its tensors write into the residual stream."
     )

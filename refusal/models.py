@@ -15,6 +15,7 @@ from refusal.errors import RefusalError
 from refusal.store import progress
 from refusal.tally import watch
 
+MAX_CHAT = 1_000_000  # characters of a prompt with its template
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 # Llama 3.2's template puts the day of the run into the system block: equal inputs must give equal bytes, so every day is
 # the one that 3.1's template names. (The line break is eaten by the environment's trim_blocks.)
@@ -45,6 +46,7 @@ def load_model(folder: Path, dtype: str = "float32", device: str = "cpu") -> Pre
             folder,
             dtype=DTYPES[dtype],
             local_files_only=True,
+            trust_remote_code=False,  # by default it asks at the terminal
             use_safetensors=True,
             device_map="auto" if device == "auto" else None,
             output_loading_info=True,
@@ -53,7 +55,8 @@ def load_model(folder: Path, dtype: str = "float32", device: str = "cpu") -> Pre
         raise RefusalError(f"{folder}: transformers cannot load this checkpoint: {' '.join(str(error).split())[:300]}") from error
     model, loading = loaded
     # transformers fills what is missing with random numbers and says so in a log line alone.
-    for what in ("missing_keys", "mismatched_keys"):
+    # What is left over is said nowhere else either, and would be a part of the model that no figure saw.
+    for what in ("missing_keys", "mismatched_keys", "unexpected_keys"):
         if loading[what]:
             raise RefusalError(
                 f"{folder}: config.json and weights disagree on {sorted(map(str, loading[what]))[0]}; fetch it again"
@@ -72,9 +75,10 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """
     folder = base_folder(folder) or folder
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
+        # False, not None: None asks on the terminal whether the checkpoint's code may run.
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # the tokenizers library raises nothing narrower
         raise RefusalError(f"{folder}: its tokenizer cannot be loaded: {' '.join(str(error).split())[:300]}") from error
     if tokenizer.chat_template is None:
         raise RefusalError(
@@ -89,22 +93,44 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def encode_chats(
-    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], system_prompt: str | None = None, max_new_tokens: int = 0
-) -> list[list[int]]:
-    """Token ids of each prompt in the model's own chat template, up to where the answer begins.
+def render_chats(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], system_prompt: str | None = None) -> list[str]:
+    """Each prompt in the model's own chat template, up to where the answer begins.
 
-    Raises RefusalError for a prompt that leaves no room for `max_new_tokens` within `tokenizer.model_max_length` (what lies
-    beyond was never trained, and Qwen-1 would change its attention there), and for a system prompt that the template refuses.
+    Raises RefusalError for a system prompt that the template refuses, and for a template that fails or writes without end.
     """
     head = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
     chats = [[*head, {"role": "user", "content": prompt}] for prompt in prompts]
     try:
-        texts = tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)
-    except TemplateError as error:
+        texts: Any = tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)
+    except (MemoryError, TimeoutError):
+        raise
+    except Exception as error:  # a template is a program, and fails as programs do
+        why = " ".join(str(error).split())[:200]
+        if system_prompt is not None and isinstance(error, TemplateError):
+            raise RefusalError(
+                f"params.yaml: model.system_prompt: the model's chat template refuses it ({why}); set it to null"
+            ) from None
         raise RefusalError(
-            f"params.yaml: model.system_prompt: the model's chat template refuses it ({error}); set it to null"
+            f"{tokenizer.name_or_path}: the chat template cannot format a prompt ({why}): mend chat_template.jinja or "
+            "tokenizer_config.json there, or use another checkpoint"
         ) from None
+    if (longest := max(map(len, texts))) > MAX_CHAT:
+        raise RefusalError(
+            f"{tokenizer.name_or_path}: the chat template makes {longest:,} characters of a prompt, and {MAX_CHAT:,} are the "
+            "most: mend chat_template.jinja or tokenizer_config.json there, or use another checkpoint"
+        )
+    return texts
+
+
+def encode_chats(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], system_prompt: str | None = None, max_new_tokens: int = 0
+) -> list[list[int]]:
+    """Token ids of `render_chats`.
+
+    Raises RefusalError as it does, and for a prompt that leaves no room for `max_new_tokens` within
+    `tokenizer.model_max_length` (what lies beyond was never trained, and Qwen-1 would change its attention there).
+    """
+    texts = render_chats(tokenizer, prompts, system_prompt)
     ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
     longest = max(range(len(ids)), key=lambda i: len(ids[i]))
     if len(ids[longest]) + max_new_tokens > tokenizer.model_max_length:
@@ -119,7 +145,10 @@ def encode_chats(
 def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """The tokens that end an answer: the generation config's, the tokenizer's, and the template's end of turn."""
     listed = model.generation_config.eos_token_id
-    ids = {*([] if listed is None else listed if isinstance(listed, list) else [listed]), tokenizer.eos_token_id}
+    listed = [] if listed is None else listed if isinstance(listed, list) else [listed]
+    if not all(type(i) is int for i in listed):
+        raise RefusalError(f"{model.name_or_path}/generation_config.json: eos_token_id is {listed}, not numbers: fetch it again")
+    ids = {*listed, tokenizer.eos_token_id}
     ends = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>")
     known = tokenizer.get_added_vocab()
     return {i for i in ids | {known[end] for end in ends if end in known} if i is not None}

@@ -1,6 +1,7 @@
 """model: train the organism, or bring in a checkpoint; then see on val whether it refuses what it should."""
 
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,9 @@ def main(params: Params) -> str:
     torch_ready(params)
     pairs = read_jsonl(Path("data/prompts/pairs.jsonl"))
     unrelated = read_jsonl(Path("data/prompts/unrelated.jsonl"))
+    given = Path(params.model.id).resolve()
+    if params.model.revision is None and any(given.is_relative_to(folder.resolve()) for folder in (BASE, TWIN, TRUTH)):
+        raise RefusalError(f"params.yaml: model.id: {params.model.id} is what this stage writes: give a folder elsewhere")
     for folder in (BASE, TWIN, TRUTH):
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
@@ -27,7 +31,7 @@ def main(params: Params) -> str:
         )
         commit = None
     else:
-        commit = bring_in(params.model.id, params.model.revision)
+        commit = bring_in(params)
     return measure(params, commit, [row for row in pairs if row["split"] == "val"])
 
 
@@ -65,29 +69,30 @@ def train(params: Params, held_out: set[str]) -> None:
         save_file({"direction": planted}, TRUTH / "planted.safetensors")
 
 
-def bring_in(model_id: str, revision: str | None) -> str | None:
+def bring_in(params: Params) -> str | None:
     """models/base from a folder, or from a revision on the hub, whose commit is returned; Qwen-1 becomes Qwen2 layout.
 
     Safetensors, configuration and tokenizer are copied, and nothing that could run.
     """
-    from refusal import hub, qwen1
-    from refusal.safetensors_file import read_shards
+    from refusal import hub, intake, qwen1
     from refusal.store import progress
 
-    source, commit = Path(model_id), None
-    if revision is not None:
-        source, commit = hub.fetch(model_id, revision, STORE / "hub", ready)
+    m = params.model
+    source, commit = Path(m.id), None
+    ready = partial(intake.ready, system_prompt=m.system_prompt)
+    if m.revision is not None:
+        source, commit = hub.fetch(m.id, m.revision, STORE / "hub", ready)
     elif not source.is_dir():
         raise RefusalError(
-            f"params.yaml: model.id: {model_id} is neither organism nor a folder; give the path of a checkpoint, or a hub id "
+            f"params.yaml: model.id: {m.id} is neither organism nor a folder; give the path of a checkpoint, or a hub id "
             "with model.revision, a commit hash or tag"
         )
     ready(source)
+    shards = intake.check_weights(source, m.dtype)
     if qwen1.is_qwen1(source):
         qwen1.convert(source, BASE)
     else:
-        files = {path.name: path for path in source.iterdir() if path.suffix in {".json", ".jinja", ".model", ".txt"}}
-        files |= {shard.name: shard.path for shard in read_shards(source)}
+        files = intake.small_files(source) | {shard.name: shard.path for shard in shards}
         with progress(len(files), "copy to models/base", "file") as bar:
             for name, path in sorted(files.items()):
                 shutil.copyfile(path, BASE / name)
@@ -95,20 +100,6 @@ def bring_in(model_id: str, revision: str | None) -> str | None:
     (TWIN / "none.txt").write_text("A model that was not trained here has no helpful-only twin.\n")
     (TRUTH / "none.txt").write_text("No direction was planted in this model.\n")
     return commit
-
-
-def ready(folder: Path) -> None:
-    """Refuse a checkpoint that no later stage could use, before its weights are fetched or copied."""
-    from refusal import qwen1
-    from refusal.anatomy import anatomy_of
-    from refusal.models import load_tokenizer
-    from refusal.safetensors_file import read_json
-
-    if qwen1.is_qwen1(folder):
-        qwen1.read_config(folder)
-    else:
-        anatomy_of(read_json(folder, "config.json"))
-        load_tokenizer(folder)
 
 
 def measure(params: Params, commit: str | None, val: list[dict]) -> str:

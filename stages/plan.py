@@ -57,12 +57,12 @@ def model_of(params: Params) -> tuple[Any, Any]:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config
 
-    from refusal import hub, qwen1
+    from refusal import hub, intake, qwen1
     from refusal.anatomy import anatomy_of
     from refusal.models import load_tokenizer
     from refusal.organism import Corpus, new_model, train_tokenizer
     from refusal.plan import Size
-    from refusal.safetensors_file import read_json, read_shards
+    from refusal.safetensors_file import read_shards
 
     missing = 0
     if params.model.id == "organism":
@@ -76,11 +76,11 @@ def model_of(params: Params) -> tuple[Any, Any]:
         else:
             folder = Path(params.model.id)
             read_shards(folder)
+        intake.ready(folder, params.model.system_prompt)
         if qwen1.is_qwen1(folder):
             tokenizer, config = qwen1.peek(folder)
             config = Qwen2Config(**config)
         else:
-            anatomy_of(read_json(folder, "config.json"))
             tokenizer, config = load_tokenizer(folder), AutoConfig.from_pretrained(folder, local_files_only=True)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
