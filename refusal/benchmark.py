@@ -50,6 +50,8 @@ def _manager_of(task: str, folder: Path) -> "TaskManager":
             f"params.yaml: benchmark.suite: lm-eval has no task {task}; the package ships "
             f"{', '.join(sorted(path.stem for path in TASKS.glob('*.yaml')))}"
         )
+    if task not in manager.all_subtasks:
+        raise RefusalError(f"params.yaml: benchmark.suite: {task} is a group of lm-eval's tasks: list the tasks that it has")
     return manager
 
 
@@ -121,6 +123,8 @@ class Harness:
             free()
         rows = sorted(results["samples"][task], key=lambda row: row["doc_id"])
         metric = "acc_norm" if "acc_norm" in rows[0] else "acc"
+        if metric not in rows[0]:
+            raise RefusalError(f"params.yaml: benchmark.suite: {task} reports no accuracy (acc or acc_norm): choose another task")
         return [float(row[metric]) for row in rows]
 
 

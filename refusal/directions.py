@@ -6,10 +6,15 @@ token is the same for every prompt, and only an exact enough mean shows that the
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from jaxtyping import Bool, Float
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
+
+from refusal.errors import RefusalError
 
 # A difference shorter than this share of the activations' own size is rounding noise: float32 keeps about 1e-7.
 UNDEFINED_BELOW = 1e-5
@@ -46,10 +51,24 @@ def difference_in_means(
     return Directions(difference, unit, defined, safe_mean)
 
 
+def read_directions(path: Path) -> dict[str, Tensor]:
+    """The file that holds the directions of every method and pairing. Raises RefusalError naming a file that is none."""
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise RefusalError(f"{path}: cannot be read ({error}): delete it and run `dvc repro`, which makes it anew") from None
+
+
 def of_arm(tensors: Mapping[str, Tensor], method: str, pairing: str) -> dict[str, Tensor]:
-    """`unit`, `difference`, `defined` and `safe_mean` of one method and pairing, from the file that holds all of them."""
+    """`unit`, `difference`, `defined` and `safe_mean` of one method and pairing, from the file that holds all of them.
+
+    Raises RefusalError where it holds none.
+    """
     prefix = f"{method}-{pairing}."
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    found = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    if lacking := {"unit", "difference", "defined", "safe_mean"} - found.keys():
+        raise RefusalError(f"the file of directions has no {prefix}{min(lacking)}: run `dvc repro directions`, which writes it")
+    return found
 
 
 def project(

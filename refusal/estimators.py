@@ -40,14 +40,16 @@ def whitened(harmful: Float[Tensor, "n_harmful d_model"], safe: Float[Tensor, "n
     """The unit vector along C^-1 (mean harmful - mean safe), C the covariance within the two sets, in float64.
 
     Fisher's linear discriminant; C is shrunk as Ledoit and Wolf 2004 ("A well-conditioned estimator for
-    large-dimensional covariance matrices"), without which it has no inverse where d_model exceeds the prompts.
+    large-dimensional covariance matrices"), without which it has no inverse where d_model exceeds the prompts. Where nothing
+    varies within the sets (one pair, say) there is nothing to whiten by, and it is the difference itself.
     """
     from sklearn.covariance import ledoit_wolf
 
     harmful, safe = harmful.double(), safe.double()
     within = torch.cat([harmful - harmful.mean(0), safe - safe.mean(0)])
-    covariance = torch.from_numpy(ledoit_wolf(within.numpy(), assume_centered=True)[0])
-    weights = torch.linalg.solve(covariance, harmful.mean(0) - safe.mean(0))
+    weights = harmful.mean(0) - safe.mean(0)
+    if within.any():
+        weights = torch.linalg.solve(torch.from_numpy(ledoit_wolf(within.numpy(), assume_centered=True)[0]), weights)
     return weights / weights.norm()
 
 

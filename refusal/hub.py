@@ -17,13 +17,14 @@ from pathlib import Path
 from urllib.parse import quote
 
 from refusal.errors import RefusalError
-from refusal.safetensors_file import INDEX, SINGLE, read_json, write_file
+from refusal.safetensors_file import INDEX, SINGLE, read_json, weight_map, write_file
 
 # Never pickles, never code, and no folders: `original/` and `onnx/` hold the same weights once more.
 SMALL = ("*.json", "*.jinja", "*.tiktoken", "tokenizer.model", "merges.txt", "vocab.txt")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.msgpack", "*.h5")
 _NAME = r"[A-Za-z0-9](?:[A-Za-z0-9_]|[.-](?![.-]))*"
 _ID = re.compile(rf"{_NAME}(?:/{_NAME})?")
+_FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+ -]*")  # at the root, of which a path may be made
 _REVISION = re.compile(rf"{_NAME}(?:/{_NAME})*")
 
 
@@ -87,7 +88,7 @@ def peek(model_id: str, revision: str, cache: Path) -> tuple[Path, str, dict[str
     folder.mkdir(exist_ok=True)
     small = [name for name in files if any(fnmatch(name, pattern) for pattern in SMALL)]
     _get(model_id, commit, folder, {name: files[name] for name in small})
-    weights = [SINGLE] if SINGLE in files else sorted(set(read_json(folder, INDEX).get("weight_map", {}).values()))
+    weights = [SINGLE] if SINGLE in files else sorted(set(weight_map(folder).values()))
     for name in weights:
         if name not in files:
             raise RefusalError(f"{model_id}@{revision}: {INDEX} names {name}, which the repository does not hold")
@@ -115,7 +116,7 @@ def _list(model_id: str, revision: str) -> tuple[str, dict[str, File]]:
     files = {
         s.rfilename: File(s.size or 0, s.lfs.sha256 if s.lfs else None, s.blob_id)
         for s in info.siblings or []
-        if "/" not in s.rfilename and not s.rfilename.startswith(".")
+        if _FILE.fullmatch(s.rfilename)
     }
     if not info.sha or not re.fullmatch("[0-9a-f]{40}", info.sha):
         raise RefusalError(f"{model_id}@{revision}: {_endpoint()} names no commit for it: is HF_ENDPOINT a hub?")

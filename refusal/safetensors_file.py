@@ -78,20 +78,26 @@ def read_shards(folder: Path) -> list[Shard]:
         return [read_shard(folder, SINGLE)]
     if not (folder / INDEX).exists():
         raise RefusalError(f"{folder}: no model.safetensors and no index of one: give a folder of safetensors weights.")
-    weight_map = read_json(folder, INDEX).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-        raise RefusalError(f"{folder / INDEX}: weight_map does not name each tensor's file: download it again.")
-    shards = [read_shard(folder, name) for name in sorted(set(weight_map.values()))]
+    named = weight_map(folder)
+    shards = [read_shard(folder, name) for name in sorted(set(named.values()))]
     found: dict[str, str] = {}
     for shard in shards:
         for entry in shard.entries:
-            if weight_map.get(entry.name) != shard.name or entry.name in found:
+            if named.get(entry.name) != shard.name or entry.name in found:
                 raise RefusalError(f"{shard.where}: tensor {entry.name} is not where the index has it: download both.")
             found[entry.name] = shard.name
-    for name in weight_map:
+    for name in named:
         if name not in found:
-            raise RefusalError(f"{folder / weight_map[name]}: tensor {name}, in the index, is missing: download both.")
+            raise RefusalError(f"{folder / named[name]}: tensor {name}, in the index, is missing: download both.")
     return shards
+
+
+def weight_map(folder: Path) -> dict[str, str]:
+    """The file of each tensor, as the index says. Raises RefusalError where it does not."""
+    named = read_json(folder, INDEX).get("weight_map")
+    if not isinstance(named, dict) or not all(isinstance(name, str) for name in named.values()):
+        raise RefusalError(f"{folder / INDEX}: weight_map does not name each tensor's file: download it again.")
+    return named
 
 
 def read_shard(folder: Path, name: str) -> Shard:

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from refusal.arms import Arm, direction_arm, per_layer_arm, subspace_arm
 from refusal.comparison import holm, independent_difference, paired, sign_flip_p
+from refusal.directions import difference_in_means
+from refusal.errors import RefusalError
 from refusal.estimators import logistic, whitened
 from refusal.judges import rules
 from refusal.mediation import Evidence, verdict
@@ -100,8 +102,13 @@ def control_arms(
     d_model: int, n_random: int, n_subspaces: int, unrelated: Tensor, safe: Tensor, layer: int, sites: str, seed: int
 ) -> list[Arm]:
     """Random directions, random subspaces of each rank, and the difference of two harmless sets at `layer`, at alpha 1."""
-    harmless = unrelated[:, layer].double().mean(0) - safe[:, layer].double().mean(0)
-    arms = [direction_arm("harmless_difference", "harmless", harmless / harmless.norm(), 1.0, layer)]
+    harmless = difference_in_means(unrelated[:, layer : layer + 1], safe[:, layer : layer + 1])
+    if not harmless.layers:
+        raise RefusalError(
+            f"params.yaml: prompts.unrelated: to the model at layer {layer} these are the safe prompts of the pairs, so their "
+            "difference is no control: give other safe prompts"
+        )
+    arms = [direction_arm("harmless_difference", "harmless", harmless.unit[0], 1.0, layer)]
     arms += [direction_arm(f"random_{i}", "random_1", v) for i, v in enumerate(random_unit(d_model, n_random, seed))]
     for k in RANKS:
         drawn = random_subspaces(d_model, k, n_subspaces, seed + k)

@@ -1,5 +1,6 @@
 """Choosing cells of a sweep, on val alone."""
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +10,13 @@ from refusal.errors import RefusalError
 def cell_name(layer: int, alpha: float) -> str:
     """`layer_5_alpha_100`: the cell's part of a checkpoint's name."""
     return f"layer_{layer}_alpha_{100 * alpha:.0f}"
+
+
+def checked_name(name: str) -> str:
+    """A checkpoint's name, found to be one that the pipeline gives: it becomes a path. Raises RefusalError for any other."""
+    if not re.fullmatch(r"[a-z_]+_layer_\d+_alpha_\d+", name):
+        raise RefusalError(f"{name!r} is no name of a cell, and would be a path: run `dvc repro select`, which writes the names")
+    return name
 
 
 def rank(cells: dict[str, dict[str, Any]], separation: Sequence[float | None], top: int, method: str) -> list[dict[str, Any]]:

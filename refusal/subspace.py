@@ -20,7 +20,10 @@ def paired_svd(
     differences = harmful.double() - safe.double()
     _, values, vectors = torch.linalg.svd(differences, full_matrices=False)
     if k > len(values) or float(values[k - 1]) <= 1e-10 * float(values[0]):
-        raise RefusalError(f"the paired differences span fewer than {k} dimensions: lower the rank, or add pairs")
+        raise RefusalError(
+            f"the {len(differences)} paired differences span fewer than {k} dimensions: raise prompts.n_pairs in params.yaml, or "
+            "give a file of more pairs"
+        )
     return vectors[:k]
 
 

@@ -67,10 +67,15 @@ def grid(
     of two harmless sets; and every defined layer with every alpha.
 
     `found` holds `unit`, `defined` and `safe_mean` of one method and pairing, `harmless` those of its pairing `harmless`. Raises
-    RefusalError for a layer that does not exist or whose direction is undefined.
+    RefusalError for a layer that does not exist or whose direction is undefined, and where all are.
     """
     unit, defined, safe_mean = found["unit"], found["defined"], found["safe_mean"]
     usable = [int(layer) for layer in defined.nonzero().flatten()]
+    if not usable:
+        raise RefusalError(
+            "no layer has a direction, so nothing can be swept: to the model, harmful and safe prompts are the same (it has one "
+            "layer, or its tokenizer does not tell them apart); set another model.id or prompts.source in params.yaml"
+        )
     layers = usable if layers is None else layers
     for layer in layers:
         if layer not in usable:

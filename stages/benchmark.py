@@ -22,6 +22,7 @@ def main(params: Params) -> str:
     from refusal.benchmark import TASKS, Harness, average, fetch, packaged, standard_error, tasks_of
     from refusal.models import load_tokenizer, weights_hash
     from refusal.resident import Resident
+    from refusal.selection import checked_name
     from refusal.statistics import stratified_difference, wilson
     from refusal.store import Store, key
     from refusal.tables import csv_text
@@ -35,7 +36,7 @@ def main(params: Params) -> str:
         print(f"benchmark: the documents of {', '.join(foreign)} come from the hub, once, and are kept in {cache}", flush=True)
     fetch(tasks)
     selected = read_json(Path("metrics/orthogonalize.json"))
-    folders = {"baseline": BASE} | {rank: Path("models/ablated") / cell["name"] for rank, cell in selected.items()}
+    folders = {"baseline": BASE} | {rank: Path("models/ablated") / checked_name(cell["name"]) for rank, cell in selected.items()}
     shared = {
         "limit": b.limit,
         "chat": b.apply_chat_template,

@@ -42,9 +42,14 @@ def main(params: Params) -> str:
     for name, rows in rows_of(metrics).items():
         write_text(PLOTS / f"{name}.csv", csv_text(rows))
     chosen = metrics[f"{params.sweep.method}-{params.sweep.pairing}"]
+    of = f"{params.sweep.method}-{params.sweep.pairing}"
+    if not chosen["layers"]:
+        return f"{len(arms)} sets of directions; {of} has none at any layer: harmful and safe prompts come out the same"
+    if chosen["peak_layer"] is None:
+        return f"{len(arms)} sets of directions; {of} has no separation: too few val prompts for a spread"
     return (
-        f"{len(arms)} sets of directions; {params.sweep.method}-{params.sweep.pairing} separates most at layer "
-        f"{chosen['peak_layer']} (Cohen's d {chosen['peak_separation']:.2f} on val)"
+        f"{len(arms)} sets of directions; {of} separates most at layer {chosen['peak_layer']} "
+        f"(Cohen's d {chosen['peak_separation']:.2f} on val)"
     )
 
 

@@ -19,15 +19,14 @@ BASE, OUT, METRICS, PLOT = (
 
 def main(params: Params) -> str:
     torch_ready(params)
-    from safetensors.torch import load_file
-
     from refusal.anatomy import anatomy_of
     from refusal.damage import Edited, costs
-    from refusal.directions import of_arm
+    from refusal.directions import of_arm, read_directions
     from refusal.interventions import intervene
     from refusal.judges.panel import judge_with
     from refusal.memory import rows_at_once
     from refusal.models import encode_chats, load_model, load_tokenizer, stop_ids, weights_hash
+    from refusal.selection import checked_name
     from refusal.store import Store
     from refusal.sweep import BASELINE, Cell, ablation_of, complete, grid
     from refusal.tables import csv_text
@@ -36,7 +35,7 @@ def main(params: Params) -> str:
 
     s, e, j = params.sweep, params.evaluate, params.judge
     selected = read_json(Path("metrics/select.json"))["rank_1"]
-    directions = load_file("models/directions.safetensors")
+    directions = read_directions(Path("models/directions.safetensors"))
     found, harmless_difference = (of_arm(directions, s.method, pairing) for pairing in (s.pairing, "harmless"))
     layer, alpha = selected["layer"], selected["alpha"]
     cells = grid(found, harmless_difference, [layer], s.alphas, s.n_random, s.seed, affine=params.ablation.kind == "affine")
@@ -54,7 +53,7 @@ def main(params: Params) -> str:
         load_tokenizer(BASE),
         Store(STORE / "store.sqlite"),
     )
-    edited_folder = Path("models/ablated") / selected["name"]
+    edited_folder = Path("models/ablated") / checked_name(selected["name"])
     edited = load_model(edited_folder, params.model.dtype, params.model.device)
     size = rows_at_once(s.batch_size, base, s.max_new_tokens + 1, "sweep")
     stops, pad_id = stop_ids(base, tokenizer), tokenizer.pad_token_id

@@ -10,13 +10,12 @@ FOLDER, METRICS = Path("data/published"), Path("metrics/published.json")
 
 def main(params: Params) -> str:
     torch_ready(params)
-    from safetensors.torch import load_file
-
+    from refusal.directions import read_directions
     from refusal.published import compare, read_vectors
 
     ours = {
         name.removesuffix(".unit"): tensor
-        for name, tensor in load_file("models/directions.safetensors").items()
+        for name, tensor in read_directions(Path("models/directions.safetensors")).items()
         if name.endswith(".unit")
     }
     found = compare(*read_vectors(FOLDER), ours)

@@ -11,16 +11,14 @@ BASE, OUT = Path("models/base"), Path("data/sweep")
 
 def main(params: Params) -> str:
     torch_ready(params)
-    from safetensors.torch import load_file
-
-    from refusal.directions import of_arm
+    from refusal.directions import of_arm, read_directions
     from refusal.memory import rows_at_once
     from refusal.models import encode_chats, load_model, load_tokenizer, stop_ids, weights_hash
     from refusal.store import Store
     from refusal.sweep import complete, grid
 
     s = params.sweep
-    directions = load_file("models/directions.safetensors")
+    directions = read_directions(Path("models/directions.safetensors"))
     found, harmless = (of_arm(directions, s.method, pairing) for pairing in (s.pairing, "harmless"))
     cells = grid(found, harmless, s.layers, s.alphas, s.n_random, s.seed, affine=params.ablation.kind == "affine")
     val = [row for row in read_jsonl(Path("data/prompts/pairs.jsonl")) if row["split"] == "val"]

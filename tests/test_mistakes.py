@@ -171,7 +171,8 @@ def layer_out_of_range(place: Place) -> Result:
     unit = torch.eye(4)
     tensors = {"unit": unit, "safe_mean": unit, "difference": unit, "defined": torch.tensor([False, True, True, True])}
     (place.folder / "models").mkdir()
-    save_file({f"sequential-matched.{k}": v.clone() for k, v in tensors.items()}, place.folder / "models/directions.safetensors")
+    both = {f"sequential-{of}.{k}": v.clone() for of in ("matched", "harmless") for k, v in tensors.items()}
+    save_file(both, place.folder / "models/directions.safetensors")
     place.set("sweep", layers=[3, 8])
     return place.stage("sweep")
 
