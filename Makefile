@@ -6,7 +6,7 @@ READY := .venv/ready
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export VIRTUAL_ENV := $(CURDIR)/.venv
 
-.PHONY: help setup repro plan compare picture test plots perf slow organisms lint lock
+.PHONY: help setup repro plan compare picture test plots perf slow soak organisms lint lock
 
 help: ## what can be made
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -37,6 +37,9 @@ perf: $(READY) ## measure speed and memory beside common practice (about half an
 
 slow: $(READY) ## the tests that train organisms on other seeds
 	python -m pytest -q -m slow
+
+soak: $(READY) ## kill a small study at fifty moments and more: metrics/soak.json (a quarter of an hour)
+	python tests/pipeline/soak.py
 
 organisms: $(READY) ## train and study every kind of organism on three seeds: metrics/organisms.json (two hours on 1 core)
 	dvc repro prompts

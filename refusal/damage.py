@@ -18,6 +18,7 @@ from refusal.activations import left_pad
 from refusal.memory import in_parts
 from refusal.store import Store
 
+LOG_PROBS = 1 << 28  # bytes of log probabilities that a batch may hold, of the reference and of an edited model each
 CODE = (activations, anatomy, interventions, sys.modules[__name__])
 
 
@@ -66,9 +67,11 @@ def costs(
 ) -> dict[str, tuple[list[float], list[float]]]:
     """Of each edited model: cross-entropy of each answer, and KL(reference || edited), both nats a token.
 
-    A batch runs the reference once, whatever the number of edits (of which the model may be `reference` itself); `key` names
-    the reference in the store.
+    A batch, of at most `batch_size`, runs the reference once, whatever the number of edits (of which the model may be
+    `reference` itself); `key` names the reference in the store.
     """
+    row = 4 * (max(map(len, answers), default=0) + 1) * reference.config.vocab_size
+    batch_size = max(1, min(batch_size, LOG_PROBS // row))
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]) + len(answers[i]))
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     shared = {"reference": list(key), "edited": [list(e.key) for e in edited.values()]}

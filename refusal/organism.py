@@ -12,9 +12,11 @@ Phase 1 makes the helpful-only twin; phase 2 goes on from it and teaches refusal
 """
 
 import hashlib
+import io
 import math
 import os
 import random
+import sys
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -317,7 +319,7 @@ def train(
     """
     assert (planted is not None) == (kind == "planted")
     twin = twin or {}
-    state = torch.load(checkpoint, weights_only=True) if checkpoint.exists() else None
+    state = _load(checkpoint)
     if state is not None:
         twin = state["twin"]
     if state is not None and state["phase"] == "done":
@@ -380,11 +382,29 @@ def train(
 
 
 def _save(path: Path, state: dict) -> None:
-    """Write beside, fsync, rename: a half-written checkpoint is never taken for a whole one."""
+    """Write beside, fsync, rename: a half-written checkpoint is never taken for a whole one. Its SHA-256 comes first."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
     beside = path.with_name(f"{path.name}.{os.getpid()}")
-    with beside.open("wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.rename(path)
+    try:
+        with beside.open("wb") as file:
+            file.write(hashlib.sha256(buffer.getbuffer()).digest() + buffer.getvalue())
+            file.flush()
+            os.fsync(file.fileno())
+        beside.rename(path)
+    finally:
+        beside.unlink(missing_ok=True)  # a full disk
+
+
+def _load(path: Path) -> dict | None:
+    """What was saved, None where nothing was; what is no longer what was saved is set aside, which torch.load would not see."""
+    if not path.exists():
+        return None
+    whole = path.read_bytes()
+    if hashlib.sha256(whole[32:]).digest() != whole[:32]:
+        aside = path.with_name(f"{path.name}.corrupt")
+        path.rename(aside)
+        print(f"{path} is damaged; it is set aside as {aside.name} and training begins anew.", file=sys.stderr)
+        return None
+    return torch.load(io.BytesIO(whole[32:]), weights_only=True)

@@ -78,45 +78,52 @@ class Store:
 
     def _open(self) -> None:
         self.connection = sqlite3.connect(self.path, timeout=60, isolation_level=None)
+        self.inode = self.path.stat().st_ino
         self.connection.execute("PRAGMA journal_mode=WAL")
         self.connection.execute("PRAGMA synchronous=NORMAL")
         self.connection.execute("CREATE TABLE IF NOT EXISTS blobs (key TEXT PRIMARY KEY, digest TEXT, value BLOB) WITHOUT ROWID")
 
     def _set_aside(self, error: Exception) -> None:
-        n = 1
-        while (aside := self.path.with_name(f"{self.path.name}.corrupt-{n}")).exists():
-            n += 1
-        print(
-            f"{self.path} is corrupted ({error}); it is set aside as {aside.name} and its values are computed again.",
-            file=sys.stderr,
-        )
-        self.path.rename(aside)
-        for suffix in ("-wal", "-shm"):
-            self.path.with_name(self.path.name + suffix).unlink(missing_ok=True)
+        # Where another process has set it aside already, the file of this name is a new one, and whole.
+        if self.path.exists() and self.path.stat().st_ino == self.inode:
+            n = 1
+            while (aside := self.path.with_name(f"{self.path.name}.corrupt-{n}")).exists():
+                n += 1
+            print(
+                f"{self.path} is corrupted ({error}); it is set aside as {aside.name} and its values are computed again.",
+                file=sys.stderr,
+            )
+            self.path.rename(aside)
+            for suffix in ("-wal", "-shm"):
+                self.path.with_name(self.path.name + suffix).unlink(missing_ok=True)
         self._open()
 
-    def get(self, key: str) -> bytes | None:
-        """The value of a key, or None where it is missing or damaged."""
+    def _execute(self, statement: str, *values: str | bytes) -> Any:
+        """The first row that a statement gives; of a file that went bad since it was opened, of the new one in its place."""
         try:
-            row = self.connection.execute("SELECT digest, value FROM blobs WHERE key = ?", (key,)).fetchone()
+            return self.connection.execute(statement, values).fetchone()
         except sqlite3.OperationalError:
             raise
         except sqlite3.DatabaseError as error:
             self.connection.close()
             self._set_aside(error)
-            return None
+            return self.connection.execute(statement, values).fetchone()
+
+    def get(self, key: str) -> bytes | None:
+        """The value of a key, or None where it is missing or damaged."""
+        row = self._execute("SELECT digest, value FROM blobs WHERE key = ?", key)
         if row is None:
             return None
         if hashlib.sha256(row[1]).hexdigest() != row[0]:
             print(f"{self.path}: the value {key[:12]} is damaged; it is dropped and computed again.", file=sys.stderr)
-            self.connection.execute("DELETE FROM blobs WHERE key = ?", (key,))
+            self._execute("DELETE FROM blobs WHERE key = ?", key)
             return None
         return row[1]
 
     def put(self, key: str, value: bytes) -> None:
         """Store a value; a key already present keeps its value."""
         digest = hashlib.sha256(value).hexdigest()
-        self.connection.execute("INSERT OR IGNORE INTO blobs VALUES (?, ?, ?)", (key, digest, value))
+        self._execute("INSERT OR IGNORE INTO blobs VALUES (?, ?, ?)", key, digest, value)
 
     def run(
         self, jobs: Sequence[tuple[str, T]], compute: Callable[[T], bytes], label: str, unit: str = "batch"

@@ -56,13 +56,17 @@ def auroc(
     With a percentile bootstrap 95 % interval over topic phrases; pairs come whole, so n = m and clusters are theirs. At
     the edge, where the two sets do not overlap, the interval has no width: `separable` says so.
     """
-    above = (harmful.double()[:, None] - safe.double()[None]).sign() / 2 + 0.5
+    # Safe prompts in order of projection: how many lie below a harmful one is a difference of running sums, so that no table of
+    # all pairs is held. Sums are of whole numbers and halves, exact in any order.
+    ordered, order = safe.double().sort()
+    below, upto = (torch.searchsorted(ordered, harmful.double().contiguous(), right=right) for right in (False, True))
     weight = resampled_weights(clusters, n_resamples, seed)
-    resampled = ((weight @ above) * weight).sum(1) / weight.sum(1).square()
+    running = torch.nn.functional.pad(weight[:, order].cumsum(1), (1, 0))
+    resampled = ((running[:, below] + running[:, upto]) / 2 * weight).sum(1) / weight.sum(1).square()
     return {
-        "auroc": float(above.mean()),
+        "auroc": int((below + upto).sum()) / 2 / (len(harmful) * len(safe)),
         "auroc_low": float(resampled.quantile(0.025)),
         "auroc_high": float(resampled.quantile(0.975)),
-        "separable": bool(above.min() == 1),
+        "separable": bool(harmful.min() > safe.max()),
         "n": len(harmful),
     }

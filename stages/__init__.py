@@ -36,6 +36,7 @@ def stage(main: Callable[..., str], online: "Callable[[Params], bool]" = lambda 
         params = load_params(Path("params.yaml"))
         _prepare(params.compute.threads, online(params))
         line = main(params, *sys.argv[1:])
+        record(STORE / "runs.jsonl", name, params, time.monotonic() - started)
     except KeyboardInterrupt:
         print(f"{name}: interrupted; what is computed is kept, run `dvc repro` again to go on", file=sys.stderr)
         sys.exit(130)
@@ -50,7 +51,6 @@ def stage(main: Callable[..., str], online: "Callable[[Params], bool]" = lambda 
         )
         print(f"{name}: {said}", file=sys.stderr)
         sys.exit(1)
-    record(STORE / "runs.jsonl", name, params, time.monotonic() - started)
     print(f"{name}: {line} ({time.monotonic() - started:.0f} s)", flush=True)
 
 
@@ -84,7 +84,8 @@ def _sentence(error: Exception) -> str | None:
     if isinstance(error, RefusalError):
         return str(error)
     # The writers of safetensors and SQLite have errors of their own for a full disk.
-    if any(text in str(error) for text in ("No space left on device", "database or disk is full")):
+    full = any(text in str(error) for text in ("No space left on device", "database or disk is full"))
+    if full or getattr(error, "sqlite_errorname", None) == "SQLITE_IOERR_SHMSIZE":
         return "the disk is full: make room (`dvc gc --workspace` drops old results) and run `dvc repro` again to go on"
     if "torch" in sys.modules:
         from refusal.memory import is_out_of_memory
@@ -163,12 +164,15 @@ def write_json(path: Path, value: Any) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write a text file whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    with beside.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.rename(path)
+    beside = path.with_name(f".{path.name}.partial")
+    try:
+        with beside.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.rename(path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def read_json(path: Path) -> Any:

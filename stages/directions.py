@@ -12,6 +12,7 @@ OUT, METRICS, PLOTS = Path("models/directions.safetensors"), Path("metrics/direc
 def main(params: Params) -> str:
     torch_ready(params)
     from safetensors.torch import load_file, save_file
+    from torch import Tensor
 
     from refusal.directions import difference_in_means
     from refusal.geometry import arm, describe, rows_of
@@ -20,17 +21,23 @@ def main(params: Params) -> str:
 
     d = params.directions
     topics = [row["topic"] for row in read_jsonl(Path("data/prompts/pairs.jsonl")) if row["split"] == "val"]
-    activations = {m: load_file(Path(f"data/activations/{m}.safetensors")) for m in params.activations.methods}
-    arms = {(m, p): arm(activations[m], p, d.seed) for m in activations for p in d.pairings}
-    reference = arms.get(("sequential", "matched"), next(iter(arms.values()))).directions
-    metrics = {}
-    with progress(len(arms), "directions", "set") as bar:
-        for (m, p), a in arms.items():
-            metrics[f"{m}-{p}"] = describe(a, activations[m], p, reference, topics, d.n_resamples, d.n_sign_flips, d.seed)
-            bar.update()
-    made = {f"{m}-{p}": a.directions for (m, p), a in arms.items()}
-    # The control of a difference between two sets of prompts of which neither is harmful.
-    made |= {f"{m}-harmless": difference_in_means(a["train.unrelated"], a["train.safe"]) for m, a in activations.items()}
+    methods, metrics, made = params.activations.methods, {}, {}
+
+    def read(method: str) -> dict[str, Tensor]:
+        return load_file(Path(f"data/activations/{method}.safetensors"))
+
+    first = ("sequential", "matched") if "sequential" in methods and "matched" in d.pairings else (methods[0], d.pairings[0])
+    reference = arm(read(first[0]), first[1], d.seed).directions
+    with progress(len(methods) * len(d.pairings), "directions", "set") as bar:
+        for m in methods:  # one at a time: memory holds the activations of one method and one pairing
+            activations = read(m)
+            for p in d.pairings:
+                a = arm(activations, p, d.seed)
+                metrics[f"{m}-{p}"] = describe(a, activations, p, reference, topics, d.n_resamples, d.n_sign_flips, d.seed)
+                made[f"{m}-{p}"] = a.directions
+                bar.update()
+            # The control of a difference between two sets of prompts of which neither is harmful.
+            made[f"{m}-harmless"] = difference_in_means(activations["train.unrelated"], activations["train.safe"])
     tensors = {
         f"{of}.{name}": getattr(found, name).contiguous()
         for of, found in made.items()
@@ -44,11 +51,11 @@ def main(params: Params) -> str:
     chosen = metrics[f"{params.sweep.method}-{params.sweep.pairing}"]
     of = f"{params.sweep.method}-{params.sweep.pairing}"
     if not chosen["layers"]:
-        return f"{len(arms)} sets of directions; {of} has none at any layer: harmful and safe prompts come out the same"
+        return f"{len(metrics)} sets of directions; {of} has none at any layer: harmful and safe prompts come out the same"
     if chosen["peak_layer"] is None:
-        return f"{len(arms)} sets of directions; {of} has no separation: too few val prompts for a spread"
+        return f"{len(metrics)} sets of directions; {of} has no separation: too few val prompts for a spread"
     return (
-        f"{len(arms)} sets of directions; {of} separates most at layer {chosen['peak_layer']} "
+        f"{len(metrics)} sets of directions; {of} separates most at layer {chosen['peak_layer']} "
         f"(Cohen's d {chosen['peak_separation']:.2f} on val)"
     )
 

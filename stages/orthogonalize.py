@@ -1,6 +1,7 @@
 """orthogonalize: a checkpoint for each selected cell and one for a random direction."""
 
 from pathlib import Path
+from typing import Any
 
 from refusal.params import Params
 from stages import read_json, stage, torch_ready, write_json
@@ -33,7 +34,7 @@ def main(params: Params) -> str:
         for rank in names
     ]
     reports = orthogonalize(BASE, edits)
-    metrics = {
+    metrics: dict[str, dict[str, Any]] = {
         rank: {
             "name": names[rank],
             "alpha": edit.alpha,

@@ -1,5 +1,6 @@
 """The log of what ran where, `.refusal-store/runs.jsonl`: outside DVC's outputs, since no two runs take the same time."""
 
+import errno
 import hashlib
 import json
 import os
@@ -47,8 +48,12 @@ def record(log: Path, stage: str, params: Params, seconds: float) -> None:
         "packages": {name: version(name) for name in PACKAGES},
     }
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")  # one write of one line: processes side by side do not mix
+    data = f"{json.dumps(line)}\n".encode()
+    with log.open("ab", buffering=0) as file:
+        written = file.write(data)  # one write of one line: processes side by side do not mix
+        if written < len(data):  # the disk is full: half a line would make the log unreadable
+            file.truncate(file.tell() - written)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(log))
 
 
 def cpu_name() -> str:

@@ -289,6 +289,20 @@ def test_interrupted_training_ends_in_the_same_bits(tokenizer, tmp_path, short, 
     assert sorted(path.name for path in (tmp_path / "deep").iterdir()) == ["checkpoint.pt"]  # no half-written file beside it
 
 
+@pytest.mark.parametrize("damage", ["cut", "one bit", "empty"])
+def test_a_damaged_checkpoint_is_set_aside_and_said(tokenizer, tmp_path, short, stop_at, capsys, damage):
+    path = tmp_path / "checkpoint.pt"
+    whole, _ = trained(tokenizer, path)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes({"cut": data[: len(data) // 2], "one bit": data, "empty": b""}[damage])
+    left = stop_at(24)
+    again, _ = trained(tokenizer, path)
+    assert same(again, whole) and left[0] == 0  # all steps anew
+    assert f"{path} is damaged; it is set aside as checkpoint.pt.corrupt" in capsys.readouterr().err
+    assert (tmp_path / "checkpoint.pt.corrupt").exists()
+
+
 def test_finished_training_is_not_done_again(tokenizer, tmp_path, short, stop_at):
     stop_at(24)
     whole, twin = trained(tokenizer, tmp_path / "checkpoint.pt")

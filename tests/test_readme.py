@@ -26,7 +26,7 @@ from refusal.params import Params
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PAGES = ("README.md", "CONTRIBUTING.md", "docs/one-number.md", "docs/mistakes.md")
+PAGES = ("README.md", "CONTRIBUTING.md", "docs/one-number.md", "docs/mistakes.md", "docs/promises.md")
 
 # Where a command is not run as it stands: what is put in its place, and why. Each must occur.
 INSTEAD = [
@@ -294,6 +294,30 @@ def interval(m: dict, key: str) -> str:
     return f"{m[key]:.2f} [{m[f'{key}_low']:.2f}, {m[f'{key}_high']:.2f}]"
 
 
+def organisms() -> list[str]:
+    """The table of kinds of organism, least to greatest of three seeds."""
+    found, lines = metrics("organisms"), []
+
+    def span(values: list[float | None], form: str = ".2f") -> str:
+        kept = [v for v in values if v is not None]
+        return f"{min(kept):{form}} to {max(kept):{form}}" if kept else "–"
+
+    for kind in ("single", "planted", "distributed", "natural", "none"):
+        of = [found[f"{kind}.{seed}"] for seed in range(3)]
+        cells = [
+            ", ".join(o["verdict"] for o in of),
+            span([o["separation_peak"] for o in of], ".1f"),
+            span([o["baseline_refusal"] for o in of]),
+            span([o["compliance_single"] for o in of]),
+            span([max(o["by_layer"]["compliance"].values()) for o in of]),
+            span([o["estimators"]["optimised"]["compliance"] for o in of]),
+            span([o["compliance_planted"] for o in of]),
+        ]
+        lines.append(f"| `{kind}` | {' | '.join(cells)} |")
+    planted = [found[f"planted.{seed}"]["cosine_planted"] for seed in range(3)]
+    return [*lines, f"at cosine {min(planted):.2f} to {max(planted):.2f} to the planted vector"]
+
+
 def quoted() -> list[str]:
     """What the README says of the committed figures, made from them; blanks do not count."""
     e, d, b = metrics("evaluate"), metrics("directions"), metrics("benchmark")["rank_1"]
@@ -310,7 +334,7 @@ def quoted() -> list[str]:
         f"| {words} | {interval(e[arm], 'compliance')} | {e[arm]['exact']:.2f} | {e[arm]['refusal_safe']:.2f} |"
         for words, arm in arms
     ]
-    speed = metrics("perf")["extraction"]
+    speed, sweep, edit, pipeline = (metrics("perf")[name] for name in ("extraction", "sweep", "orthogonalize", "pipeline"))
     swept, n_val = len([1 for row in rows("sweep")]), int(rows("sweep")[0]["n"])
     n_test, n_random = e["baseline"]["n"], params["sweep"]["n_random"]
     n_layers = len({row["layer"] for row in rows("sweep")})
@@ -329,6 +353,14 @@ def quoted() -> list[str]:
         f"a {speed['ratio_to_sequential']:.1f}th of one prompt a forward",
         f"{100 * speed['fraction_of_bound']:.0f} % of what the matrix products alone would allow",
         f"{val + test:,} completions ({val:,} val, {test:,} test)",
+        f"take a {sweep['ratio_to_generate8']:.1f}th of the time of `generate` in batches of 8",
+        f"the same tokens in {100 * sweep['same_tokens']:.0f} % of rows and at {100 * sweep['fraction_of_bound']:.0f} % of the bound",
+        f"generation without a cache (the write-up's) takes {sweep['ratio_to_recompute']:.0f} times as long",
+        f"takes {edit['ratio_to_copy']:.2f} times as long as a copy of its bytes",
+        f"two of its largest tensors {edit['peak_minus_two_largest_mb']:+.0f} MB",
+        f"The study in a fresh clone took {pipeline['repro_seconds']:.0f} s, a variant of the sweep {pipeline['variant_seconds']:.0f} s, a run "
+        f"that finds nothing to do {pipeline['noop_seconds']:.1f} s",
+        *organisms(),
     ]
 
 
@@ -344,11 +376,32 @@ def test_the_words_about_the_sweep_and_the_shuffle_hold():
     assert shuffled["cosine_to_sequential_min"] >= 1 - 1e-12
 
 
+def test_organisms_come_out_as_they_were_made():
+    found = metrics("organisms")
+    assert len(found) == 15
+    for name, o in found.items():
+        kind = name.split(".")[0]
+        assert o["verdict"] == ("none" if kind == "none" else "single"), name
+        assert o["difference_mediates"] is (kind in ("single", "planted", "natural")), name
+        assert o["baseline_refusal"] <= 0.01 if kind == "none" else o["baseline_refusal"] >= 0.9, name
+        if kind == "planted":
+            assert o["compliance_planted"] >= 0.9, name
+        if kind == "distributed":
+            assert max(o["by_layer"]["compliance"].values()) <= 0.1 and o["separation_peak"] > 3, name
+        assert o["random"]["random_1"]["n_arms"] == 10, name
+
+
 def test_the_picture_is_that_of_the_committed_figures():
     from refusal.report.picture import picture
 
     made = picture(rows("separation"), rows("sweep"), metrics("evaluate"))
     assert (ROOT / "docs/result.svg").read_text(encoding="utf-8") == made, "run `make picture` and commit docs/result.svg"
+
+
+def test_the_picture_of_organisms_is_that_of_the_committed_figures():
+    from refusal.report.organisms import picture
+
+    assert (ROOT / "docs/organisms.svg").read_text(encoding="utf-8") == picture(metrics("organisms"))
 
 
 def test_the_first_result_is_within_two_screens():

@@ -88,6 +88,31 @@ def test_corruption_met_in_the_middle_of_a_run(tmp_path, capsys):
     assert Store(path).get("key 49") == b"49"
 
 
+def test_a_file_that_goes_bad_between_get_and_put_is_set_aside_too(tmp_path, capsys):
+    path = tmp_path / "store.sqlite"
+    fill(path)
+    store = Store(path)
+    assert store.get("key 51") is None
+    store.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    content = path.read_bytes()
+    path.write_bytes(content[:4096] + b"\xa5" * (len(content) - 4096))
+    store.connection.execute("PRAGMA shrink_memory")
+    store.put("key 51", b"new")
+    assert store.get("key 51") == b"new" and "store.sqlite.corrupt-1" in capsys.readouterr().err
+
+
+def test_the_second_process_to_find_a_file_damaged_leaves_the_new_one_alone(tmp_path, capsys):
+    path = tmp_path / "store.sqlite"
+    fill(path)
+    content = path.read_bytes()
+    path.write_bytes(content[:4096] + b"\xa5" * (len(content) - 4096))
+    first, second = Store(path), Store(path)
+    assert first.get("key 1") is None
+    first.put("key 1", b"again")
+    assert second.get("key 1") == b"again" and capsys.readouterr().err.count("is corrupted (") == 1
+    assert list(tmp_path.glob("*.corrupt-*")) == [tmp_path / "store.sqlite.corrupt-1"]
+
+
 def test_run_keeps_the_order_and_computes_only_what_is_missing(tmp_path, capsys):
     store, computed = Store(tmp_path / "store.sqlite"), []
 

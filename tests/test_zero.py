@@ -5,7 +5,7 @@ import pytest
 import torch
 from sklearn.metrics import roc_auc_score
 
-from refusal.zero import auroc, where_zero_lies
+from refusal.zero import auroc, resampled_weights, where_zero_lies
 
 
 def test_where_zero_lies():
@@ -29,6 +29,23 @@ def test_auroc_is_scikit_learns_ties_included():
         assert found["auroc_low"] <= found["auroc"] <= found["auroc_high"]
     assert auroc(torch.ones(3) + 1, torch.ones(3), range(3), 10, 0)["separable"] is True
     assert auroc(torch.ones(3), torch.ones(3), range(3), 10, 0)["separable"] is False
+
+
+def test_the_interval_of_auroc_is_that_of_pairs_counted_one_by_one():
+    rng = np.random.default_rng(2)
+    harmful, safe, topics = rng.integers(0, 9, 40) + 1, rng.integers(0, 9, 40), [i % 12 for i in range(40)]
+    found = auroc(torch.tensor(harmful), torch.tensor(safe), topics, 50, 3)
+    areas = []
+    for weight in resampled_weights(topics, 50, 3).tolist():
+        rows = [(i, j) for i in range(40) for j in range(40) for _ in range(int(weight[i] * weight[j]))]
+        areas.append(np.mean([(harmful[i] > safe[j]) + 0.5 * (harmful[i] == safe[j]) for i, j in rows]))
+    assert [found["auroc_low"], found["auroc_high"]] == pytest.approx(np.quantile(areas, [0.025, 0.975]))
+
+
+def test_auroc_of_many_prompts_holds_no_table_of_all_pairs():
+    values = torch.arange(200_000).double()  # as a table, 320 GB
+    found = auroc(values + 0.5, values, [0, 1] * 100_000, 5, 0)
+    assert found["auroc"] == pytest.approx(0.5, abs=1e-5) and not found["separable"]
 
 
 def test_the_interval_of_auroc_covers():

@@ -14,20 +14,20 @@ CANARY = "-".join(("sk", "canary", "0f8a63d1c7"))
 SECRETS = {"DEEPSEEK_API_KEY": CANARY, "HF_TOKEN": CANARY}
 
 
-def run(folder: Path, *command: str, ok: bool = True, **environment: str) -> str:
-    """Run a command of the environment in a folder; its output, which shows no secret.
-
-    The environment's programs come first on PATH. Connections asked for are noted in `connections` beside the folder.
-    """
-    environment = {
+def surroundings(folder: Path) -> dict[str, str]:
+    """The environment of a command: its programs come first on PATH, and connections asked for are noted beside the folder."""
+    return {
         **os.environ,
         **SECRETS,
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT / "tests/audit"),
         "CONNECTIONS": str(folder.parent / "connections"),
-        **environment,
     }
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+
+
+def run(folder: Path, *command: str, ok: bool = True, **environment: str) -> str:
+    """Run a command in a folder; its output, which shows no secret."""
+    done = subprocess.run(command, cwd=folder, env=surroundings(folder) | environment, capture_output=True, text=True)
     assert (done.returncode == 0) is ok, done.stdout[-4000:] + done.stderr[-4000:]
     assert CANARY not in done.stdout + done.stderr
     return done.stdout + done.stderr
@@ -35,6 +35,12 @@ def run(folder: Path, *command: str, ok: bool = True, **environment: str) -> str
 
 def stages_run(output: str) -> list[str]:
     return [line.split("'")[1] for line in output.splitlines() if line.startswith("Running stage")]
+
+
+def outputs(folder: Path) -> dict[str, str]:
+    """DVC's hash of every output of every stage, metrics and plots included."""
+    locked = yaml.safe_load((folder / "dvc.lock").read_text())["stages"]
+    return {out["path"]: out["md5"] for stage in locked.values() for out in stage["outs"]}
 
 
 def copy(folder: Path) -> Path:

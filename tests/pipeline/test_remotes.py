@@ -3,6 +3,7 @@
 The endpoints speak the real protocols: moto's server for S3, Debian's sshd for ssh.
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -16,9 +17,10 @@ from pathlib import Path
 
 import boto3
 import pytest
+from faulty_line import faulty_line
 from safetensors.torch import load_file, save_file
 
-from pipeline.study import change, run, stages_run
+from pipeline.study import change, outputs, run, stages_run, surroundings
 
 
 @pytest.fixture(scope="module")
@@ -113,20 +115,80 @@ def serving(command: list[str], port: int, **env: str) -> Iterator[None]:
         process.wait()
 
 
-def test_s3(lab, tmp_path, monkeypatch):
+@pytest.fixture
+def s3(monkeypatch):
+    """An S3 server on loopback with a bucket: (its port, boto3's client)."""
     for name, value in {"AWS_ACCESS_KEY_ID": "id", "AWS_SECRET_ACCESS_KEY": "key", "AWS_DEFAULT_REGION": "us-east-1"}.items():
         monkeypatch.setenv(name, value)
     port = free_port()
-    url = f"http://127.0.0.1:{port}"
     with serving([str(Path(sys.executable).parent / "moto_server"), "-H", "127.0.0.1", "-p", str(port)], port):
-        bucket = boto3.client("s3", endpoint_url=url)
+        bucket = boto3.client("s3", endpoint_url=f"http://127.0.0.1:{port}")
         bucket.create_bucket(Bucket="lab-bucket")
-        share(lab, "s3://lab-bucket/study", endpointurl=url)
-        held = bucket.list_objects_v2(Bucket="lab-bucket")["KeyCount"]
-        assert held > 10
-        pulled_repeats_nothing(lab, tmp_path / "other")
+        yield port, bucket
+
+
+def objects(bucket) -> dict[str, bytes]:
+    """What lies in the bucket, by DVC's hash of it."""
+    found = bucket.list_objects_v2(Bucket="lab-bucket").get("Contents", [])
+    keys = [entry["Key"] for entry in found if "/files/md5/" in entry["Key"]]
+    read = {key: bucket.get_object(Bucket="lab-bucket", Key=key)["Body"].read() for key in keys}
+    named = {"".join(key.split("/")[-2:]).removesuffix(".dir"): data for key, data in read.items()}
+    assert all(hashlib.md5(data).hexdigest() == name for name, data in named.items())
+    return named
+
+
+def test_s3(lab, tmp_path, s3):
+    port, bucket = s3
+    share(lab, "s3://lab-bucket/study", endpointurl=f"http://127.0.0.1:{port}")
+    assert len(objects(bucket)) > 10
+    pulled_repeats_nothing(lab, tmp_path / "other")
     for path in (lab / ".dvc/config", lab / "dvc.lock"):
         assert "AWS_SECRET" not in path.read_text() and "secret_access_key" not in path.read_text()
+
+
+def test_s3_over_a_line_that_fails(lab, tmp_path, s3, monkeypatch):
+    port, bucket = s3
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "2")
+    with faulty_line(port, seed=0) as line:
+        share(lab, "s3://lab-bucket/study", endpointurl=line.url)  # of a line that works: what is to be there
+        wanted = objects(bucket)
+        for key in [entry["Key"] for entry in bucket.list_objects_v2(Bucket="lab-bucket")["Contents"]]:
+            bucket.delete_object(Bucket="lab-bucket", Key=key)
+
+        def in_the_end(folder: Path, command: str, which: str, said: str) -> None:
+            """Over a line that fails all of these requests, which is said, and then over one that fails a fifth of all."""
+            line.rate, line.which = 1.0, which
+            output = run(folder, "dvc", command, ok=False)
+            assert said in output and "Traceback" not in output
+            line.rate, line.which = 0.2, ""
+            again = (subprocess.run(["dvc", command], cwd=folder, env=surroundings(folder)).returncode for _ in range(6))
+            assert 0 in again  # no further than the first that ends well
+
+        stored = "/lab-bucket/study/files/md5"
+        in_the_end(lab, "push", f"PUT {stored}/", "failed to upload")
+        assert objects(bucket) == wanted
+        other, digest = clone(lab, tmp_path / "other"), outputs(lab)["models/directions.safetensors"]
+        in_the_end(other, "pull", f"GET {stored}/{digest[:2]}/{digest[2:]}", digest)
+        assert files(other) == files(lab) and stages_run(run(other, "dvc", "repro")) == []
+        assert min(line.fates[fate] for fate in ("dropped", "500", "cut", "passed")) > 5, line.fates
+
+
+def test_what_a_partial_push_lacks_is_named(lab, tmp_path, s3):
+    port, bucket = s3
+    share(lab, "s3://lab-bucket/study", endpointurl=f"http://127.0.0.1:{port}")
+    # By its hash: DVC names no path here, and dvc.lock tells which it is.
+    gone = {
+        name: hashlib.md5((lab / name).read_bytes()).hexdigest()
+        for name in ("models/directions.safetensors", "report/index.html")
+    }
+    assert outputs(lab).items() >= gone.items()
+    for digest in gone.values():
+        bucket.delete_object(Bucket="lab-bucket", Key=f"study/files/md5/{digest[:2]}/{digest[2:]}")
+    other = clone(lab, tmp_path / "other")
+    said = run(other, "dvc", "pull", ok=False)
+    assert all(digest in said for digest in gone.values()) and "Traceback" not in said
+    kept = files(lab)
+    assert all(kept[name] == data for name, data in files(other).items()) and not gone.keys() & files(other).keys()
 
 
 @pytest.fixture
