@@ -185,7 +185,7 @@ def test_a_pickle_beside_the_weights_is_left_alone(folder, tmp_path):
     ("template", "said"),
     [
         ("{{ messages.__class__.__base__.__subclasses__() }}", "unsafe"),
-        ("{{ ''.format.__globals__ }}", "unsafe|undefined|no attribute"),
+        ("{{ cycler.__init__.__globals__.os.popen('id').read() }}", "unsafe|undefined|no attribute"),
         ("{% include '/etc/hostname' %}", "cannot format a prompt"),
         ("{{ range(10 ** 9) | list }}", "Range too big|cannot format"),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
@@ -195,7 +195,7 @@ def test_a_pickle_beside_the_weights_is_left_alone(folder, tmp_path):
         ("{% for a in range(99999) %}{{ messages[0]['content'] }}{% endfor %}", "makes [0-9,]+ characters of a prompt"),
         ("{{ 'a' * 10 ** 10 }}", "it fills the memory"),
         ("{% set n = namespace(s='a') %}{% for i in range(99) %}{% set n.s = n.s ~ n.s %}{% endfor %}", "it fills the memory"),
-        ("{{ 10 ** 10 ** 9 }}", "it runs for 2 s|it fills the memory"),  # one step of the interpreter, which nothing interrupts
+        ("{{ 10 ** (10 ** 9) }}", "it runs for 2 s|it fills the memory"),  # one step of the interpreter, which nothing interrupts
         ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "it runs for 2 s"),
     ],
     ids=range(13),
