@@ -27,7 +27,7 @@ compare: $(READY) ## every variant beside the others: report/variants.html
 
 picture: $(READY) ## the pictures in the README, docs/*.svg, from committed figures
 	python -m refusal.report.picture plots/separation.csv plots/sweep.csv metrics/evaluate.json docs/result.svg
-	python -m refusal.report.organisms metrics/organisms.json docs/organisms.svg
+	test ! -f metrics/organisms.json || python -m refusal.report.organisms metrics/organisms.json docs/organisms.svg
 
 plots: $(READY) ## every plot as one page, dvc_plots/index.html
 	dvc plots show
