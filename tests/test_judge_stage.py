@@ -170,8 +170,8 @@ def test_missing_verdicts_are_counted_and_too_many_are_an_error_unless_allowed(t
 
 @pytest.mark.parametrize(("judge", "said"), [
     ({"kind": "llm", "api_key_variable": CANARY}, "judge.api_key_variable: must be the NAME"),
-    ({"kind": "llm", "base_url": f"https://me:{CANARY}@localhost"}, "judge.base_url: must begin"),
-    ({"kind": "llm", "base_url": "localhost"}, "judge.base_url: must begin"),
+    ({"kind": "llm", "base_url": f"https://me:{CANARY}@localhost"}, "judge.base_url: must be http"),
+    ({"kind": "llm", "base_url": "localhost"}, "judge.base_url: must be http"),
     ({"kind": "llm", "timeout_seconds": 600}, "judge.timeout_seconds: .*300"),
     ({"kind": "llm", "concurrency": 0}, "judge.concurrency"),
     ({"kind": "gpt"}, "judge.kind"),
@@ -201,4 +201,4 @@ def test_calibrate_takes_the_llm_judge_and_keeps_its_verdicts(tmp_path):
     assert json.loads(first)["n"] == 3 and json.loads(first)["n_missing"] == 0
     with serve(lambda n, asked: "?") as server:
         assert "3 of 3 completions have no verdict" in calibrate("--base-url", server.url, ok=False)
-    assert calibrate("--base-url", "here", ok=False).startswith("--base-url: must begin")
+    assert calibrate("--base-url", "here", ok=False).startswith("--base-url: must be http")
