@@ -12,8 +12,10 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any
+
+from loopback import listening
 
 NOTE = "\n\n(Your last reply"
 
@@ -127,15 +129,6 @@ def serve(reply: Callable[[int, str], str | Reply], port: int = 0):
                 with lock:
                     server.answered[question] += 1
 
-    class Quiet(ThreadingHTTPServer):
-        daemon_threads = True
-
-    with Quiet(("127.0.0.1", port), Handler) as http:
-        server = Server(f"http://127.0.0.1:{http.server_address[1]}")
-        thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
-        thread.start()
-        try:
-            yield server
-        finally:
-            http.shutdown()
-            thread.join()
+    with listening(Handler, port) as url:
+        server = Server(url)
+        yield server

@@ -14,6 +14,8 @@ from http.client import HTTPConnection
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+from loopback import listening
+
 HOP_BY_HOP = {"connection", "transfer-encoding", "content-length", "keep-alive"}
 
 
@@ -75,17 +77,9 @@ def faulty_line(port: int, seed: int) -> Iterator[Line]:
         setattr(Handler, f"do_{method}", Handler.handle_any)
 
     class Quiet(ThreadingHTTPServer):
-        daemon_threads = True
-
         def handle_error(self, *_: Any) -> None:
             pass  # a client that hangs up is what this is for
 
-    with Quiet(("127.0.0.1", 0), Handler) as http:
-        line = Line(f"http://127.0.0.1:{http.server_address[1]}")
-        thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
-        thread.start()
-        try:
-            yield line
-        finally:
-            http.shutdown()
-            thread.join()
+    with listening(Handler, server=Quiet) as url:
+        line = Line(url)
+        yield line
