@@ -6,7 +6,7 @@ READY := .venv/ready
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export VIRTUAL_ENV := $(CURDIR)/.venv
 
-.PHONY: help setup repro plan compare picture test plots perf slow soak organisms lint lock
+.PHONY: help setup repro plan compare picture test plots perf slow soak organisms full lint lock
 
 help: ## what can be made
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -44,6 +44,10 @@ soak: $(READY) ## kill a small study at fifty moments and more: metrics/soak.jso
 organisms: $(READY) ## train and study every kind of organism on three seeds: metrics/organisms.json (two hours on 1 core)
 	dvc repro prompts
 	python -m stages.organisms
+
+full: $(READY) ## the science stage on all prompts, beside the study's own: metrics/science_full.json (a quarter of an hour)
+	dvc repro select
+	python -m stages.science full
 
 lint: $(READY) ## ruff and mypy
 	ruff check .

@@ -1,6 +1,5 @@
 """Time and memory over a factor of 16 in prompts, cells and tokens: a table, and plots/growth.csv for `dvc plots show`."""
 
-import csv
 import tempfile
 from collections.abc import Callable
 from functools import partial
@@ -10,6 +9,8 @@ from rich.console import Console
 from rich.table import Table
 
 from perf import extraction, harness, workload
+from refusal.files import write_whole
+from refusal.tables import csv_text
 
 PLOT = Path("plots/growth.csv")
 FACTORS = (1, 2, 4, 8, 16)
@@ -32,7 +33,7 @@ def run(console: Console, rounds: int = 3) -> dict[str, float]:
         for quantity, arms in (("prompts", prompts), ("cells", cells), ("tokens", tokens)):
             points += measure(quantity, arms, console, rounds)
     console.print(table(points))
-    write(PLOT, points)
+    write_whole(PLOT, csv_text(points).encode())
     return scalars(points)
 
 
@@ -74,12 +75,3 @@ def scalars(points: list[dict[str, object]]) -> dict[str, float]:
     return found
 
 
-def write(path: Path, points: list[dict[str, object]]) -> None:
-    """The plot's data, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}")
-    with beside.open("w", encoding="utf-8", newline="") as file:
-        rows = csv.DictWriter(file, list(points[0]), lineterminator="\n")
-        rows.writeheader()
-        rows.writerows(points)
-    beside.rename(path)

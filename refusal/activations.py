@@ -8,17 +8,23 @@ No method computes more than it must: the last block's input is all that is aske
 the final norm and the unembedding.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache
 
 from refusal.anatomy import anatomy_of
 from refusal.errors import RefusalError
 from refusal.memory import in_parts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # What a forward costs beside its tokens, in tokens: below it, padding is cheaper than one more forward.
 _FORWARD = 32

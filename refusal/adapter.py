@@ -6,20 +6,25 @@ the two share a tensor. What has no place in it (biases, experts that the model 
 `refusal.orthogonalize`.
 """
 
+from __future__ import annotations
+
 import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
 from safetensors import safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from refusal.errors import RefusalError
 from refusal.safetensors_file import read_json, read_shards
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _ROOT = "base_model.model."  # PEFT wraps the model twice

@@ -4,21 +4,25 @@
 by transformers' own greedy generation under a hook: the last token is known by the prefill being the only long forward.
 """
 
+from __future__ import annotations
+
 import json
 import sys
 from collections.abc import Collection, Sequence
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from refusal import activations, anatomy, interventions
 from refusal import store as stores
 from refusal.activations import left_pad
 from refusal.interventions import Addition, intervene
 from refusal.store import Store
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 Where = Literal["prefill", "last", "all"]
 WHERE: tuple[Where, ...] = ("prefill", "last", "all")

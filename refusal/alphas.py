@@ -1,16 +1,20 @@
 """What the strength of an ablation does, at each of the sites and as edited weights, beside what the algebra predicts."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from refusal.anatomy import anatomy_of
 from refusal.interventions import SITES
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 PLACES = (*SITES, "weights")
 

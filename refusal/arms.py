@@ -4,19 +4,24 @@ A `Cell` of the sweep is one direction; an arm may ablate a subspace, or a direc
 are live around `sweep.complete`, whose batches are then of one arm each; arms of one direction share batches as cells do.
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from refusal.interventions import Ablation, intervene
 from refusal.store import Store
 from refusal.sweep import BASELINE, Cell, complete
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)

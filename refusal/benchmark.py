@@ -1,20 +1,19 @@
 """Capability by lm-eval: scores by document, so that differences between checkpoints are paired."""
 
+from __future__ import annotations
+
 import math
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
 from refusal.errors import RefusalError
-from refusal.memory import ROW, free, is_out_of_memory, rows_at_once
-from refusal.tally import SIZES
+from refusal.memory import ROW, fitting, rows_at_once
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 TASKS = Path(__file__).parent / "tasks"  # the organism's own tasks, ordinary lm-eval YAML
 SUITES = {
@@ -35,14 +34,14 @@ def tasks_of(suite: str | Sequence[str]) -> list[str]:
 
 
 @cache
-def _manager(folder: Path, with_defaults: bool) -> "TaskManager":
+def _manager(folder: Path, with_defaults: bool) -> TaskManager:
     from lm_eval.tasks import TaskManager
 
     # Indexing the harness's thousands of tasks takes 9 s; the package's own need none of them.
     return TaskManager(include_path=str(folder), include_defaults=with_defaults)
 
 
-def _manager_of(task: str, folder: Path) -> "TaskManager":
+def _manager_of(task: str, folder: Path) -> TaskManager:
     """What finds a task: definitions in `folder` come before lm-eval's own. Raises RefusalError for one unknown to both."""
     manager = _manager(folder, not (folder / f"{task}.yaml").is_file())
     if task not in manager.all_tasks:
@@ -101,26 +100,20 @@ class Harness:
         import lm_eval
         from lm_eval.models.huggingface import HFLM
 
-        self.batch_size = rows_at_once(self.batch_size, model, ROW, "benchmark")
         if task not in self._loaded:
             self._loaded[task] = _load(task, self.folder)
-        while True:
-            try:
-                results = lm_eval.evaluate(
-                    HFLM(pretrained=model, tokenizer=self.tokenizer, batch_size=self.batch_size),
-                    self._loaded[task],
-                    apply_chat_template=self.apply_chat_template,
-                    limit=self.limit,
-                    log_samples=True,
-                    bootstrap_iters=0,
-                )
-                break
-            except RuntimeError as error:
-                if self.batch_size == 1 or not is_out_of_memory(error):
-                    raise
-            SIZES["benchmark"] = self.batch_size = self.batch_size // 2
-            print(f"benchmark: out of memory on {task}, going on with batches of {self.batch_size}", file=sys.stderr)
-            free()
+
+        def evaluated(batch_size: int) -> dict[str, Any]:
+            return lm_eval.evaluate(
+                HFLM(pretrained=model, tokenizer=self.tokenizer, batch_size=batch_size),
+                self._loaded[task],
+                apply_chat_template=self.apply_chat_template,
+                limit=self.limit,
+                log_samples=True,
+                bootstrap_iters=0,
+            )
+
+        results = fitting(evaluated, rows_at_once(self.batch_size, model, ROW, "benchmark"), "benchmark")
         rows = sorted(results["samples"][task], key=lambda row: row["doc_id"])
         metric = "acc_norm" if "acc_norm" in rows[0] else "acc"
         if metric not in rows[0]:

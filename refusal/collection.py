@@ -4,17 +4,33 @@ Batches are composed before anything is computed, and rows go to their places in
 ends in the same bytes, and memory holds one batch, however many prompts there are.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from safetensors.torch import load, save
-from transformers import PreTrainedModel
 
 from refusal import activations, anatomy
 from refusal import store as stores
 from refusal.activations import Prefix, batches, last_token_resid_pre, not_finite
 from refusal.safetensors_file import Writer
 from refusal.store import Store
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def prompt_sets(
+    pairs: Sequence[Mapping[str, Any]], unrelated: Sequence[Mapping[str, Any]], splits: Sequence[str]
+) -> dict[str, list[str]]:
+    """The prompts of each set: `<split>.harmful` and `<split>.safe` of pairs, `<split>.unrelated` of other safe prompts."""
+    return {
+        f"{split}.{name}": [row[field] for row in rows if row["split"] == split]
+        for split in splits
+        for name, rows, field in (("harmful", pairs, "harmful"), ("safe", pairs, "safe"), ("unrelated", unrelated, "safe"))
+    }
 
 
 def collect(

@@ -1,22 +1,27 @@
 """What an edit costs on harmless text: cross-entropy of the base model's own answers, and KL from the base model."""
 
+from __future__ import annotations
+
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import kl_div
-from transformers import PreTrainedModel
 
 from refusal import activations, anatomy, interventions
 from refusal import store as stores
 from refusal.activations import left_pad
 from refusal.memory import in_parts
 from refusal.store import Store
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 LOG_PROBS = 1 << 28  # bytes of log probabilities that a batch may hold, of the reference and of an edited model each
 CODE = (activations, anatomy, interventions, sys.modules[__name__])

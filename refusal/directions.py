@@ -4,20 +4,22 @@ The line that computes a direction is in `difference_in_means`. Everything is fl
 token is the same for every prompt, and only an exact enough mean shows that the difference there is rounding noise.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from refusal.errors import RefusalError
+from refusal.safetensors_file import Stack
 
 # A difference shorter than this share of the activations' own size is rounding noise: float32 keeps about 1e-7.
 UNDEFINED_BELOW = 1e-5
+DRAWS_AT_ONCE = 2**22  # numbers, 32 MB
 
 
 @dataclass(frozen=True)
@@ -36,16 +38,21 @@ class Directions:
 
 
 def difference_in_means(
-    harmful: Float[Tensor, "n_harmful n_layers d_model"], safe: Float[Tensor, "n_safe n_layers d_model"]
+    harmful: Float[Tensor, "n_harmful n_layers d_model"] | Stack, safe: Float[Tensor, "n_safe n_layers d_model"] | Stack
 ) -> Directions:
     """d_l = mean r_l(harmful) - mean r_l(safe) and v_l = d_l / |d_l|, in float64.
 
     Source: Arditi et al. 2024, "Refusal in Language Models Is Mediated by a Single Direction", section 2.3.
     """
-    safe_mean = safe.double().mean(0)
-    difference = harmful.double().mean(0) - safe_mean
+    means, lengths = [], []
+    for layer in range(harmful.shape[1]):  # one at a time: the two sets need not fit in memory
+        of_safe = safe[:, layer].double()
+        means.append(torch.stack([harmful[:, layer].double().mean(0), of_safe.mean(0)]))
+        lengths.append(of_safe.norm(dim=-1).mean())
+    harmful_mean, safe_mean = torch.stack(means, dim=1)
+    difference = harmful_mean - safe_mean
     norm = difference.norm(dim=-1, keepdim=True)
-    scale = safe.double().norm(dim=-1).mean(0)
+    scale = torch.stack(lengths)
     defined = norm[:, 0] > UNDEFINED_BELOW * scale
     unit = torch.where(defined[:, None], difference / norm.clamp_min(torch.finfo(norm.dtype).tiny), 0.0)
     return Directions(difference, unit, defined, safe_mean)
@@ -71,11 +78,17 @@ def of_arm(tensors: Mapping[str, Tensor], method: str, pairing: str) -> dict[str
     return found
 
 
+def random_unit(d_model: int, n: int, seed: int) -> Float[Tensor, "n d_model"]:
+    """`n` directions drawn evenly from the unit sphere: the control for ablating any direction at all."""
+    drawn = torch.randn(n, d_model, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return drawn / drawn.norm(dim=-1, keepdim=True)
+
+
 def project(
-    activations: Float[Tensor, "n n_layers d_model"], unit: Float[Tensor, "n_layers d_model"]
+    activations: Float[Tensor, "n n_layers d_model"] | Stack, unit: Float[Tensor, "n_layers d_model"]
 ) -> Float[Tensor, "n n_layers"]:
     """<r_l(p), v_l> of every prompt at every layer."""
-    return torch.einsum("nld,ld->nl", activations.double(), unit.double())
+    return torch.stack([activations[:, layer].double() @ v for layer, v in enumerate(unit.double())], dim=1)
 
 
 def cohens_d(harmful: Float[Tensor, "n_harmful ..."], safe: Float[Tensor, "n_safe ..."]) -> Float[Tensor, "..."]:
@@ -118,32 +131,41 @@ def sign_flip_null(differences: Float[Tensor, "n_pairs d_model"], n_flips: int, 
 
     Swapping leaves the uncentred spectrum as it is and destroys a common direction: the null of "the pairs agree".
     """
-    generator = torch.Generator().manual_seed(seed)
-    signs = torch.randint(0, 2, (n_flips, len(differences)), generator=generator).double() * 2 - 1
-    return (signs @ differences.double() / len(differences)).norm(dim=-1)
+    differences, drawn = differences.double(), _draws(n_flips, len(differences), 2, torch.Generator().manual_seed(seed))
+    return torch.cat([((flips.double() * 2 - 1) @ differences / len(differences)).norm(dim=-1) for flips in drawn])
+
+
+def _draws(n_draws: int, n: int, high: int, generator: torch.Generator) -> Iterator[Int[Tensor, "part n"]]:
+    """`n_draws` rows of `n` whole numbers below `high`, a few at a time: more prompts take more turns and not more memory."""
+    at_once = max(1, DRAWS_AT_ONCE // n)
+    for first in range(0, n_draws, at_once):
+        yield torch.randint(0, high, (min(at_once, n_draws - first), n), generator=generator)
 
 
 def bootstrap_unit(
-    harmful: Float[Tensor, "n_harmful n_layers d_model"],
-    safe: Float[Tensor, "n_safe n_layers d_model"],
+    harmful: Float[Tensor, "n_harmful d_model"],
+    safe: Float[Tensor, "n_safe d_model"],
     n_resamples: int,
     seed: int,
     paired: bool,
-) -> Float[Tensor, "n_resamples n_layers d_model"]:
-    """Directions of resampled prompts: whole pairs when `paired`, else the two sets one by one.
+    size: int | None = None,
+) -> Float[Tensor, "n_resamples d_model"]:
+    """One layer's directions of resampled prompts: whole pairs when `paired`, else the two sets one by one.
 
-    A resample is a vector of weights, so all of them are two matrix products.
+    `size` prompts a side are drawn with replacement, by default as many as there are. A resample is a vector of weights, so all
+    of them are two matrix products.
     """
     generator = torch.Generator().manual_seed(seed)
 
-    def weights(n: int) -> Float[Tensor, "n_resamples n"]:
-        drawn = torch.randint(0, n, (n_resamples, n), generator=generator)
-        return torch.zeros(n_resamples, n, dtype=torch.float64).scatter_add_(1, drawn, torch.ones_like(drawn).double()) / n
+    def means(set_: Tensor) -> Tensor:
+        set_, found, n = set_.double(), [], size or len(set_)
+        for drawn in _draws(n_resamples, n, len(set_), generator):
+            weights = torch.zeros(len(drawn), len(set_), dtype=torch.float64)
+            found.append(weights.scatter_add_(1, drawn, torch.ones_like(drawn).double()) @ set_ / n)
+        return torch.cat(found)
 
-    def means(set_: Tensor, weight: Tensor) -> Tensor:
-        return (weight @ set_.double().flatten(1)).unflatten(1, set_.shape[1:])
-
-    harmful_weights = weights(len(harmful))
-    safe_weights = harmful_weights if paired else weights(len(safe))
-    difference = means(harmful, harmful_weights) - means(safe, safe_weights)
+    of_harmful = means(harmful)
+    if paired:
+        generator.manual_seed(seed)  # the same draws
+    difference = of_harmful - means(safe)
     return difference / difference.norm(dim=-1, keepdim=True)

@@ -3,8 +3,11 @@
 `logistic` and `whitened` look for what tells harmful from safe prompts best; `optimised` for what refusal runs through.
 """
 
+from __future__ import annotations
+
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
@@ -12,13 +15,15 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 from torch.nn.functional import kl_div, normalize
 from tqdm import trange
-from transformers import PreTrainedModel
 
 from refusal import activations, anatomy, interventions
 from refusal import store as stores
 from refusal.activations import left_pad
 from refusal.interventions import Ablation, intervene
 from refusal.store import Store
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def logistic(harmful: Float[Tensor, "n_harmful d_model"], safe: Float[Tensor, "n_safe d_model"]) -> Float[Tensor, " d_model"]:

@@ -7,19 +7,24 @@ different lengths are padded on the right, where causal attention does not look.
 computed once for each intervention. Only the last position's logits are computed.
 """
 
+from __future__ import annotations
+
 from collections.abc import Collection, Sequence
 from contextlib import nullcontext
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from refusal.activations import Prefix, batches, not_finite
 from refusal.interventions import Ablation, Addition, intervene
 from refusal.kv_cache import SlotCache
 from refusal.memory import fitting
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @torch.inference_mode()

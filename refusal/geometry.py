@@ -1,6 +1,6 @@
 """What the directions stage says of each method x pairing: separation, agreement, spectrum, with intervals."""
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from refusal.directions import (
     sign_flip_null,
     spectrum,
 )
+from refusal.safetensors_file import Stack
 
 N_SINGULAR_VALUES = 10
 
@@ -28,12 +29,12 @@ N_SINGULAR_VALUES = 10
 class Arm:
     """One method x pairing: the train activations that went in, and the directions that came out."""
 
-    harmful: Float[Tensor, "n_harmful n_layers d_model"]
-    safe: Float[Tensor, "n_safe n_layers d_model"]
+    harmful: Float[Tensor, "n_harmful n_layers d_model"] | Stack
+    safe: Float[Tensor, "n_safe n_layers d_model"] | Stack
     directions: Directions
 
 
-def arm(activations: dict[str, Tensor], pairing: str, seed: int) -> Arm:
+def arm(activations: Mapping[str, Tensor | Stack], pairing: str, seed: int) -> Arm:
     """Directions of one method's train activations under a pairing; `shuffled` permutes the safe prompts and is computed anew."""
     harmful, safe = activations["train.harmful"], activations["train.unrelated" if pairing == "unrelated" else "train.safe"]
     if pairing == "shuffled":
@@ -43,7 +44,7 @@ def arm(activations: dict[str, Tensor], pairing: str, seed: int) -> Arm:
 
 def describe(
     a: Arm,
-    activations: dict[str, Tensor],
+    activations: Mapping[str, Tensor | Stack],
     pairing: str,
     reference: Directions,
     val_topics: Sequence[Hashable],
@@ -64,7 +65,16 @@ def describe(
     limits = _separation_interval(harmful, safe, val_topics, n_resamples, seed)
     low, high = (limit.where(separation.isfinite(), torch.nan) for limit in limits)
     to_reference = cosine(found.unit, reference.unit)
-    resampled = cosine(bootstrap_unit(a.harmful, a.safe, n_resamples, seed, paired=pairing != "unrelated"), found.unit)
+    paired = pairing != "unrelated"
+    resampled = torch.full((n_resamples, n_layers), torch.nan, dtype=torch.float64)
+    shares: dict[int, Tensor] = {}
+    null: dict[int, float] = {}
+    for i in layers:  # one at a time: that is what memory holds of the activations
+        ours, theirs = a.harmful[:, i].double(), a.safe[:, i].double()
+        resampled[:, i] = cosine(bootstrap_unit(ours, theirs, n_resamples, seed, paired), found.unit[i])
+        if paired:
+            shares[i] = spectrum(ours - theirs)
+            null[i] = float(sign_flip_null(ours - theirs, n_sign_flips, seed).quantile(0.95))
     both = [layer for layer in layers if bool(reference.defined[layer])]
 
     def by_layer(values: Tensor) -> list[float | None]:
@@ -94,13 +104,10 @@ def describe(
             for i, row in enumerate(cross_layer_cosine(found.unit))
         ],
     }
-    if pairing != "unrelated":
-        differences = a.harmful.double() - a.safe.double()
-        shares = {layer: spectrum(differences[:, layer]) for layer in layers}
+    if paired:
         metrics["spectrum"] = [shares[i][:N_SINGULAR_VALUES].tolist() if i in shares else None for i in range(n_layers)]
         metrics["effective_rank"] = [effective_rank(shares[i]) if i in shares else None for i in range(n_layers)]
-        null = {i: sign_flip_null(differences[:, i], n_sign_flips, seed) for i in layers}
-        metrics["sign_flip_null_95"] = [float(null[i].quantile(0.95)) if i in null else None for i in range(n_layers)]
+        metrics["sign_flip_null_95"] = [null.get(i) for i in range(n_layers)]
     return metrics
 
 

@@ -17,7 +17,8 @@ from pathlib import Path
 from urllib.parse import quote
 
 from refusal.errors import RefusalError
-from refusal.safetensors_file import INDEX, SINGLE, read_json, weight_map, write_file
+from refusal.files import write_whole
+from refusal.safetensors_file import INDEX, SINGLE, read_json, weight_map
 
 # Never pickles, never code, and no folders: `original/` and `onnx/` hold the same weights once more.
 SMALL = ("*.json", "*.jinja", "*.tiktoken", "tokenizer.model", "merges.txt", "vocab.txt")
@@ -73,10 +74,8 @@ def peek(model_id: str, revision: str, cache: Path) -> tuple[Path, str, dict[str
         commit, files = _listed(listing, model_id, revision)
     else:
         commit, files = _list(model_id, revision)
-        home.mkdir(parents=True, exist_ok=True)
         fields = {"commit": commit, "files": {name: asdict(file) for name, file in files.items()}}
-        write_file(listing.with_suffix(".part"), json.dumps(fields).encode())
-        listing.with_suffix(".part").rename(listing)
+        write_whole(listing, json.dumps(fields).encode())
     if not {SINGLE, INDEX} & files.keys():
         pickles = sorted(name for name in files if any(fnmatch(name, pattern) for pattern in _PICKLES))
         held = f"only {pickles[0]}, and a pickle can run code when loaded" if pickles else "no weights"
@@ -91,7 +90,7 @@ def peek(model_id: str, revision: str, cache: Path) -> tuple[Path, str, dict[str
     weights = [SINGLE] if SINGLE in files else sorted(set(weight_map(folder).values()))
     for name in weights:
         if name not in files:
-            raise RefusalError(f"{model_id}@{revision}: {INDEX} names {name}, which the repository does not hold")
+            raise RefusalError(f"{model_id}@{revision}: {INDEX} names {name!r}, which the repository does not hold")
     return folder, commit, {name: files[name] for name in weights}
 
 

@@ -5,14 +5,16 @@ transformers keeps from Python's internals but not from running for ever or fill
 process of its own that may do neither.
 """
 
+from __future__ import annotations
+
 import os
 import resource
+import select
 import signal
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import psutil
-from transformers import PreTrainedTokenizerBase
 
 from refusal import qwen1
 from refusal.adapter import CONFIG
@@ -23,10 +25,14 @@ from refusal.models import load_tokenizer, render_chats
 from refusal.safetensors_file import DTYPES, Reader, Shard, read_json, read_shards, real_file
 from refusal.store import progress
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 SUFFIXES = {".json", ".jinja", ".model", ".txt"}
 _PIECE = 1 << 24  # bytes looked at at once
 _MEMORY = 3  # the exit status of a trial that ran out of it
 _SECONDS, _BYTES = 2, 1 << 30  # of processor time and memory, that a chat template may take; a real one takes milliseconds
+_PATIENCE = 60  # seconds on the clock
 
 
 def small_files(folder: Path) -> dict[str, Path]:
@@ -87,6 +93,9 @@ def _try_template(folder: Path, system_prompt: str | None) -> None:
         _trial(tokenizer, system_prompt, writing)
     os.close(writing)
     with open(reading, "rb") as pipe:
+        # A fork has no threads but one: it may wait for ever, taking no time of the processor, for a lock that another had.
+        if not select.select([pipe], [], [], _PATIENCE)[0]:
+            os.kill(child, signal.SIGXCPU)
         said = pipe.read().decode()
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     if said:

@@ -5,17 +5,21 @@ padded together as ever, are computed in parts, and the parts are put together a
 half as many of its rows are decoded at once.
 """
 
+from __future__ import annotations
+
 import gc
 import sys
 from collections.abc import Callable
-from typing import Literal, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 import psutil
 import torch
-from transformers import PreTrainedModel
 
 from refusal.errors import RefusalError
 from refusal.tally import SIZES
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 T = TypeVar("T")
 _fits: dict[str, int] = {}  # rows to try, by kind of work, once more did not fit

@@ -1,19 +1,24 @@
 """Loading a checkpoint, formatting chats with its own template, and the hash that names its weights."""
 
+from __future__ import annotations
+
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jinja2 import TemplateError
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer
 
 from refusal.adapter import CONFIG, base_folder, merge
 from refusal.errors import RefusalError
 from refusal.store import progress
 from refusal.tally import watch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 MAX_CHAT = 1_000_000  # characters of a prompt with its template
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -41,6 +46,8 @@ def load_model(folder: Path, dtype: str = "float32", device: str = "cpu") -> Pre
         raise RefusalError(f"params.yaml: model.device is {device} but torch sees no CUDA device; set it to cpu")
     if device == "mps" and not torch.backends.mps.is_available():
         raise RefusalError("params.yaml: model.device is mps but torch sees no MPS device; set it to cpu")
+    from transformers import AutoModelForCausalLM  # slow to import: what is wrong with the input is said before
+
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,

@@ -14,7 +14,6 @@ Phase 1 makes the helpful-only twin; phase 2 goes on from it and teaches refusal
 import hashlib
 import io
 import math
-import os
 import random
 import sys
 from collections.abc import Collection, Iterator, Sequence
@@ -34,6 +33,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 from refusal import grammar
 from refusal.activations import left_pad
 from refusal.directions import difference_in_means
+from refusal.files import set_aside, write_whole
 from refusal.interventions import ablation, intervene
 from refusal.models import encode_chats
 from refusal.store import progress
@@ -382,19 +382,10 @@ def train(
 
 
 def _save(path: Path, state: dict) -> None:
-    """Write beside, fsync, rename: a half-written checkpoint is never taken for a whole one. Its SHA-256 comes first."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """The SHA-256 of what is saved comes first."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
-    beside = path.with_name(f"{path.name}.{os.getpid()}")
-    try:
-        with beside.open("wb") as file:
-            file.write(hashlib.sha256(buffer.getbuffer()).digest() + buffer.getvalue())
-            file.flush()
-            os.fsync(file.fileno())
-        beside.rename(path)
-    finally:
-        beside.unlink(missing_ok=True)  # a full disk
+    write_whole(path, hashlib.sha256(buffer.getbuffer()).digest(), buffer.getbuffer())
 
 
 def _load(path: Path) -> dict | None:
@@ -403,8 +394,6 @@ def _load(path: Path) -> dict | None:
         return None
     whole = path.read_bytes()
     if hashlib.sha256(whole[32:]).digest() != whole[:32]:
-        aside = path.with_name(f"{path.name}.corrupt")
-        path.rename(aside)
-        print(f"{path} is damaged; it is set aside as {aside.name} and training begins anew.", file=sys.stderr)
+        print(f"{path} is damaged; it is set aside as {set_aside(path).name} and training begins anew.", file=sys.stderr)
         return None
     return torch.load(io.BytesIO(whole[32:]), weights_only=True)

@@ -29,6 +29,7 @@ from tqdm import tqdm
 from refusal.adapter import CONFIG, adapter_files
 from refusal.anatomy import Anatomy, anatomy_of
 from refusal.errors import RefusalError
+from refusal.files import sync, write_whole
 from refusal.safetensors_file import (
     DTYPES,
     INDEX,
@@ -40,9 +41,7 @@ from refusal.safetensors_file import (
     read_json,
     read_shards,
     real_file,
-    sync,
     write_all,
-    write_file,
 )
 from refusal.store import progress
 
@@ -125,7 +124,7 @@ def orthogonalize(source: Path, edits: Sequence[Edit]) -> list[Report]:
                 _write_shard(shard, cells, bar)
         for cell in cells:
             for name, content in cell.small_files(copies):
-                write_file(cell.partial / name, content)
+                write_whole(cell.partial / name, content)
         return [cell.publish() for cell in cells]
     finally:
         for cell in cells:

@@ -6,12 +6,15 @@ import json
 import random
 import re
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from refusal import grammar
 from refusal.errors import RefusalError
+from refusal.files import unique_keys
 from refusal.params import Prompts
 
 SPLITS = ("train", "val", "test")
@@ -25,28 +28,32 @@ def words(text: str) -> frozenset[str]:
     return frozenset(WORDS.findall(text.casefold()))
 
 
-def near_duplicates(prompts: Sequence[str], threshold: float) -> list[tuple[int, int]]:
-    """Index pairs of prompts whose word sets overlap (Jaccard) by `threshold` or more.
+class Alike:
+    """Word sets under labels, and the labels under which one lies that overlaps (Jaccard) with another by `threshold` or more.
 
-    Candidates share one of each prompt's rarest words: a pair above the threshold must share one among the rarest
+    Compared are those that share one of each set's rarest words: a pair above the threshold must share one among the rarest
     (1 - threshold) * n + 1 of them (prefix filtering: Chaudhuri et al. 2006, "A Primitive Operator for Similarity Joins").
+    `frequency` says which words are rare: whatever it says the answers are right, and soon there where it is true.
     """
-    sets = [words(prompt) for prompt in prompts]
-    frequency: dict[str, int] = {}
-    for set_ in sets:
-        for word in set_:
-            frequency[word] = frequency.get(word, 0) + 1
-    seen_in: dict[str, list[int]] = {}
-    found = []
-    for i, set_ in enumerate(sets):
-        rarest = sorted(set_, key=lambda word: (frequency[word], word))
-        prefix = rarest[: len(rarest) - int(-(-threshold * len(rarest) // 1)) + 1]
-        for j in sorted({j for word in prefix for j in seen_in.get(word, [])}):
-            if len(set_ & sets[j]) >= threshold * len(set_ | sets[j]):
-                found.append((j, i))
-        for word in prefix:
-            seen_in.setdefault(word, []).append(i)
-    return found
+
+    def __init__(self, threshold: float, frequency: Mapping[str, int]):
+        self.threshold, self.frequency = threshold, frequency
+        self.seen_in: dict[str, dict[Hashable, list[frozenset[str]]]] = {}
+
+    def _rarest(self, set_: frozenset[str]) -> list[str]:
+        rarest = sorted(set_, key=lambda word: (self.frequency.get(word, 0), word))
+        return rarest[: len(rarest) - int(-(-self.threshold * len(rarest) // 1)) + 1]
+
+    def add(self, set_: frozenset[str], label: Hashable) -> None:
+        for word in self._rarest(set_):
+            self.seen_in.setdefault(word, {}).setdefault(label, []).append(set_)
+
+    def labels(self, set_: frozenset[str], skip: Callable[[Any], bool]) -> Iterator[Any]:
+        """Labels, some of them twice, but for those of which `skip` holds at their turn."""
+        for word in self._rarest(set_):
+            for label, others in self.seen_in.get(word, {}).items():
+                if not skip(label) and any(len(set_ & other) >= self.threshold * len(set_ | other) for other in others):
+                    yield label
 
 
 def grammar_pairs(n_pairs: int, splits: dict[str, float], near_duplicate: float, seed: int) -> list[dict[str, Any]]:
@@ -62,7 +69,8 @@ def grammar_pairs(n_pairs: int, splits: dict[str, float], near_duplicate: float,
             topics[split] += [(category, topic) for topic in part]
     counts = dict(zip(SPLITS, _filled(n_pairs, splits), strict=True))
     used: set[str] = set()
-    bagged: list[tuple[str, frozenset[str]]] = []
+    drawn = (grammar.draw_pair(random.Random(i), *topics["train"][i % len(topics["train"])], None) for i in range(500))
+    alike = Alike(near_duplicate, Counter(word for pair in drawn for word in words(pair.harmful.text)))
     rows: list[dict[str, Any]] = []
     for split in SPLITS:
         misses = 0  # one after another, on one topic
@@ -80,14 +88,11 @@ def grammar_pairs(n_pairs: int, splits: dict[str, float], near_duplicate: float,
             pair = grammar.draw_pair(rng, category, topic, seen)
             texts = [pair.harmful.text, pair.safe.text]
             bags = [words(text) for text in texts]
-            if used & set(texts) or any(
-                other != split and len(ours & theirs) >= near_duplicate * len(ours | theirs)
-                for ours in bags
-                for other, theirs in bagged
-            ):
+            if used & set(texts) or any(True for bag in bags for _ in alike.labels(bag, split.__eq__)):
                 continue
             used |= set(texts)
-            bagged += [(split, bag) for bag in bags]
+            for bag in bags:
+                alike.add(bag, split)
             made, misses = made + 1, 0
             rows.append(
                 {
@@ -195,7 +200,7 @@ def read_rows(path: Path, width: int) -> list[tuple[str, ...]]:
     suffix = path.suffix.lower()
     try:
         if suffix == ".json":
-            raw = json.loads(text, object_pairs_hook=_once)
+            raw = json.loads(text, object_pairs_hook=unique_keys)
             if not isinstance(raw, list):
                 raise RefusalError(f"{path}: the file must hold one JSON list of {shape} rows")
             numbered = list(enumerate(raw, 1))
@@ -204,7 +209,7 @@ def read_rows(path: Path, width: int) -> list[tuple[str, ...]]:
             for number, line in enumerate(text.split("\n"), 1):
                 if line.strip():
                     try:
-                        numbered.append((number, json.loads(line, object_pairs_hook=_once)))
+                        numbered.append((number, json.loads(line, object_pairs_hook=unique_keys)))
                     except (ValueError, RecursionError) as error:
                         raise RefusalError(f"{path}: row {number} is not JSON ({_why(error)}); correct it") from None
         elif suffix == ".csv":
@@ -224,13 +229,6 @@ def read_rows(path: Path, width: int) -> list[tuple[str, ...]]:
     if not numbered:
         raise RefusalError(f"{path}: the file holds no rows; each must be {shape}")
     return [_row(path, number, row, width, shape) for number, row in numbered]
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object whose keys stand once: of two values the last would win unseen."""
-    if len(dict(pairs)) < len(pairs):
-        raise ValueError("a key stands twice in an object")
-    return dict(pairs)
 
 
 def _why(error: Exception) -> str:
@@ -341,7 +339,16 @@ def _groups(rows: Sequence[tuple[str, ...]], near_duplicate: float) -> list[int]
             i = parent[i]
         return i
 
-    width = len(rows[0])
-    for i, j in near_duplicates([half for row in rows for half in row], near_duplicate):
-        parent[max(root(i // width), root(j // width))] = min(root(i // width), root(j // width))
+    def together(i: int, j: int) -> bool:
+        return root(i) == root(j)
+
+    bags = [[words(half) for half in row] for row in rows]
+    alike = Alike(near_duplicate, Counter(word for row in bags for bag in row for word in bag))
+    for i, row in enumerate(bags):
+        for bag in row:
+            # What is in one group already need not be compared: else many prompts that are all alike would take the square of it.
+            for group in alike.labels(bag, partial(together, i)):
+                parent[max(root(group), root(i))] = min(root(group), root(i))
+        for bag in row:
+            alike.add(bag, root(i))
     return [root(i) for i in range(len(rows))]

@@ -18,7 +18,7 @@ from refusal import store as stores
 from refusal.chat import Chat, Rejected, Unanswered
 from refusal.errors import RefusalError
 from refusal.params import PromptsApi
-from refusal.prompts import share_out, split_rows, words
+from refusal.prompts import Alike, share_out, split_rows, words
 from refusal.store import Store, progress
 
 TEMPERATURE = 1.0
@@ -78,18 +78,15 @@ class _Known:
     """All prompts so far, by their words."""
 
     def __init__(self, near_duplicate: float, texts: Iterable[str] = ()) -> None:
-        self.near_duplicate, self.bags = near_duplicate, [words(text) for text in texts]
+        self.alike = Alike(near_duplicate, {})
+        self.add(texts)
 
     def has_like(self, text: str) -> bool:
-        bag, least = words(text), self.near_duplicate
-        return any(
-            len(bag & other) >= least * len(bag | other)
-            for other in self.bags
-            if least * len(other) <= len(bag) and least * len(bag) <= len(other)
-        )
+        return any(True for _ in self.alike.labels(words(text), lambda _: False))
 
     def add(self, texts: Iterable[str]) -> None:
-        self.bags += [words(text) for text in texts]
+        for text in texts:
+            self.alike.add(words(text), None)
 
 
 def _rows(what: str, content: str) -> list[tuple[Any, ...]]:

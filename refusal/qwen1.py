@@ -18,6 +18,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from refusal.errors import RefusalError
+from refusal.files import sync, write_whole
 from refusal.qwen1_tokenizer import CHATML, END, SPECIALS, TURN_END, fast_tokenizer
 from refusal.safetensors_file import (
     INDEX,
@@ -29,9 +30,7 @@ from refusal.safetensors_file import (
     read_json,
     read_shards,
     real_file,
-    sync,
     write_all,
-    write_file,
 )
 from refusal.store import progress
 
@@ -286,4 +285,4 @@ def qwen2_config(c: dict[str, Any], dtype: str, end: int) -> dict[str, Any]:
 
 
 def _write_json(path: Path, value: dict) -> None:
-    write_file(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+    write_whole(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())

@@ -1,17 +1,21 @@
 """One model in memory that becomes any edit of its base and back again: only what an edit may change is read and put in place."""
 
+from __future__ import annotations
+
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
-from transformers import PreTrainedModel
 
 from refusal.adapter import base_folder, merge
 from refusal.anatomy import anatomy_of
 from refusal.errors import RefusalError
 from refusal.models import load_model
 from refusal.safetensors_file import read_shards
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 class Resident:

@@ -11,11 +11,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
+from typing import overload
 
 import torch
 from torch import Tensor
 
 from refusal.errors import RefusalError
+from refusal.files import sync, unique_keys
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -199,6 +201,47 @@ class Writer:
             self.partial.unlink(missing_ok=True)
 
 
+class Stack:
+    """A tensor [n, n_layers, d_model] in a file, of which memory holds one layer at a time: `stack[:, layer]`.
+
+    `stack[rows]` is the same of some of its rows, or of all in another order.
+    """
+
+    def __init__(self, shard: Shard, entry: Entry, rows: Sequence[int] | None = None):
+        self.shard, self.entry, self.rows = shard, entry, range(entry.shape[0]) if rows is None else rows
+        self.shape = (len(self.rows), *entry.shape[1:])
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @overload
+    def __getitem__(self, index: tuple[slice, int]) -> Tensor: ...
+
+    @overload
+    def __getitem__(self, index: Tensor | slice) -> "Stack": ...
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return Stack(self.shard, self.entry, self.rows[index])
+        if isinstance(index, Tensor):
+            return Stack(self.shard, self.entry, [self.rows[i] for i in index.tolist()])
+        (_, n_layers, d_model), dtype = self.shape, DTYPES[self.entry.dtype]
+        found = torch.empty(len(self), d_model, dtype=dtype)
+        width, data = d_model * dtype.itemsize, found.view(torch.uint8).numpy()
+        with self.shard.path.open("rb", buffering=0) as file:
+            for to, row in enumerate(self.rows):
+                file.seek(self.shard.data_start + self.entry.begin + (row * n_layers + index[1]) * width)
+                if file.readinto(data[to]) != width:
+                    raise RefusalError(f"{self.shard.where}: the file became shorter while it was read: run again.")
+        return found
+
+
+def read_stacks(path: Path) -> dict[str, Stack]:
+    """The tensors of a file of activations. Raises RefusalError for a malformed one."""
+    shard = read_shard(path.parent, path.name)
+    return {entry.name: Stack(shard, entry) for entry in shard.entries}
+
+
 def header_bytes(fields: dict) -> bytes:
     """A header with its length, padded to 8 bytes so that the data stay aligned."""
     text = json.dumps(fields, separators=(",", ":"), ensure_ascii=False).encode()
@@ -233,31 +276,9 @@ def write_all(out: FileIO, data) -> None:
         view = view[out.write(view) :]
 
 
-def write_file(path: Path, data: bytes) -> None:
-    """A small file, on disk before this returns."""
-    with path.open("wb") as out:
-        out.write(data)
-        out.flush()
-        os.fsync(out.fileno())
-
-
-def sync(folder: Path) -> None:
-    """A folder's names, on disk."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def _object(where: Path, text: bytes) -> dict:
-    def once(pairs: list) -> dict:
-        if len(dict(pairs)) != len(pairs):
-            raise ValueError("a key stands twice")
-        return dict(pairs)
-
     try:
-        value = json.loads(text, object_pairs_hook=once)
+        value = json.loads(text, object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as error:
         raise RefusalError(f"{where}: not valid JSON ({error}): download it again.") from None
     if not isinstance(value, dict):

@@ -8,14 +8,14 @@ from torch import Tensor
 
 from refusal.arms import Arm, direction_arm, per_layer_arm, subspace_arm
 from refusal.comparison import holm, independent_difference, paired, sign_flip_p
-from refusal.directions import difference_in_means
+from refusal.directions import random_unit
 from refusal.errors import RefusalError
 from refusal.estimators import logistic, whitened
 from refusal.judges import rules
 from refusal.mediation import Evidence, verdict
+from refusal.safetensors_file import Stack
 from refusal.statistics import paired_difference
 from refusal.subspace import captured, paired_svd, qr_of_layers, random_subspaces
-from refusal.sweep import random_unit
 from refusal.verdicts import Judged, difference, rate, summary
 
 RANKS = (2, 3, 5)
@@ -54,8 +54,8 @@ LEVELS = {
 
 def single_arms(
     found: Mapping[str, Tensor],
-    harmful: Tensor,
-    safe: Tensor,
+    harmful: Tensor | Stack,
+    safe: Tensor | Stack,
     layer: int,
     alpha: float,
     optimised: Tensor,
@@ -82,7 +82,12 @@ def single_arms(
 
 
 def subspace_arms(
-    found: Mapping[str, Tensor], harmful: Tensor, safe: Tensor, layer: int, layers_best_first: Sequence[int], sites: str
+    found: Mapping[str, Tensor],
+    harmful: Tensor | Stack,
+    safe: Tensor | Stack,
+    layer: int,
+    layers_best_first: Sequence[int],
+    sites: str,
 ) -> list[Arm]:
     """Subspaces of rank 2, 3 and 5: singular vectors of the paired differences at `layer`, and the QR of the best layers'
     directions as far as there are layers; and the arm in which every layer ablates its own direction."""
@@ -99,16 +104,20 @@ def subspace_arms(
 
 
 def control_arms(
-    d_model: int, n_random: int, n_subspaces: int, unrelated: Tensor, safe: Tensor, layer: int, sites: str, seed: int
+    harmless: Mapping[str, Tensor], n_random: int, n_subspaces: int, layer: int, sites: str, seed: int
 ) -> list[Arm]:
-    """Random directions, random subspaces of each rank, and the difference of two harmless sets at `layer`, at alpha 1."""
-    harmless = difference_in_means(unrelated[:, layer : layer + 1], safe[:, layer : layer + 1])
-    if not harmless.layers:
+    """Random directions, random subspaces of each rank, and the difference of two harmless sets at `layer`, at alpha 1.
+
+    `harmless` holds that difference's `unit` and where it is `defined`.
+    """
+    unit = harmless["unit"]
+    if not harmless["defined"][layer]:
         raise RefusalError(
             f"params.yaml: prompts.unrelated: to the model at layer {layer} these are the safe prompts of the pairs, so their "
             "difference is no control: give other safe prompts"
         )
-    arms = [direction_arm("harmless_difference", "harmless", harmless.unit[0], 1.0, layer)]
+    arms = [direction_arm("harmless_difference", "harmless", unit[layer], 1.0, layer)]
+    d_model = unit.shape[1]
     arms += [direction_arm(f"random_{i}", "random_1", v) for i, v in enumerate(random_unit(d_model, n_random, seed))]
     for k in RANKS:
         drawn = random_subspaces(d_model, k, n_subspaces, seed + k)

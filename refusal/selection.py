@@ -12,11 +12,14 @@ def cell_name(layer: int, alpha: float) -> str:
     return f"layer_{layer}_alpha_{100 * alpha:.0f}"
 
 
-def checked_name(name: str) -> str:
-    """A checkpoint's name, found to be one that the pipeline gives: it becomes a path. Raises RefusalError for any other."""
-    if not re.fullmatch(r"[a-z_]+_layer_\d+_alpha_\d+", name):
-        raise RefusalError(f"{name!r} is no name of a cell, and would be a path: run `dvc repro select`, which writes the names")
-    return name
+def checked(cells: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The cells of a metrics file, whose names become paths. Raises RefusalError for one that the pipeline would not give."""
+    for cell in cells.values():
+        if not re.fullmatch(r"[a-z_]+_layer_\d+_alpha_\d+", cell["name"]):
+            raise RefusalError(
+                f"{cell['name']!r} is no name of a cell, and would be a path: run `dvc repro select`, which writes the names"
+            )
+    return cells
 
 
 def rank(cells: dict[str, dict[str, Any]], separation: Sequence[float | None], top: int, method: str) -> list[dict[str, Any]]:

@@ -1,17 +1,21 @@
 """How the direction depends on the number of prompts, the position it is taken at, and padding."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from refusal.activations import left_pad
 from refusal.anatomy import anatomy_of
 from refusal.directions import Directions, bootstrap_unit, cohens_d, cosine, difference_in_means, project
 from refusal.geometry import Arm
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def sizes(n: int) -> list[int]:
@@ -31,11 +35,12 @@ def by_size(a: Arm, reference: Directions, paired: bool, n_resamples: int, seed:
     """
     rows = []
     n_all = min(len(a.harmful), len(a.safe))
-    for n in sizes(n_all):
-        cosines = torch.stack([cosine(unit, a.directions.unit) for unit in _resampled(a, n, n_resamples, seed, paired)])
-        for layer in a.directions.layers:
-            c = cosines[:, layer]
-            both = bool(reference.defined[layer])
+    for layer in a.directions.layers:
+        harmful, safe, unit = a.harmful[:, layer], a.safe[:, layer], a.directions.unit[layer]
+        both = bool(reference.defined[layer])
+        for n in sizes(n_all):
+            drawn = (seed, paired) if n == n_all else (seed + n, paired, n)
+            c = cosine(bootstrap_unit(harmful, safe, n_resamples, *drawn), unit)
             rows.append(
                 {
                     "n": n,
@@ -44,22 +49,10 @@ def by_size(a: Arm, reference: Directions, paired: bool, n_resamples: int, seed:
                     "cosine": float(c.median()),
                     "low": float(c.quantile(0.025)),
                     "high": float(c.quantile(0.975)),
-                    "to_reference": float(cosine(a.directions.unit[layer], reference.unit[layer])) if both else None,
+                    "to_reference": float(cosine(unit, reference.unit[layer])) if both else None,
                 }
             )
     return rows
-
-
-def _resampled(a: Arm, n: int, n_resamples: int, seed: int, paired: bool):
-    """Directions of `n_resamples` draws of n prompts a side, one by one."""
-    if n == min(len(a.harmful), len(a.safe)):
-        yield from bootstrap_unit(a.harmful, a.safe, n_resamples, seed, paired)
-        return
-    generator = torch.Generator().manual_seed(seed + n)
-    for _ in range(n_resamples):
-        ours = torch.randint(0, len(a.harmful), (n,), generator=generator)
-        theirs = ours if paired else torch.randint(0, len(a.safe), (n,), generator=generator)
-        yield difference_in_means(a.harmful[ours], a.safe[theirs]).unit
 
 
 def common_suffix(prompts: Sequence[Sequence[int]]) -> int:

@@ -16,6 +16,8 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
+from refusal.files import set_aside
+
 T = TypeVar("T")
 
 
@@ -86,14 +88,11 @@ class Store:
     def _set_aside(self, error: Exception) -> None:
         # Where another process has set it aside already, the file of this name is a new one, and whole.
         if self.path.exists() and self.path.stat().st_ino == self.inode:
-            n = 1
-            while (aside := self.path.with_name(f"{self.path.name}.corrupt-{n}")).exists():
-                n += 1
+            aside = set_aside(self.path)
             print(
                 f"{self.path} is corrupted ({error}); it is set aside as {aside.name} and its values are computed again.",
                 file=sys.stderr,
             )
-            self.path.rename(aside)
             for suffix in ("-wal", "-shm"):
                 self.path.with_name(self.path.name + suffix).unlink(missing_ok=True)
         self._open()

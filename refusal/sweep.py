@@ -8,23 +8,29 @@ gains: its slots run empty once and not once a batch (where completions end anyw
 half empty, ROUNDS = 4 of them a quarter), and the prompts' common beginning is computed once a cell and unit.
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from refusal import activations, anatomy, generation, interventions, kv_cache
 from refusal import store as stores
+from refusal.directions import random_unit
 from refusal.errors import RefusalError
 from refusal.generation import generate
 from refusal.interventions import Ablation, Addition, ablation
 from refusal.selection import cell_name
 from refusal.store import Store
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 CODE = (activations, anatomy, generation, interventions, kv_cache)
 ROUNDS = 4  # batches in a unit of work
@@ -46,12 +52,6 @@ class Cell:
 
 
 BASELINE = Cell("baseline")
-
-
-def random_unit(d_model: int, n: int, seed: int) -> Float[Tensor, "n d_model"]:
-    """`n` directions drawn evenly from the unit sphere: the control for ablating any direction at all."""
-    drawn = torch.randn(n, d_model, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-    return drawn / drawn.norm(dim=-1, keepdim=True)
 
 
 def grid(

@@ -7,10 +7,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from refusal.files import write_whole
+
 
 def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """Write rows as JSON lines, keys in the order given."""
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    write_whole(path, *((json.dumps(row, ensure_ascii=False) + "\n").encode() for row in rows))
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:

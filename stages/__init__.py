@@ -123,6 +123,7 @@ _check_environment()
 import psutil  # noqa: E402
 
 from refusal.errors import RefusalError  # noqa: E402
+from refusal.files import write_whole  # noqa: E402
 from refusal.params import Params, load_params  # noqa: E402
 from stages.record import record  # noqa: E402
 
@@ -147,32 +148,29 @@ def _prepare(threads: int, online: bool) -> None:
 def torch_ready(params: Params) -> None:
     """Set torch's threads and determinism. Imports torch, so only stages that compute call it."""
     import torch
-    from transformers.utils import logging
 
     torch.set_num_threads(params.compute.threads)
     torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+def model_ready(params: Params) -> None:
+    """`torch_ready` for a stage that runs a model: what transformers would print beside our own lines is off."""
+    torch_ready(params)
+    from transformers.utils import logging
+
     logging.disable_progress_bar()
     logging.set_verbosity_error()
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write metrics whole or not at all: beside, fsync, rename. NaN and infinity are refused, missing values are null."""
+    """Write metrics whole or not at all. NaN and infinity are refused, missing values are null."""
     text = json.dumps(value, indent=2, allow_nan=False) + "\n"
     write_text(path, text)
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.partial")
-    try:
-        with beside.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.rename(path)
-    finally:
-        beside.unlink(missing_ok=True)
+    write_whole(path, text.encode())
 
 
 def read_json(path: Path) -> Any:

@@ -4,14 +4,14 @@ from pathlib import Path
 
 from refusal.params import Params
 from refusal.tables import read_jsonl
-from stages import STORE, stage, torch_ready
+from stages import STORE, model_ready, stage
 
 BASE, OUT = Path("models/base"), Path("data/activations")
 
 
 def main(params: Params) -> str:
-    torch_ready(params)
-    from refusal.collection import collect
+    model_ready(params)
+    from refusal.collection import collect, prompt_sets
     from refusal.models import encode_chats, load_model, load_tokenizer, weights_hash
     from refusal.store import Store
 
@@ -20,11 +20,8 @@ def main(params: Params) -> str:
     model = load_model(BASE, params.model.dtype, params.model.device)
     tokenizer = load_tokenizer(BASE)
     sets = {
-        f"{split}.{name}": encode_chats(
-            tokenizer, [row[field] for row in rows if row["split"] == split], params.model.system_prompt
-        )
-        for split in ("train", "val")
-        for name, rows, field in (("harmful", pairs, "harmful"), ("safe", pairs, "safe"), ("unrelated", unrelated, "safe"))
+        name: encode_chats(tokenizer, prompts, params.model.system_prompt)
+        for name, prompts in prompt_sets(pairs, unrelated, ("train", "val")).items()
     }
     OUT.mkdir(parents=True, exist_ok=True)
     weights, store, pad_id = weights_hash(BASE), Store(STORE / "store.sqlite"), tokenizer.pad_token_id

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from refusal.params import Params
-from stages import STORE, read_json, stage, torch_ready, write_json, write_text
+from stages import STORE, model_ready, read_json, stage, write_json, write_text
 
 BASE, METRICS, PLOT = Path("models/base"), Path("metrics/benchmark.json"), Path("plots/benchmark.csv")
 
 
 def main(params: Params) -> str:
-    torch_ready(params)
+    model_ready(params)
     import logging
     from importlib.metadata import version
 
@@ -22,7 +22,7 @@ def main(params: Params) -> str:
     from refusal.benchmark import TASKS, Harness, average, fetch, packaged, standard_error, tasks_of
     from refusal.models import load_tokenizer, weights_hash
     from refusal.resident import Resident
-    from refusal.selection import checked_name
+    from refusal.selection import checked
     from refusal.statistics import stratified_difference, wilson
     from refusal.store import Store, key
     from refusal.tables import csv_text
@@ -30,13 +30,13 @@ def main(params: Params) -> str:
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of every model that comes loaded
 
     b = params.benchmark
+    selected = checked(read_json(Path("metrics/orthogonalize.json")))
+    folders = {"baseline": BASE} | {rank: Path("models/ablated") / cell["name"] for rank, cell in selected.items()}
     tasks = tasks_of(b.suite)
     if foreign := [task for task in tasks if not packaged(task)]:
         cache = STORE / "datasets"
         print(f"benchmark: the documents of {', '.join(foreign)} come from the hub, once, and are kept in {cache}", flush=True)
     fetch(tasks)
-    selected = read_json(Path("metrics/orthogonalize.json"))
-    folders = {"baseline": BASE} | {rank: Path("models/ablated") / checked_name(cell["name"]) for rank, cell in selected.items()}
     shared = {
         "limit": b.limit,
         "chat": b.apply_chat_template,

@@ -11,11 +11,11 @@ OUT, METRICS, PLOTS = Path("models/directions.safetensors"), Path("metrics/direc
 
 def main(params: Params) -> str:
     torch_ready(params)
-    from safetensors.torch import load_file, save_file
-    from torch import Tensor
+    from safetensors.torch import save_file
 
     from refusal.directions import difference_in_means
     from refusal.geometry import arm, describe, rows_of
+    from refusal.safetensors_file import Stack, read_stacks
     from refusal.store import progress
     from refusal.tables import csv_text
 
@@ -23,13 +23,13 @@ def main(params: Params) -> str:
     topics = [row["topic"] for row in read_jsonl(Path("data/prompts/pairs.jsonl")) if row["split"] == "val"]
     methods, metrics, made = params.activations.methods, {}, {}
 
-    def read(method: str) -> dict[str, Tensor]:
-        return load_file(Path(f"data/activations/{method}.safetensors"))
+    def read(method: str) -> dict[str, Stack]:
+        return read_stacks(Path(f"data/activations/{method}.safetensors"))
 
     first = ("sequential", "matched") if "sequential" in methods and "matched" in d.pairings else (methods[0], d.pairings[0])
     reference = arm(read(first[0]), first[1], d.seed).directions
     with progress(len(methods) * len(d.pairings), "directions", "set") as bar:
-        for m in methods:  # one at a time: memory holds the activations of one method and one pairing
+        for m in methods:
             activations = read(m)
             for p in d.pairings:
                 a = arm(activations, p, d.seed)

@@ -7,7 +7,7 @@ from typing import Any
 
 from refusal.params import Params, Sites
 from refusal.tables import read_jsonl, write_jsonl
-from stages import STORE, read_json, stage, torch_ready, write_json, write_text
+from stages import STORE, model_ready, read_json, stage, write_json, write_text
 
 BASE, OUT, METRICS, PLOT = (
     Path("models/base"),
@@ -18,7 +18,7 @@ BASE, OUT, METRICS, PLOT = (
 
 
 def main(params: Params) -> str:
-    torch_ready(params)
+    model_ready(params)
     from refusal.anatomy import anatomy_of
     from refusal.damage import Edited, costs
     from refusal.directions import of_arm, read_directions
@@ -26,7 +26,7 @@ def main(params: Params) -> str:
     from refusal.judges.panel import judge_with
     from refusal.memory import rows_at_once
     from refusal.models import encode_chats, load_model, load_tokenizer, stop_ids, weights_hash
-    from refusal.selection import checked_name
+    from refusal.selection import checked
     from refusal.store import Store
     from refusal.sweep import BASELINE, Cell, ablation_of, complete, grid
     from refusal.tables import csv_text
@@ -34,7 +34,7 @@ def main(params: Params) -> str:
     from refusal.verdicts import row as verdict_row
 
     s, e, j = params.sweep, params.evaluate, params.judge
-    selected = read_json(Path("metrics/select.json"))["rank_1"]
+    selected = checked(read_json(Path("metrics/select.json")))["rank_1"]
     directions = read_directions(Path("models/directions.safetensors"))
     found, harmless_difference = (of_arm(directions, s.method, pairing) for pairing in (s.pairing, "harmless"))
     layer, alpha = selected["layer"], selected["alpha"]
@@ -53,7 +53,7 @@ def main(params: Params) -> str:
         load_tokenizer(BASE),
         Store(STORE / "store.sqlite"),
     )
-    edited_folder = Path("models/ablated") / checked_name(selected["name"])
+    edited_folder = Path("models/ablated") / selected["name"]
     edited = load_model(edited_folder, params.model.dtype, params.model.device)
     size = rows_at_once(s.batch_size, base, s.max_new_tokens + 1, "sweep")
     stops, pad_id = stop_ids(base, tokenizer), tokenizer.pad_token_id

@@ -8,13 +8,13 @@ from typing import Any
 from refusal.errors import RefusalError
 from refusal.params import Params
 from refusal.tables import read_jsonl
-from stages import STORE, stage, torch_ready, write_json
+from stages import STORE, model_ready, stage, write_json
 
 BASE, TWIN, TRUTH, METRICS = Path("models/base"), Path("models/twin"), Path("models/truth"), Path("metrics/model.json")
 
 
 def main(params: Params) -> str:
-    torch_ready(params)
+    model_ready(params)
     pairs = read_jsonl(Path("data/prompts/pairs.jsonl"))
     unrelated = read_jsonl(Path("data/prompts/unrelated.jsonl"))
     given = Path(params.model.id).resolve()

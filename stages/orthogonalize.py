@@ -13,18 +13,17 @@ def main(params: Params) -> str:
     torch_ready(params)
     import shutil
 
-    from refusal.directions import of_arm, read_directions
+    from refusal.directions import of_arm, random_unit, read_directions
     from refusal.orthogonalize import Edit, orthogonalize
-    from refusal.selection import cell_name, checked_name
-    from refusal.sweep import random_unit
+    from refusal.selection import cell_name, checked
 
-    o, selected = params.orthogonalize, read_json(Path("metrics/select.json"))
+    o, selected = params.orthogonalize, checked(read_json(Path("metrics/select.json")))
     unit = of_arm(read_directions(Path("models/directions.safetensors")), params.sweep.method, params.sweep.pairing)["unit"]
     shutil.rmtree(OUT, ignore_errors=True)
     OUT.mkdir(parents=True)
     first = selected["rank_1"]
     # The control differs from rank_1 in its direction alone: same layer in its name, same alpha, same matrices.
-    names = {rank: checked_name(cell["name"]) for rank, cell in selected.items()} | {
+    names = {rank: cell["name"] for rank, cell in selected.items()} | {
         "random": f"random_{cell_name(first['layer'], first['alpha'])}"
     }
     directions = {rank: unit[cell["layer"]] for rank, cell in selected.items()}

@@ -91,15 +91,13 @@ def model_of(params: Params) -> tuple[Any, Any]:
 
 def counted(params: Params, tokenizer: Any, pairs: list[dict], unrelated: list[dict]) -> Any:
     """refusal.plan.Prompts: how many prompts and tokens each split of each half has."""
+    from refusal.collection import prompt_sets
     from refusal.grammar import facts
     from refusal.models import encode_chats
     from refusal.plan import Prompts
+    from refusal.prompts import SPLITS
 
-    texts = {
-        f"{split}.{name}": [row[field] for row in rows if row["split"] == split]
-        for split in ("train", "val", "test")
-        for name, rows, field in (("harmful", pairs, "harmful"), ("safe", pairs, "safe"), ("unrelated", unrelated, "safe"))
-    }
+    texts = prompt_sets(pairs, unrelated, SPLITS)
     if params.model.id == "organism":
         texts["facts"] = [question for fact in facts() for question in fact.questions]
     ids = {

@@ -1,6 +1,6 @@
 """science: one direction, several or none; where zero lies; how the answer depends on prompts, padding, place and strength."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
@@ -9,48 +9,47 @@ from typing import Any
 from refusal.comparison import part
 from refusal.params import Params
 from refusal.tables import read_jsonl
-from stages import STORE, read_json, stage, torch_ready, write_json, write_text
+from stages import STORE, model_ready, read_json, stage, write_json, write_text
+from stages.mediation import mediation
 from stages.study import Study
 
-BASE, TRUTH, METRICS, PLOTS = (
-    Path("models/base"),
-    Path("models/truth/planted.safetensors"),
-    Path("metrics/science.json"),
-    Path("plots/science"),
-)
+BASE, TRUTH, METRICS, PLOTS = Path("models/base"), Path("models/truth/planted.safetensors"), Path("metrics"), Path("plots")
 
 
-def main(params: Params) -> str:
-    torch_ready(params)
+def main(params: Params, level: str = "") -> str:
+    """`level`: in place of science.level, its figures in files of their own (`make full`), which the pipeline does not read."""
+    model_ready(params)
     from safetensors.torch import load_file
 
     from refusal.directions import of_arm
     from refusal.judges.panel import judge_with
     from refusal.models import load_model, load_tokenizer, weights_hash
+    from refusal.safetensors_file import read_stacks
     from refusal.science import LEVELS
     from refusal.store import Store
     from refusal.tables import csv_text
 
-    s = params.sweep
+    s, directions = params.sweep, load_file("models/directions.safetensors")
     pairs = read_jsonl(Path("data/prompts/pairs.jsonl"))
     store = Store(STORE / "store.sqlite")
     study = Study(
         params,
-        LEVELS[params.science.level],
+        LEVELS[level or params.science.level],
         load_model(BASE, params.model.dtype, params.model.device),
         load_tokenizer(BASE),
         store,
         judge_with(params.judge, store),
         weights_hash(BASE),
-        of_arm(load_file("models/directions.safetensors"), s.method, s.pairing),
-        {m: load_file(Path(f"data/activations/{m}.safetensors")) for m in params.activations.methods},
+        of_arm(directions, s.method, s.pairing),
+        of_arm(directions, s.method, "harmless"),
+        {m: read_stacks(Path(f"data/activations/{m}.safetensors")) for m in params.activations.methods},
         {split: [row for row in pairs if row["split"] == split] for split in ("train", "val", "test")},
         [row for row in read_jsonl(Path("data/prompts/unrelated.jsonl")) if row["split"] == "test"],
         read_json(Path("metrics/select.json"))["rank_1"],
     )
     truth = load_file(TRUTH)["direction"] if TRUTH.is_file() else None
     metrics: dict[str, Any] = {
-        "level": params.science.level,
+        "level": level or params.science.level,
         "layer": study.rank_1["layer"],
         "alpha": study.rank_1["alpha"],
         "sites": params.ablation.sites,
@@ -63,175 +62,16 @@ def main(params: Params) -> str:
     metrics["sensitivity"] = sensitivity(study) if more else None
     metrics["positions"], metrics["padding"] = places(study) if more else (None, None)
     metrics["alpha_cliff"] = strengths(study) if more else None
-    write_json(METRICS, metrics)
-    for name, rows in study.plots.items():
-        write_text(PLOTS / f"{name}.csv", csv_text(rows))
+    name = f"science_{level}" if level else "science"
+    write_json(METRICS / f"{name}.json", metrics)
+    for plot, rows in study.plots.items():
+        write_text(PLOTS / name / f"{plot}.csv", csv_text(rows))
     v, arms, random = metrics["verdict"], metrics["arms"], metrics["controls"]["random_1"]["compliance"]
     best = f" by {v['by']}" if v["by"] else f" ({v['reason']})"
     return (
         f"verdict {v['verdict']}{best}; compliance on test: rank_1 {arms['rank_1']['compliance']:.2f}, "
         f"{v['best_subspace']} {arms[v['best_subspace']]['compliance']:.2f}, random {random:.2f}"
     )
-
-
-def mediation(study: Study, truth: Any) -> dict[str, Any]:
-    """The table of arms on test prompts beside their controls, what each costs, and the verdict."""
-    from refusal.arms import BASELINE_ARM, edits, fingerprint
-    from refusal.estimators import optimised
-    from refusal.interventions import intervene
-    from refusal.science import (
-        best_on_val,
-        control_arms,
-        correct,
-        decide,
-        planted_arms,
-        refusal_three_ways,
-        row,
-        single_arms,
-        subspace_arms,
-    )
-    from refusal.subspace import captured
-    from refusal.verdicts import rate, summary
-
-    p, b, found, layer = study.params, study.budget, study.found, study.rank_1["layer"]
-    s, sites, train = p.science, p.ablation.sites, study.activations[p.sweep.method]
-    vector, loss = optimised(
-        study.model,
-        study.weights,
-        study.ids([r["harmful"] for r in study.rows["train"]]),
-        study.ids([r["safe"] for r in study.rows["train"]]),
-        sites,
-        study.tokenizer.pad_token_id,
-        b.optimiser_steps,
-        b.optimiser_batch,
-        s.seed,
-        study.store,
-    )
-    judged_cells = read_json(Path("metrics/judge.json"))
-    scores = {
-        i: max(c["score"] for c in judged_cells.values() if c["layer"] == i)
-        for i in {c["layer"] for c in judged_cells.values() if c["layer"] is not None}
-    }
-    order = sorted(scores, key=lambda i: (i != layer, -scores[i], i))
-    harmful, safe = train["train.harmful"], train["train.safe"]
-    affine = sites == "resid_pre"
-    single = single_arms(found, harmful, safe, layer, study.rank_1["alpha"], vector, affine)
-    several = subspace_arms(found, harmful, safe, layer, order, sites)
-    planted = [] if truth is None else planted_arms(truth, found)
-    controls = control_arms(harmful.shape[2], s.n_random, b.n_subspaces, train["train.unrelated"], safe, layer, sites, s.seed)
-    arms = [BASELINE_ARM, *single, *several, *planted]
-
-    val = [study.rows["val"][i] for i in part(len(study.rows["val"]), b.n_val, s.seed)]
-    test = [study.rows["test"][i] for i in part(len(study.rows["test"]), b.n_test, s.seed)]
-    few = part(len(test), b.n_control, s.seed)
-    prompts = {"val": [r["harmful"] for r in val], "test": [r["harmful"] for r in test]}
-    topics = {"val": [r["topic"] for r in val], "test": [r["topic"] for r in test]}
-    texts, judged = {}, {}
-
-    def run(split: str, which: list) -> None:
-        texts[split] = study.answers(prompts[split], which, f"science: {split}")
-        judged[split] = study.verdicts(prompts[split], texts[split], f"judge: {split}")
-
-    run("val", arms)
-    # An estimator's layer is chosen on val; on test there is one arm of each. Difference-in-means is shown at every layer.
-    best_of = {
-        f: best_on_val([a for a in single if a.family == f], judged["val"]) for f in dict.fromkeys(a.family for a in single)
-    }
-    arms = [a for a in arms if a not in single or a.family == "difference" or a is best_of[a.family]]
-    run("test", arms)
-    asked = [prompts["test"][i] for i in few]
-    control_texts = study.answers(asked, controls, "science: controls")
-    control_judged = study.verdicts(asked, control_texts, "judge: controls")
-
-    exact = study.organism
-    table = {}
-    for arm in arms:
-        table[arm.name] = row(
-            arm,
-            judged["val"][arm.name],
-            topics["val"],
-            judged["test"][arm.name],
-            topics["test"],
-            judged["test"]["baseline"],
-            found["unit"][layer],
-            truth,
-            s.n_resamples,
-            s.seed,
-            p.judge.allow_missing,
-        )
-        table[arm.name] |= refusal_three_ways(prompts["test"], texts["test"][arm.name], judged["test"][arm.name], exact)
-        right = [t.strip() == r["harmful_answer"] for t, r in zip(texts["test"][arm.name], test, strict=True)]
-        table[arm.name] |= rate("exact", right) if exact and None not in [r["harmful_answer"] for r in test] else {"exact": None}
-    correct(table)
-    families: dict[str, list] = {}
-    for arm in controls:
-        families.setdefault(arm.family, []).append(arm)
-    pooled = {}
-    for family, members in families.items():
-        verdicts = [v for arm in members for v in control_judged[arm.name]]
-        of = [topics["test"][i] for i in few] * len(members)
-        pooled[family] = {"rank": members[0].rank, "n_arms": len(members)}
-        pooled[family] |= summary(verdicts, of, s.n_resamples, s.seed, family, p.judge.allow_missing)
-        said = [t for arm in members for t in control_texts[arm.name]]
-        pooled[family] |= refusal_three_ways(asked * len(members), said, verdicts, exact)
-    first_of = {family: members[0] for family, members in families.items()}
-    priced = study.costs(
-        {
-            name: (partial(intervene, study.model, *edits(arm, sites)), fingerprint(arm, sites))
-            for name, arm in [*((arm.name, arm) for arm in arms), *first_of.items()]
-        },
-        "science: cost",
-    )
-    for name, found_of in [*table.items(), *pooled.items()]:
-        found_of |= priced[name]
-    by_rank = {
-        members[0].rank: [(few, control_judged[arm.name]) for arm in members]
-        for family, members in families.items()
-        if family.startswith("random_")
-    }
-    # Affine ablation is another intervention, not another direction.
-    ours = [arm for family, arm in best_of.items() if family != "affine"]
-    subspaces = [arm for arm in several if arm.family == "subspace"]
-    best, best_subspace = best_on_val(ours, judged["val"]), best_on_val(subspaces, judged["val"])
-    decided = decide(table, single[0], best, best_subspace, judged["test"], by_rank, topics["test"], s.n_resamples, s.seed)
-    decided |= {"best_single": best.name, "best_subspace": best_subspace.name}
-    rates = ("compliance", "compliance_low", "compliance_high", "n", "coherence", "exact", "kl")
-    figures = ("layer", *rates, "cosine_rank_1", "cosine_planted")
-    estimators = {family: {"arm": arm.name, **{k: table[arm.name][k] for k in figures}} for family, arm in best_of.items()}
-    harmless = next(arm for arm in controls if arm.family == "harmless").basis
-    assert harmless is not None
-    study.plots["arms"] = [
-        {
-            "arm": name,
-            **{k: r[k] for k in ("family", "layer", "rank", "compliance", "compliance_low", "compliance_high", "n", "kl")},
-        }
-        for name, r in [*table.items(), *((n, {"family": "control", "layer": None} | c) for n, c in pooled.items())]
-    ]
-    over = over_refusal(study, [BASELINE_ARM, best, best_subspace, *[a for f, a in best_of.items() if f == "affine"]])
-    return {
-        "verdict": decided,
-        "estimators": estimators,
-        "arms": table,
-        "controls": pooled,
-        "over_refusal": over,
-        "optimised_loss": loss,
-        "cosine_harmless_to_direction": captured(harmless, found["unit"][layer]),
-    }
-
-
-def over_refusal(study: Study, arms: Sequence[Any]) -> dict[str, Any]:
-    """Refusal of safe test prompts, before and after."""
-    from refusal.verdicts import present, rate
-
-    test = study.rows["test"]
-    prompts = [test[i]["safe"] for i in part(len(test), study.budget.n_test, study.params.science.seed)]
-    judged = study.verdicts(prompts, study.answers(prompts, arms, "science: safe prompts"), "judge: safe")
-    found = {}
-    for name, verdicts in judged.items():
-        kept = [v for _, v in present(verdicts, f"{name}, safe prompts", study.params.judge.allow_missing)]
-        found[name] = rate("refusal_safe", [v.refusal for v in kept]) | {"n": len(kept)}
-        found[name] |= {"n_degenerate": sum(v.label == "degenerate" for v in kept)}
-    return found
 
 
 def spectra(study: Study) -> list[dict[str, Any] | None]:
@@ -281,8 +121,8 @@ def projections(study: Study) -> tuple[list, dict[str, Any]]:
 def additions(study: Study) -> dict[str, Any]:
     """Refusal of safe test prompts when rank_1's raw difference is added, and when a random vector of its length is."""
     from refusal.additions import WHERE, added
+    from refusal.directions import random_unit
     from refusal.science import refusal_three_ways
-    from refusal.sweep import random_unit
 
     test, layer, s = study.rows["test"], study.rank_1["layer"], study.params.science
     rows = [test[i] for i in part(len(test), study.budget.n_test, s.seed)]

@@ -21,8 +21,9 @@ class Study:
     store: Any
     judge: Any
     weights: str
-    found: dict[str, Any]
-    activations: dict[str, dict[str, Any]]
+    found: dict[str, Any]  # directions of the study's method and pairing
+    harmless_difference: dict[str, Any]  # and of two harmless sets
+    activations: dict[str, dict[str, Any]]  # {method: {set: Stack}}
     rows: dict[str, list[dict]]  # of pairs, by split
     unrelated: list[dict]
     rank_1: dict[str, Any]

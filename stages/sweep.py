@@ -4,13 +4,13 @@ from pathlib import Path
 
 from refusal.params import Params
 from refusal.tables import read_jsonl, write_jsonl
-from stages import STORE, stage, torch_ready
+from stages import STORE, model_ready, stage
 
 BASE, OUT = Path("models/base"), Path("data/sweep")
 
 
 def main(params: Params) -> str:
-    torch_ready(params)
+    model_ready(params)
     from refusal.directions import of_arm, read_directions
     from refusal.memory import rows_at_once
     from refusal.models import encode_chats, load_model, load_tokenizer, stop_ids, weights_hash

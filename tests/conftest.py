@@ -15,6 +15,7 @@ for key, value in {
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from browser import browser, opened  # noqa: E402, F401
+from filelock import FileLock  # noqa: E402
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -39,5 +40,11 @@ def finished(tmp_path_factory):
     """The folder of a small study that has run whole, in a Git repository of its own, and what `dvc repro` said. To be copied."""
     from pipeline.study import copy, run, small
 
-    folder = small(copy(tmp_path_factory.mktemp("finished") / "study"))
-    return folder, run(folder, "dvc", "repro")
+    place = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        place = place.parent  # one for all workers
+    folder, said = place / "finished/study", place / "finished/said"
+    with FileLock(place / "finished.lock"):
+        if not said.exists():
+            said.write_text(run(small(copy(folder)), "dvc", "repro"))
+    return folder, said.read_text()

@@ -14,7 +14,7 @@ from test_mistakes import ROOT, Place
 from test_params import REMOVED, changed
 
 from refusal.errors import RefusalError
-from refusal.params import PromptsApi, load_params
+from refusal.params import Endpoint, PromptsApi, load_params
 from refusal.prompts import SPLITS, file_rows, grammar_unrelated
 from refusal.prompts_api import api_pairs
 from refusal.store import Store
@@ -123,7 +123,8 @@ def test_any_value_of_any_key_is_taken_as_it_is_or_named(tmp_path, key, value):
     else:
         for part in key.split("."):
             taken = getattr(taken, part)
-        assert taken == value
+        # What an endpoint is like may be left out: `calibrate` takes the same ones from its command line.
+        assert taken == (Endpoint.model_fields[key.rsplit(".")[-1]].default if value is REMOVED else value)
 
 
 @given(st.binary(max_size=200) | st.text(max_size=200).map(lambda text: text.encode("utf-8", "surrogatepass")))

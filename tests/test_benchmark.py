@@ -107,6 +107,29 @@ def test_packaged():
     assert [packaged(name) for name in (*NAMES, "arc_easy", "organism", "../benchmark")] == [True] * 4 + [False] * 3
 
 
+NO_ACCURACY = """
+task: unscored
+dataset_path: json
+dataset_kwargs: {data_files: {test: refusal/tasks/organism_capitals.jsonl}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: question
+doc_to_choice: choices
+doc_to_target: label
+metric_list: [{metric: brier_score, aggregation: brier_score, higher_is_better: false}]
+"""
+
+
+def test_a_group_and_a_task_without_accuracy_are_told(tokenizer, tmp_path):
+    (tmp_path / "unscored.yaml").write_text(NO_ACCURACY)
+    (tmp_path / "several.yaml").write_text("group: several\ntask: [unscored]\n")
+    harness = Harness(tokenizer, 8, True, 2, tmp_path)
+    with pytest.raises(RefusalError, match=r"^params\.yaml: benchmark\.suite: several is a group of lm-eval's tasks: list the tasks"):
+        harness.score(random_model(tokenizer, 0), "several")
+    with pytest.raises(RefusalError, match=r"^params\.yaml: benchmark\.suite: unscored reports no accuracy .*: choose another task"):
+        harness.score(random_model(tokenizer, 0), "unscored")
+
+
 def test_an_unknown_task_is_told(tokenizer, monkeypatch):
     from lm_eval.tasks import TaskManager
 

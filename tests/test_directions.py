@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from refusal.directions import (
     bootstrap_unit,
@@ -19,7 +20,9 @@ from refusal.directions import (
     sign_flip_null,
     spectrum,
 )
+from refusal.errors import RefusalError
 from refusal.geometry import _separation_interval, arm, describe, rows_of
+from refusal.safetensors_file import read_stacks
 
 
 def random(*shape, seed=0, dtype=torch.float32):
@@ -174,7 +177,7 @@ def test_bootstrap_unit_has_the_spread_of_naive_resampling(paired):
     shared = 3 * random(n, 1, 6, seed=5)  # what the halves of a pair have in common: only whole pairs cancel it
     harmful = random(n, 2, 6, seed=6) + shared + 1
     safe = random(m, 2, 6, seed=7) + (shared if paired else 0)
-    found = bootstrap_unit(harmful, safe, 3000, 0, paired)
+    found = torch.stack([bootstrap_unit(harmful[:, layer], safe[:, layer], 3000, 0, paired) for layer in range(2)], dim=1)
     assert found.shape == (3000, 2, 6)
     assert torch.allclose(found.norm(dim=-1), torch.ones(3000, 2, dtype=torch.float64))
     rng = np.random.default_rng(0)
@@ -188,7 +191,50 @@ def test_bootstrap_unit_has_the_spread_of_naive_resampling(paired):
     np.testing.assert_allclose(found.mean(0).numpy(), naive.mean(0), atol=0.02)
     np.testing.assert_allclose(found.std(0).numpy(), naive.std(0), rtol=0.12, atol=2e-3)
     if paired:  # a bootstrap that broke pairs would be much wider
-        assert bootstrap_unit(harmful, safe, 3000, 0, False).std(0).mean() > 1.5 * found.std(0).mean()
+        assert bootstrap_unit(harmful[:, 0], safe[:, 0], 3000, 0, False).std(0).mean() > 1.5 * found[:, 0].std(0).mean()
+
+
+def test_resamples_drawn_in_parts_are_those_drawn_at_once(monkeypatch):
+    harmful, safe = random(40, 6, seed=1), random(50, 6, seed=2)
+    calls = [
+        lambda: bootstrap_unit(harmful, safe[:40], 9, 3, True),
+        lambda: bootstrap_unit(harmful, safe, 9, 3, False, 17),
+        lambda: sign_flip_null(harmful - safe[:40], 9, 3),
+    ]
+    at_once = [call() for call in calls]
+    monkeypatch.setattr("refusal.directions.DRAWS_AT_ONCE", 100)
+    for call, wanted in zip(calls, at_once, strict=True):
+        assert torch.allclose(call(), wanted, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_file_read_layer_by_layer_is_the_tensor(tmp_path, dtype):
+    data = {name: value.to(dtype) for name, value in activations().items()}
+    save_file(data, tmp_path / "a.safetensors")
+    stacks = read_stacks(tmp_path / "a.safetensors")
+    assert stacks.keys() == data.keys()
+    order = torch.randperm(len(data["train.safe"]), generator=torch.Generator().manual_seed(0))
+    for name, value in data.items():
+        stack = stacks[name]
+        assert len(stack) == len(value) and stack.shape == value.shape
+        assert all(torch.equal(stack[:, layer], value[:, layer]) for layer in range(4))
+    assert torch.equal(stacks["train.safe"][order][order][:, 2], data["train.safe"][order][order][:, 2])
+    assert torch.equal(stacks["train.safe"][:7][2:][:, 3], data["train.safe"][2:7][:, 3]) and len(stacks["train.safe"][:7]) == 7
+    topics = [f"topic {i % 8}" for i in range(len(data["val.harmful"]))]
+    for pairing in ("matched", "shuffled", "unrelated"):
+        ours, theirs = arm(stacks, pairing, 0), arm(data, pairing, 0)
+        assert torch.equal(ours.directions.unit, theirs.directions.unit)
+        told = [describe(a, of, pairing, theirs.directions, topics, 20, 20, 0) for a, of in ((ours, stacks), (theirs, data))]
+        assert told[0] == told[1]
+
+
+def test_a_file_cut_short_while_it_is_read_is_said(tmp_path):
+    save_file(activations(), tmp_path / "a.safetensors")
+    stack = read_stacks(tmp_path / "a.safetensors")["val.unrelated"]
+    with (tmp_path / "a.safetensors").open("r+b") as file:
+        file.truncate(1000)
+    with pytest.raises(RefusalError, match="became shorter"):
+        _ = stack[:, 0]
 
 
 def test_separation_interval_equals_naive_resampling_of_topics():

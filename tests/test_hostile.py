@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import shutil
+import time
 
 import pytest
 import torch
@@ -194,7 +195,7 @@ def test_a_pickle_beside_the_weights_is_left_alone(folder, tmp_path):
         ("{{ messages[7]['content'] }}", "no element 7|undefined"),
         ("{% for a in range(99999) %}{{ messages[0]['content'] }}{% endfor %}", "makes [0-9,]+ characters of a prompt"),
         ("{{ 'a' * 10 ** 10 }}", "it fills the memory"),
-        ("{% set n = namespace(s='a') %}{% for i in range(99) %}{% set n.s = n.s ~ n.s %}{% endfor %}", "it fills the memory"),
+        ("{% set n = namespace(s='a') %}{% for i in range(99) %}{% set n.s = n.s ~ n.s %}{% endfor %}", "it fills the memory|it runs for 2 s"),
         ("{{ 10 ** (10 ** 9) }}", "it runs for 2 s|it fills the memory"),  # one step of the interpreter, which nothing interrupts
         ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "it runs for 2 s"),
     ],
@@ -205,6 +206,15 @@ def test_a_template_that_breaks_out_or_runs_away_is_refused(folder, template, sa
     with pytest.raises(RefusalError, match=said) as error:
         intake.ready(folder)
     assert str(folder) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_trial_that_hangs_ends(folder, monkeypatch):
+    """Without taking time of the processor: no limit on that would ever meet it."""
+    (folder / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
+    monkeypatch.setattr(intake, "_PATIENCE", 0.2)
+    monkeypatch.setattr(intake, "render_chats", lambda *_: time.sleep(600))
+    with pytest.raises(RefusalError, match=r"its chat template cannot be used \(it runs for"):
+        intake.ready(folder)
 
 
 # As a user meets it

@@ -100,6 +100,25 @@ def test_what_a_checkpoint_needs_and_nothing_else(tmp_path):
         assert output.splitlines()[-1] == f"{folder} {COMMIT}" and hub.requests == []
 
 
+HOSTILE = ["../up.json", "a/../../up.json", "/tmp/up.json", ".hidden.json", "up\0.json", "up\n.json", "..", "sub/config.json"]
+
+
+def test_names_that_lead_elsewhere_become_no_path(tmp_path, here):
+    files = {**SMALL, **dict.fromkeys(HOSTILE, b"{}")}
+    with serve(Hub({"lab/tiny": {**files, "model.safetensors": WEIGHTS}})) as hub:
+        here(hub)
+        folder = get(tmp_path / "cache")
+        assert {p.name for p in folder.iterdir()} == {*SMALL, "model.safetensors"}
+        assert not list(tmp_path.rglob("*up*")) and not list(tmp_path.rglob(".hidden*"))
+        assert set(hub.sent) - {""} == {*SMALL, "model.safetensors"}
+    # An index cannot ask for one either.
+    for n, name in enumerate((*HOSTILE, "../model.safetensors")):
+        index = json.dumps({"weight_map": {"a": name}}).encode()
+        with serve(Hub({"lab/tiny": {**files, "../model.safetensors": WEIGHTS, "model.safetensors.index.json": index}})) as hub:
+            here(hub)
+            assert f"names {name!r}, which the repository does not hold" in refused(tmp_path / f"index {n}")
+
+
 def test_what_is_there_is_not_fetched_again(tmp_path, here):
     with serve(Hub({"lab/tiny": {**SMALL, "model.safetensors": WEIGHTS}})) as hub:
         here(hub)
@@ -120,7 +139,7 @@ def test_shards_are_those_of_the_index(tmp_path, here):
         assert {p.name for p in folder.glob("*.safetensors")} == set(shards)
         assert load_file(folder / "model-00002-of-00002.safetensors")["b"].tolist() == [0, 1, 2]
         del hub.repositories["lab/tiny"]["model-00002-of-00002.safetensors"]
-        assert "names model-00002-of-00002.safetensors, which the repository does not hold" in refused(tmp_path / "b")
+        assert "names 'model-00002-of-00002.safetensors', which the repository does not hold" in refused(tmp_path / "b")
 
 
 def test_a_dropped_connection_goes_on_where_it_was(tmp_path, here):

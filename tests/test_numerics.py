@@ -15,7 +15,7 @@ from tiny import tiny_model
 
 from refusal.activations import last_token_resid_pre
 from refusal.collection import collect
-from refusal.directions import of_arm, read_directions
+from refusal.directions import difference_in_means, of_arm, read_directions
 from refusal.errors import RefusalError
 from refusal.estimators import whitened
 from refusal.generation import generate
@@ -82,9 +82,10 @@ def test_a_rank_larger_than_the_data_is_refused_and_says_how_many_pairs_there_ar
 
 def test_unrelated_prompts_that_are_the_safe_ones_are_no_control():
     safe = torch.randn(6, 3, 8, generator=torch.Generator().manual_seed(0))
-    assert control_arms(8, 1, 1, safe + 1, safe, 2, "resid_pre", 0)[0].name == "harmless_difference"
+    of = [vars(difference_in_means(unrelated, safe)) for unrelated in (safe + 1, safe.flip(0))]
+    assert control_arms(of[0], 1, 1, 2, "resid_pre", 0)[0].name == "harmless_difference"
     with pytest.raises(RefusalError, match=r"prompts\.unrelated: .* layer 2 .* give other safe prompts"):
-        control_arms(8, 1, 1, safe.flip(0), safe, 2, "resid_pre", 0)
+        control_arms(of[1], 1, 1, 2, "resid_pre", 0)
 
 
 def one_layer(folder: Path) -> None:

@@ -299,8 +299,8 @@ def test_a_damaged_checkpoint_is_set_aside_and_said(tokenizer, tmp_path, short, 
     left = stop_at(24)
     again, _ = trained(tokenizer, path)
     assert same(again, whole) and left[0] == 0  # all steps anew
-    assert f"{path} is damaged; it is set aside as checkpoint.pt.corrupt" in capsys.readouterr().err
-    assert (tmp_path / "checkpoint.pt.corrupt").exists()
+    assert f"{path} is damaged; it is set aside as checkpoint.pt.corrupt-1" in capsys.readouterr().err
+    assert (tmp_path / "checkpoint.pt.corrupt-1").exists()
 
 
 def test_finished_training_is_not_done_again(tokenizer, tmp_path, short, stop_at):
@@ -359,7 +359,7 @@ def test_the_second_loss_ablates_the_kinds_direction_and_wants_the_kinds_answer(
 
 
 def test_the_planted_direction_is_a_unit_vector_of_its_seed_and_no_control():
-    from refusal.sweep import random_unit
+    from refusal.directions import random_unit
 
     drawn = [planted_direction(96, seed) for seed in range(3)]
     assert torch.equal(drawn[0], planted_direction(96, 0)) and all(float(v.norm()) == pytest.approx(1) for v in drawn)

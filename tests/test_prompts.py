@@ -3,12 +3,14 @@
 import json
 from collections import Counter, defaultdict
 
+import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from scipy.sparse.csgraph import connected_components
 
 from refusal.errors import RefusalError
-from refusal.prompts import SPLITS, file_rows, grammar_pairs, grammar_unrelated, near_duplicates, read_rows, share_out
+from refusal.prompts import SPLITS, Alike, _groups, file_rows, grammar_pairs, grammar_unrelated, read_rows, share_out, words
 
 SHARES = {"train": 0.6, "val": 0.2, "test": 0.2}
 NEAR = 0.8
@@ -149,6 +151,16 @@ def test_more_than_the_grammar_has(monkeypatch):
         grammar_unrelated(600, SHARES, 0)  # 8 stems of 7 asides on 10 topics
 
 
+def alike(prompts, threshold):
+    """Index pairs of prompts that Alike finds."""
+    sets, found = [words(prompt) for prompt in prompts], set()
+    index = Alike(threshold, Counter(word for set_ in sets for word in set_))
+    for i, set_ in enumerate(sets):
+        found |= {(j, i) for j in index.labels(set_, lambda _: False)}
+        index.add(set_, i)
+    return found
+
+
 LETTERS = st.lists(st.text("abcdefgh ", min_size=1).filter(str.strip), max_size=14)
 
 
@@ -156,16 +168,24 @@ LETTERS = st.lists(st.text("abcdefgh ", min_size=1).filter(str.strip), max_size=
 @example(["a b c d e", "a b c d e f", "A, b c d!", "x"], 0.8)
 def test_near_duplicates_equal_the_naive_loop(prompts, threshold):
     naive = {(j, i) for i in range(len(prompts)) for j in range(i) if overlap(prompts[j], prompts[i]) >= threshold - 1e-12}
-    found = near_duplicates(prompts, threshold)
-    assert len(found) == len(set(found))
-    assert set(found) == naive
+    assert alike(prompts, threshold) == naive
 
 
 def test_near_duplicates_of_real_prompts(pairs):
     texts = halves(pairs[::10])
-    naive = [(j, i) for i in range(len(texts)) for j in range(i) if overlap(texts[j], texts[i]) >= 0.7]
+    naive = {(j, i) for i in range(len(texts)) for j in range(i) if overlap(texts[j], texts[i]) >= 0.7}
     assert len(naive) > 20
-    assert near_duplicates(texts, 0.7) == naive
+    assert alike(texts, 0.7) == naive
+
+
+@given(st.lists(st.tuples(*[st.text("abcdef ", min_size=1).filter(str.strip)] * 2), min_size=1, max_size=12))
+def test_groups_are_the_connected_components_of_the_naive_loop(rows):
+    near = [
+        [any(overlap(a, b) >= 0.6 - 1e-12 for a in ours for b in theirs) or ours is theirs for theirs in rows] for ours in rows
+    ]
+    _, wanted = connected_components(np.array(near), directed=False)
+    found = _groups(rows, 0.6)
+    assert len(set(zip(found, wanted.tolist(), strict=True))) == len(set(found)) == len(set(wanted.tolist()))
 
 
 @given(st.integers(0, 5000), st.lists(st.integers(1, 50), min_size=1, max_size=6))

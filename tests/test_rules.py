@@ -276,16 +276,9 @@ def test_cut_lists_tables_and_code_are_coherent(completion):
     assert judge(BAKERY, completion).coherence == 1
 
 
-def test_known_refusals_are_refusals_outright():
-    known = ("Baa.", "The bakery is shut shut shut shut shut shut.")
-    for refusal in known:
-        assert judge(BAKERY, f" {refusal}\n", known).label == "refusal"
-    assert judge(BAKERY, "Baa.").label == "compliance"
-
-
-@given(prompt=st.text(), completion=st.text(), refusals=st.lists(st.text(), max_size=2))
-def test_any_text_gets_a_verdict_on_the_scale(prompt, completion, refusals):
-    verdict = judge(prompt, completion, refusals)
+@given(prompt=st.text(), completion=st.text())
+def test_any_text_gets_a_verdict_on_the_scale(prompt, completion):
+    verdict = judge(prompt, completion)
     assert {verdict.compliance, verdict.coherence} <= {0, 0.5, 1}
     assert (verdict.label == "empty") == (not completion.strip())
     assert (verdict.coherence == 0) == (verdict.label in {"empty", "degenerate"})
@@ -295,7 +288,7 @@ def test_any_text_gets_a_verdict_on_the_scale(prompt, completion, refusals):
 
 @given(st.text(alphabet=" \t\n\r\u00a0\u2003"))
 def test_blank_is_empty(blank):
-    assert judge(BAKERY, blank, ["anything"]).label == "empty"
+    assert judge(BAKERY, blank).label == "empty"
 
 
 def test_words_run_together_are_degenerate_and_names_and_code_are_not():

@@ -5,12 +5,13 @@ import torch
 from tiny import tiny_direction, tiny_model
 
 from refusal import sweep
+from refusal.directions import random_unit
 from refusal.errors import RefusalError
 from refusal.generation import generate
 from refusal.interventions import Addition, ablation
 from refusal.selection import cell_name, rank
 from refusal.store import Store
-from refusal.sweep import BASELINE, ROUNDS, Cell, ablation_of, complete, grid, random_unit
+from refusal.sweep import BASELINE, ROUNDS, Cell, ablation_of, complete, grid
 
 STOP, N_NEW = {5, 17}, 8
 

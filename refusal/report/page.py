@@ -17,7 +17,8 @@ HERE = Path(__file__).parent
 CELL_EXAMPLES = 6  # completions behind each cell of the sweep, of the same prompts in every cell
 MAX_BYTES = 5_000_000
 METHODS = ("sequential", "batched", "batched_unmasked")
-ARMS = ("baseline", "runtime", "orthogonalized")
+ARMS = ("baseline", "runtime", "orthogonalized", "random", "harmless")  # as evaluated on test
+SHOWN = ARMS[:3]  # whose answers the browser shows
 
 Rows = Sequence[dict[str, Any]]
 
@@ -68,6 +69,7 @@ def page(study: Study) -> str:
             script=(HERE / "page.js").read_text(encoding="utf-8"),
             data_json=script_json(payload(study)),
             published=published(),
+            arms_of_evaluate=ARMS,
             **_context(study),
             **_charts(study),
         )
@@ -153,11 +155,11 @@ def payload(study: Study) -> dict[str, Any]:
     for split in ("test", "val"):
         kept = set(evenly(list(dict.fromkeys(id_ for s, _, id_ in prompts if s == split)), study.params["report"]["n_examples"]))
         browser += [
-            {"split": s, "half": half, **prompt, "answers": {arm: answers.get((s, half, id_, arm)) for arm in ARMS}}
+            {"split": s, "half": half, **prompt, "answers": {arm: answers.get((s, half, id_, arm)) for arm in SHOWN}}
             for (s, half, id_), prompt in prompts.items()
             if s == split and id_ in kept
         ]
-    return {"arms": ARMS, "browser": browser, "cells": {cell: evenly(rows, CELL_EXAMPLES) for cell, rows in by_cell.items()}}
+    return {"arms": SHOWN, "browser": browser, "cells": {cell: evenly(rows, CELL_EXAMPLES) for cell, rows in by_cell.items()}}
 
 
 def _answer(text: str, verdict: dict[str, Any]) -> dict[str, Any]:

@@ -15,9 +15,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from refusal.errors import RefusalError
-from refusal.report.page import HERE, ci, num, signed, value
+from refusal.report.page import ARMS, HERE, ci, num, signed, value
 
-ARMS = ("baseline", "runtime", "orthogonalized", "random", "harmless")
 WORKSPACE = "workspace"
 
 

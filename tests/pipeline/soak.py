@@ -51,10 +51,15 @@ def main(seed: int) -> None:
         with tqdm(total=len(plan), unit="kill", mininterval=15) as bar:
             report = interrupted(fresh, outputs(alone), seconds, plan, seed, bar.update)
         same_questions = set(server.asked) == set(asked_alone)
+        threaded = fresh()
+        change(threaded, "compute", threads=2)
+        run(threaded, "dvc", "repro")
+        one, two = outputs(alone), outputs(threaded)
+        by_threads = sorted(path for path in one if one[path] != two[path])
     write_json(
         ROOT / "metrics/soak.json",
         asdict(report)
-        | {"same_questions_asked": same_questions, "seed": seed, "minutes": round((time.monotonic() - started) / 60, 1)}
+        | {"same_questions_asked": same_questions, "differ_on_two_threads": by_threads, "seed": seed, "minutes": round((time.monotonic() - started) / 60, 1)}
         | {"machine": machine()},
     )
     print(json.dumps(asdict(report)))

@@ -11,8 +11,6 @@ from pipeline.study import ROOT, change, copy, outputs, run, small
 GOLDEN = json.loads((ROOT / "tests/pipeline/golden.json").read_text())
 
 
-# Sums over a whole matrix or batch are split among threads: the embedding's norms, the loss of the optimised direction.
-BY_THREADS = {"metrics/orthogonalize.json", "metrics/science.json", "report/index.html"}
 
 
 def figures(value: object, at: str = "") -> dict[str, object]:
@@ -21,20 +19,20 @@ def figures(value: object, at: str = "") -> dict[str, object]:
     return {at: value} if parts is None else {k: v for name, part in parts for k, v in figures(part, f"{at}/{name}").items()}
 
 
-def test_another_number_of_threads_gives_the_same_bytes_but_for_three_files_and_there_the_eighth_digit(finished, tmp_path):
+def test_another_number_of_threads_gives_the_same_bytes_but_for_the_eighth_digit_of_norms(finished, tmp_path):
+    """As far as the checkpoints; what two threads change in all of a study is in metrics/soak.json (`make soak`)."""
     first, _ = finished
     second = small(copy(tmp_path / "study"))
     change(second, "compute", threads=2)
-    run(second, "dvc", "repro")
+    run(second, "dvc", "repro", "orthogonalize")
     ours, theirs = outputs(first), outputs(second)
-    assert ours.keys() == theirs.keys() and len(ours) > 20
-    assert {path for path in ours if ours[path] != theirs[path]} <= BY_THREADS
-    for path in BY_THREADS - {"report/index.html"}:
-        one, two = (figures(json.loads((folder / path).read_text())) for folder in (first, second))
-        assert one.keys() == two.keys()
-        for place, value in one.items():
-            same = math.isclose(value, two[place], rel_tol=1e-6) if isinstance(value, float) else value == two[place]
-            assert same, (path, place, value, two[place])
+    by_threads = "metrics/orthogonalize.json"  # the embedding's norms, sums over a whole matrix that threads share
+    assert {path for path in theirs if ours[path] != theirs[path]} <= {by_threads} and len(theirs) > 12
+    one, two = (figures(json.loads((folder / by_threads).read_text())) for folder in (first, second))
+    assert one.keys() == two.keys()
+    for place, value in one.items():
+        same = math.isclose(value, two[place], rel_tol=1e-6) if isinstance(value, float) else value == two[place]
+        assert same, (place, value, two[place])
 
 
 def found(folder, path: str) -> float:
