@@ -12,6 +12,7 @@ All ablate the same direction at the same sites (`paper`), so that their tokens 
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,9 +23,10 @@ from transformers import LogitsProcessor, PreTrainedModel
 
 from perf import workload
 from perf.harness import measure
+from refusal import crew
 from refusal.activations import Prefix
 from refusal.store import Store
-from refusal.sweep import Cell, complete
+from refusal.sweep import ROUNDS, Cell, complete
 
 BATCH = 8  # of generate8
 SLOTS = 128  # half of the prompts: rows enter as others end
@@ -152,6 +154,25 @@ def growth(model: PreTrainedModel, n_prompts: int, n_cells: int, n_new: int, slo
     return lambda: ours(model, prompts, directions, n_new, slots)
 
 
+def side_by_side(console: Console, n_prompts: int, n_new: int, rounds: int) -> dict:
+    """A model of the organism's shape: the crew's threads of Python against torch's own threads; the same tokens."""
+    model = workload.model(shape=(1536, 96, 192, 8, 4))
+    prompts = [[token % 1536 for token in prompt] for prompt in workload.prompts(n_prompts)]
+    directions = workload.random_directions(4 * SLOTS * ROUNDS // n_prompts, 96)  # four units of work
+
+    def arm(small: int) -> Tokens:
+        crew.SMALL, before = small, crew.SMALL
+        try:
+            return ours(model, prompts, directions, n_new, SLOTS)
+        finally:
+            crew.SMALL = before
+
+    found = measure({"torch threads": partial(arm, 0), "crew": partial(arm, crew.SMALL)}, console, rounds)
+    console.print(found.table(f"sweep: 1 M parameters, {len(directions)} cells of {n_prompts} prompts", "crew", {}))
+    same, _ = compare(found.values["crew"], found.values["torch threads"], [[1.0]] * len(found.values["crew"]))
+    return {"crew_ratio_to_torch_threads": round(found.ratio("torch threads", "crew").median, 2), "crew_same_tokens": same}
+
+
 def run(console: Console, n_prompts: int = workload.N_PROMPTS, n_new: int = workload.MAX_NEW_TOKENS, rounds: int = 3) -> dict:
     """Time the arms, compare their tokens, print the table and return the scalars."""
     model, prompts = workload.model(), workload.prompts(n_prompts)
@@ -187,4 +208,5 @@ def run(console: Console, n_prompts: int = workload.N_PROMPTS, n_new: int = work
         "near_ties": near,
         "seconds": round(found.median("ours"), 2),
         "peak_mb": round(found.peak_mb["ours"]),
+        **side_by_side(console, n_prompts, n_new // 2, rounds),
     }

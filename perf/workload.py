@@ -29,15 +29,18 @@ def prompts(n: int = N_PROMPTS, seed: int = 0) -> list[list[int]]:
     return [shared + draw(10, 32_000, draw(SHORTEST, LONGEST + 1, 1)[0] - SHARED) for _ in range(n)]
 
 
-def model(dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0) -> PreTrainedModel:
+def model(
+    dtype: torch.dtype = torch.float32, device: str = "cpu", seed: int = 0, shape: tuple[int, ...] = (32_000, 768, 2048, 12, 12)
+) -> PreTrainedModel:
     """A Qwen2 of 134 M parameters, randomly initialised: 12 blocks, d_model 768, untied, 110 M of them used by a token."""
+    vocab_size, hidden_size, intermediate_size, n_layers, n_heads = shape
     config = Qwen2Config(
-        vocab_size=32_000,
-        hidden_size=768,
-        intermediate_size=2048,
-        num_hidden_layers=12,
-        num_attention_heads=12,
-        num_key_value_heads=12,
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        num_hidden_layers=n_layers,
+        num_attention_heads=n_heads,
+        num_key_value_heads=n_heads,
         max_position_embeddings=2048,
         tie_word_embeddings=False,
         pad_token_id=PAD_ID,

@@ -1,7 +1,7 @@
 """Arms of a behavioural comparison: what is done to the model, by name, and its completions through the resume store.
 
-A `Cell` of the sweep is one direction; an arm may ablate a subspace, or a direction of its own at each layer. Its hooks
-are live around `sweep.complete`, whose batches are then of one arm each; arms of one direction share batches as cells do.
+A `Cell` of the sweep is one direction; an arm may ablate a subspace, or a direction of its own at each layer. Its batches are
+then its own; arms of one direction share batches as cells do.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from refusal.interventions import Ablation, intervene
+from refusal.interventions import Ablation
 from refusal.store import Store
 from refusal.sweep import BASELINE, Cell, complete
 
@@ -105,14 +105,10 @@ def complete_arms(
     label: str,
 ) -> dict[str, list[list[int]]]:
     """Greedy completions {arm name: [token ids of each prompt]}, as `sweep.complete` gives them for cells."""
-    rest = (sites, stop, pad_id, max_new_tokens, batch_size, store)
     cells = [Cell(arm.name, arm.layer, arm.alpha, arm.cell.direction, arm.cell.offset) for arm in arms if arm.cell]
-    found = complete(model, weights, prompts, cells, *rest, label) if cells else {}
-    for arm in arms:
-        if arm.build is not None:
-            with intervene(model, *arm.build()):
-                done = complete(model, f"{weights}+{arm.digest}", prompts, [BASELINE], *rest, f"{label}: {arm.name}")
-            found[arm.name] = done[BASELINE.name]
+    built = {arm.name: (arm.digest, arm.build) for arm in arms if arm.build is not None}
+    rest = (sites, stop, pad_id, max_new_tokens, batch_size, store, label)
+    found = complete(model, weights, prompts, cells, *rest, built=built)
     return {arm.name: found[arm.name] for arm in arms}
 
 

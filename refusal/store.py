@@ -10,6 +10,7 @@ import json
 import sqlite3
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, as_completed
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
@@ -125,14 +126,39 @@ class Store:
         self._execute("INSERT OR IGNORE INTO blobs VALUES (?, ?, ?)", key, digest, value)
 
     def run(
-        self, jobs: Sequence[tuple[str, T]], compute: Callable[[T], bytes], label: str, unit: str = "batch"
+        self,
+        jobs: Sequence[tuple[str, T]],
+        compute: Callable[[T], bytes],
+        label: str,
+        unit: str = "batch",
+        pool: Executor | None = None,
     ) -> Iterator[bytes]:
-        """The value of each (key, job) in order, computed where it is not stored; a bar shows rate and time left."""
+        """The value of each (key, job) in order, computed where it is not stored; a bar shows rate and time left.
+
+        On a `pool` all are computed before the first is given.
+        """
         with progress(len(jobs), label, unit) as bar:
+            if pool is not None:
+                begun = {pool.submit(compute, job): name for name, job in jobs if self.get(name) is None}
+                bar.update(len(jobs) - len(begun))
+                error = None
+                for done in as_completed(begun):  # stored as they come, so that a kill costs what is at work alone
+                    if done.cancelled():
+                        continue
+                    if done.exception() is None:
+                        self.put(begun[done], done.result())
+                        bar.update()
+                    else:  # what is at work ends and is kept, no more is begun
+                        error = error or done.exception()
+                        for other in begun:
+                            other.cancel()
+                if error is not None:
+                    raise error
             for name, job in jobs:
                 value = self.get(name)
                 if value is None:
                     value = compute(job)
                     self.put(name, value)
-                bar.update()
+                if pool is None:
+                    bar.update()
                 yield value

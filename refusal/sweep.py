@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from types import MappingProxyType
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -22,10 +23,11 @@ from torch import Tensor
 
 from refusal import activations, anatomy, generation, interventions, kv_cache
 from refusal import store as stores
+from refusal.crew import crew
 from refusal.directions import random_unit
 from refusal.errors import RefusalError
 from refusal.generation import generate
-from refusal.interventions import Ablation, Addition, ablation
+from refusal.interventions import Ablation, Addition, ablation, intervene
 from refusal.selection import cell_name
 from refusal.store import Store
 
@@ -116,15 +118,15 @@ def complete(
     store: Store,
     label: str,
     addition: tuple[Float[Tensor, " d_model"], int] | None = None,
+    built: Mapping[str, tuple[str, Callable[[], Sequence[Ablation]]]] = MappingProxyType({}),
 ) -> dict[str, list[list[int]]]:
     """Greedy completions {cell name: [token ids of each prompt]}, in the order of `prompts`.
 
     `weights` is the checkpoint's hash; `batch_size` the rows decoded at once; `addition` a raw difference and its layer, added
-    to every row's prompt.
+    to every row's prompt. `built` names edits that are no cell: the hash of what one does, and what makes its ablations; its
+    batches are its own.
     """
-    rows = sorted((len(prompts[p]), p, c) for p in range(len(prompts)) for c in range(len(cells)))
     shared = {
-        "weights": weights,
         "dtype": str(model.dtype),
         "device": model.device.type,
         "sites": sites,
@@ -133,25 +135,43 @@ def complete(
         "batch_size": batch_size,
         "addition": None if addition is None else [_digest(addition[0]), addition[1]],
     }
-    marks = [cell.fingerprint() for cell in cells]
-    jobs = []
-    for start in range(0, len(rows), ROUNDS * batch_size):
-        unit = [(p, c) for _, p, c in rows[start : start + ROUNDS * batch_size]]
-        jobs.append((stores.key("completions", *CODE, **shared, rows=[[list(prompts[p]), marks[c]] for p, c in unit]), unit))
+    jobs: list[tuple[str, _Unit]] = []
 
-    def compute(unit: list[tuple[int, int]]) -> bytes:
-        used = sorted({c for _, c in unit})
-        chosen = [cells[c] for c in used]
+    def cut(weights: str, cells: Sequence[Cell], built: str | None) -> None:
+        rows = sorted((len(prompts[p]), p, c) for p in range(len(prompts)) for c in range(len(cells)))
+        marks = [cell.fingerprint() for cell in cells]
+        for start in range(0, len(rows), ROUNDS * batch_size):
+            unit = [(p, c) for _, p, c in rows[start : start + ROUNDS * batch_size]]
+            what = [[list(prompts[p]), marks[c]] for p, c in unit]
+            jobs.append((stores.key("completions", *CODE, weights=weights, **shared, rows=what), _Unit(cells, unit, built)))
+
+    cut(weights, cells, None)
+    for name, (digest, _) in built.items():
+        cut(f"{weights}+{digest}", [BASELINE], name)
+
+    def compute(model: PreTrainedModel, unit: _Unit) -> bytes:
+        used = sorted({c for _, c in unit.rows})
+        chosen = [unit.cells[c] for c in used]
         edit = ablation_of(chosen, sites) if any(cell.direction is not None for cell in chosen) else None
         add = None if addition is None else Addition(*addition)
-        ids, row = [prompts[p] for p, _ in unit], [used.index(c) for _, c in unit]
-        return json.dumps(generate(model, ids, stop, max_new_tokens, pad_id, edit, add, row, batch_size)).encode()
+        ids, row = [prompts[p] for p, _ in unit.rows], [used.index(c) for _, c in unit.rows]
+        with intervene(model, *(built[unit.built][1]() if unit.built else ())):
+            return json.dumps(generate(model, ids, stop, max_new_tokens, pad_id, edit, add, row, batch_size)).encode()
 
-    found: dict[str, list[list[int]]] = {cell.name: [[] for _ in prompts] for cell in cells}
-    for (_, unit), value in zip(jobs, store.run(jobs, compute, label, "unit"), strict=True):
-        for (p, c), tokens in zip(unit, json.loads(value), strict=True):
-            found[cells[c].name][p] = tokens
+    found: dict[str, list[list[int]]] = {name: [[] for _ in prompts] for name in (*(cell.name for cell in cells), *built)}
+    with crew(model, compute, len(jobs)) as (run, pool):
+        for (_, unit), value in zip(jobs, store.run(jobs, run, label, "unit", pool), strict=True):
+            for (p, c), tokens in zip(unit.rows, json.loads(value), strict=True):
+                found[unit.built or unit.cells[c].name][p] = tokens
     return found
+
+
+class _Unit(NamedTuple):
+    """What is decoded and stored together: rows (prompt, cell), under an edit of `built` where one is named."""
+
+    cells: Sequence[Cell]
+    rows: list[tuple[int, int]]
+    built: str | None
 
 
 def _digest(tensor: Tensor) -> str:

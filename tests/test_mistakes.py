@@ -18,6 +18,7 @@ from api_server import Reply
 from api_server import serve as serve_api
 from hub_server import Hub
 from hub_server import serve as serve_hub
+from pipeline.test_disk import Disk
 from safetensors.torch import save_file
 from test_chat_templates import checkpoint
 from tiny import tiny_model
@@ -210,9 +211,10 @@ def pair_file(text: str | None, name: str = "data/raw/pairs.csv") -> Callable[[P
 
 
 def disk_full(place: Place) -> Result:
-    (place.folder / "data/prompts/pairs.jsonl").unlink()
-    (place.folder / "data/prompts/pairs.jsonl").symlink_to("/dev/full")  # takes nothing, as a full disk
-    return place.stage("prompts")
+    shutil.rmtree(place.folder / "data/prompts")
+    with Disk(place.folder / "data/prompts") as disk:
+        disk.resize(8)
+        return place.stage("prompts")
 
 
 def stage_too_early(place: Place) -> Result:

@@ -1,6 +1,7 @@
 """The benchmarks measure the right thing: arms agree with each other, and the harness with arithmetic. No times here."""
 
 import csv
+import io
 import json
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from perf import extraction, growth, harness, orthogonalize, workload
 from perf.__main__ import merge
+from refusal.tables import csv_text
 
 QUIET = Console(quiet=True)
 
@@ -108,13 +110,11 @@ def test_all_ways_of_editing_write_the_same(tmp_path, monkeypatch):
         assert torch.equal(ours[name], before[name]) == (name not in report.residuals)
 
 
-def test_growth_has_a_row_for_each_size_and_says_what_doubles(tmp_path):
+def test_growth_has_a_row_for_each_size_and_says_what_doubles():
     points = growth.measure("prompts", {n: lambda n=n: time.sleep(n / 500) for n in (2, 4, 8, 16, 32)}, QUIET, 1)
     assert [(p["n"], p["factor"]) for p in points] == [(2, 1), (4, 2), (8, 4), (16, 8), (32, 16)]
     for point, seconds, peak in zip(points, (1, 2, 4, 8, 17), (10, 11, 10, 10, 12), strict=True):
         point |= {"seconds": seconds, "peak_mb": peak}
     assert growth.scalars(points) == {"prompts_last_doubling": 2.125, "prompts_peak_mb_growth": 2}
-    growth.write(tmp_path / "growth.csv", points)
-    with (tmp_path / "growth.csv").open() as file:
-        assert [row["seconds"] for row in csv.DictReader(file)] == ["1", "2", "4", "8", "17"]
+    assert [row["seconds"] for row in csv.DictReader(io.StringIO(csv_text(points)))] == ["1", "2", "4", "8", "17"]
     assert growth.table(points).row_count == 5

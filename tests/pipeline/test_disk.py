@@ -29,6 +29,12 @@ class Disk:
         if done.returncode:
             pytest.skip(f"a small file system can be mounted by root alone: {done.stderr.strip()}")
 
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        subprocess.run(["umount", "--lazy", self.folder], check=True)
+
     def resize(self, kilobytes=65536):
         subprocess.run(["mount", "-o", f"remount,size={kilobytes}k", self.folder], check=True)
 
@@ -40,9 +46,8 @@ class Disk:
 
 @pytest.fixture
 def disk(tmp_path):
-    disk = Disk(tmp_path / "disk")
-    yield disk
-    subprocess.run(["umount", "--lazy", disk.folder], check=True)
+    with Disk(tmp_path / "disk") as disk:
+        yield disk
 
 
 @pytest.mark.parametrize("kilobytes", [8, 32, 36, 40, 64, 196])  # the file, its shared memory, its log: each in turn has no room

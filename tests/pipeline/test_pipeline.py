@@ -107,7 +107,8 @@ def test_one_changed_parameter_reruns_what_depends_on_it(study, section, values,
     assert stages_run(run(folder, "dvc", "repro", until)) == rerun
     assert set(json.loads(run(folder, "dvc", "status", "--json"))) <= left
     (folder / "params.yaml").write_text(before)
-    assert stages_run(run(folder, "dvc", "repro")) == []  # DVC has these results: nothing runs
+    assert set(stages_run(run(folder, "dvc", "repro", until))) <= set(rerun)
+    assert json.loads(run(folder, "dvc", "status", "--json")) == {}  # what came out is what there was: nothing else runs
 
 
 def test_adapters_in_place_of_checkpoints_give_the_same_figures(study):

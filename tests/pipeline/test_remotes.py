@@ -10,6 +10,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -97,22 +98,25 @@ def free_port() -> int:
 
 @contextmanager
 def serving(command: list[str], port: int, **env: str) -> Iterator[None]:
-    process = subprocess.Popen(
-        command, env=os.environ | env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True
-    )
-    try:
-        for _ in range(600):
-            with socket.socket() as client:
-                if client.connect_ex(("127.0.0.1", port)) == 0:
-                    break
-            assert process.poll() is None, process.stderr.read().decode() if process.stderr else ""
-            time.sleep(0.1)
-        else:
-            pytest.fail(f"{command[0]} does not listen")
-        yield
-    finally:
-        process.terminate()
-        process.wait()
+    # No pipe takes what it says: one that nobody reads fills up, and the server waits for ever.
+    with (
+        tempfile.TemporaryFile() as said,
+        subprocess.Popen(
+            command, env=os.environ | env, stdout=subprocess.DEVNULL, stderr=said, start_new_session=True
+        ) as process,
+    ):
+        try:
+            for _ in range(600):
+                with socket.socket() as client:
+                    if client.connect_ex(("127.0.0.1", port)) == 0:
+                        break
+                assert process.poll() is None, (said.seek(0), said.read())
+                time.sleep(0.1)
+            else:
+                pytest.fail(f"{command[0]} does not listen")
+            yield
+        finally:
+            process.kill()
 
 
 @pytest.fixture
