@@ -151,10 +151,11 @@ def interrupted(
 
 
 def _mend(folder: Path, said: str, report: Report) -> None:
-    """What docs/promises.md tells a user to do about a dvc.lock that DVC itself was killed in the middle of writing."""
-    if "dvc.lock" in said and "ERROR" in said:
-        report.broken_locks += 1
-        (folder / "dvc.lock").unlink()
+    """What docs/promises.md tells a user to do about a file that DVC itself was killed in the middle of writing."""
+    for name in ("dvc.lock", ".dvc/tmp/rwlock"):
+        if "ERROR" in said and name in said:
+            report.broken_locks += 1
+            (folder / name).unlink()
 
 
 def _finish(folder: Path, wanted: dict[str, str], report: Report) -> None:

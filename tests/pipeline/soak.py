@@ -8,7 +8,6 @@ import random
 import sys
 import tempfile
 import time
-from dataclasses import asdict
 from pathlib import Path
 
 from tqdm import tqdm
@@ -24,7 +23,7 @@ from pipeline.study import change, copy, outputs, run, small  # noqa: E402
 from refusal.judges import rules  # noqa: E402
 from stages import write_json  # noqa: E402
 
-ROUNDS, ALONE = 4, 3  # rounds of a kill in every stage; SIGINTs, each in a study of its own, since DVC goes on after one
+ROUNDS, ALONE = 4, 1  # rounds of a kill in every stage; SIGINTs, each in a study of its own, since DVC goes on after one
 
 
 def main(seed: int) -> None:
@@ -58,11 +57,11 @@ def main(seed: int) -> None:
         by_threads = sorted(path for path in one if one[path] != two[path])
     write_json(
         ROOT / "metrics/soak.json",
-        asdict(report)
+        vars(report)
         | {"same_questions_asked": same_questions, "differ_on_two_threads": by_threads, "seed": seed, "minutes": round((time.monotonic() - started) / 60, 1)}
         | {"machine": machine()},
     )
-    print(json.dumps(asdict(report)))
+    print(json.dumps(vars(report)))
 
 
 if __name__ == "__main__":
