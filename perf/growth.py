@@ -73,5 +73,3 @@ def scalars(points: list[dict[str, object]]) -> dict[str, float]:
         found[f"{quantity}_last_doubling"] = round(float(str(last["seconds"])) / float(str(before["seconds"])), 3)
         found[f"{quantity}_peak_mb_growth"] = round(float(str(last["peak_mb"])) - float(str(first["peak_mb"])), 1)
     return found
-
-

@@ -21,7 +21,7 @@ def main(params: Params, level: str = "") -> str:
     model_ready(params)
     from safetensors.torch import load_file
 
-    from refusal.directions import of_arm
+    from refusal.directions import of_arm, read_directions
     from refusal.judges.panel import judge_with
     from refusal.models import load_model, load_tokenizer, weights_hash
     from refusal.safetensors_file import read_stacks
@@ -29,7 +29,7 @@ def main(params: Params, level: str = "") -> str:
     from refusal.store import Store
     from refusal.tables import csv_text
 
-    s, directions = params.sweep, load_file("models/directions.safetensors")
+    s, directions = params.sweep, read_directions(Path("models/directions.safetensors"))
     pairs = read_jsonl(Path("data/prompts/pairs.jsonl"))
     store = Store(STORE / "store.sqlite")
     study = Study(
