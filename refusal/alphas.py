@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from refusal.anatomy import anatomy_of
 from refusal.interventions import SITES
@@ -24,24 +24,26 @@ def edited_weights(model: PreTrainedModel, direction: Float[Tensor, " d_model"],
     """The model with what writes into the stream orthogonalized in memory, W <- W - alpha v v^T W, for the length of a `with`.
 
     The embedding is edited where it is not tied to the unembedding, which must stay; a checkpoint on disk unties it instead
-    (`orthogonalize`). The weights are put back bit for bit.
+    (`orthogonalize`). The parameters themselves stay as they are, in their modules again at the end: a copy of the model that
+    shares them is not edited.
     """
     anatomy = anatomy_of(model.config)
-    kept: dict[str, Tensor] = {}
-    parameters = dict(model.named_parameters())
+    kept: list[tuple[nn.Module, str, nn.Parameter]] = []
     try:
-        for name, parameter in parameters.items():
+        for name, parameter in list(model.named_parameters()):
             axis = anatomy.writer_axis(name, include_embedding=not anatomy.tied)
             if axis is None:
                 continue
-            kept[name] = parameter.data.clone()
+            owner, _, own_name = name.rpartition(".")
+            kept.append((model.get_submodule(owner), own_name, parameter))
             v = direction.to(parameter.device, torch.promote_types(parameter.dtype, torch.float32))
             w = parameter.data.to(v.dtype).movedim(axis, -1)
-            parameter.data = (w - alpha * (w @ v)[..., None] * v).movedim(-1, axis).to(parameter.dtype)
+            edited = (w - alpha * (w @ v)[..., None] * v).movedim(-1, axis).to(parameter.dtype)
+            setattr(*kept[-1][:2], nn.Parameter(edited, requires_grad=parameter.requires_grad))
         yield model
     finally:
-        for name, value in kept.items():
-            parameters[name].data = value
+        for module, own_name, parameter in kept:
+            setattr(module, own_name, parameter)
 
 
 def left_of_oldest(n_layers: int, place: str, alpha: float) -> float:

@@ -9,16 +9,17 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
-from refusal.interventions import Ablation
+from refusal.interventions import Ablation, intervene
 from refusal.store import Store
-from refusal.sweep import BASELINE, Cell, complete
+from refusal.sweep import BASELINE, Cell, ablation_of, complete
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -112,14 +113,16 @@ def complete_arms(
     return {arm.name: found[arm.name] for arm in arms}
 
 
-def edits(arm: Arm, sites: str) -> list[Ablation]:
-    """The arm's interventions, for a forward of one's own; none for the baseline."""
-    from refusal.sweep import ablation_of
+def edit(arm: Arm, sites: str) -> Callable[[nn.Module], AbstractContextManager]:
+    """The arm's interventions on a model, for forwards of one's own (`damage.Edited`); none for the baseline."""
 
-    if arm.build is not None:
-        return arm.build()
-    assert arm.cell is not None
-    return [] if arm.cell.direction is None else [ablation_of([arm.cell], sites)]
+    def on(model: nn.Module) -> AbstractContextManager:
+        if arm.build is not None:
+            return intervene(model, *arm.build())
+        assert arm.cell is not None
+        return intervene(model, *([] if arm.cell.direction is None else [ablation_of([arm.cell], sites)]))
+
+    return on
 
 
 def fingerprint(arm: Arm, sites: str) -> list:

@@ -7,33 +7,34 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import torch
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from torch import nn
 
 J = TypeVar("J")
+M = TypeVar("M", bound=nn.Module)
 R = TypeVar("R")
 SMALL = 10_000_000  # parameters up to which two threads of Python on one core each beat one on two, measured 1.5 times
 
 
 @contextmanager
 def crew(
-    model: PreTrainedModel, compute: Callable[[PreTrainedModel, J], R], n_jobs: int
+    model: M, compute: Callable[[M, J], R], n_jobs: int
 ) -> Iterator[tuple[Callable[[J], R], Executor | None]]:
     """(`compute` with a model of its own for each job, the threads to run jobs on, None where there is but this one).
+
+    Several models go as one `nn.ModuleList`.
 
     As many threads as torch has, for a small model on the CPU; each works on one core, with hooks and buffers of its own and the
     model's own weights. The hooks that the model has when this begins are on all of them. What a job gives does not depend
     on how many there are.
     """
     n = torch.get_num_threads()
-    if n == 1 or model.device.type != "cpu" or sum(p.numel() for p in model.parameters()) > SMALL:
+    if n == 1 or {p.device.type for p in model.parameters()} != {"cpu"} or sum(p.numel() for p in model.parameters()) > SMALL:
         yield lambda job: compute(model, job), None
         return
-    free: SimpleQueue[PreTrainedModel] = SimpleQueue()
+    free: SimpleQueue[M] = SimpleQueue()
     free.put(model)
     for _ in range(min(n, n_jobs) - 1):
         free.put(copy.deepcopy(model, {id(p): p for p in model.parameters()}))

@@ -7,22 +7,24 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import kl_div
 
 from refusal import activations, anatomy, interventions
 from refusal import store as stores
 from refusal.activations import left_pad
+from refusal.crew import crew
 from refusal.memory import in_parts
 from refusal.store import Store
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+ROWS = 32  # a batch: more are no faster, and pad more
 LOG_PROBS = 1 << 28  # bytes of log probabilities that a batch may hold, of the reference and of an edited model each
 CODE = (activations, anatomy, interventions, sys.modules[__name__])
 
@@ -52,11 +54,11 @@ def answer_log_probs(
 
 @dataclass(frozen=True)
 class Edited:
-    """A model as it is inside `edit`, the context of a run-time intervention; `key` names both in the store."""
+    """A model as it is inside `edit(model)`, such as a run-time intervention; `key` names both in the store."""
 
     model: PreTrainedModel
     key: Sequence[object]
-    edit: Callable[[], AbstractContextManager] = nullcontext
+    edit: Callable[[Any], AbstractContextManager] = nullcontext
 
 
 def costs(
@@ -76,7 +78,7 @@ def costs(
     `reference` itself); `key` names the reference in the store.
     """
     row = 4 * (max(map(len, answers), default=0) + 1) * reference.config.vocab_size
-    batch_size = max(1, min(batch_size, LOG_PROBS // row))
+    batch_size = max(1, min(batch_size, ROWS, LOG_PROBS // row))
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]) + len(answers[i]))
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     shared = {"reference": list(key), "edited": [list(e.key) for e in edited.values()]}
@@ -85,13 +87,17 @@ def costs(
         for batch in batches
     ]
 
-    def compute(batch: list[int]) -> bytes:
+    distinct = list({id(m): m for m in (reference, *(e.model for e in edited.values()))}.values())
+    place = {id(m): i for i, m in enumerate(distinct)}
+
+    def compute(models: Any, batch: list[int]) -> bytes:
         heads, tails = [prompts[i] for i in batch], [answers[i] for i in batch]
-        before = answer_log_probs(reference, heads, tails, pad_id)
+        before = answer_log_probs(models[0], heads, tails, pad_id)
         figures = []
         for e in edited.values():
-            with e.edit():
-                after = answer_log_probs(e.model, heads, tails, pad_id)
+            model = models[place[id(e.model)]]
+            with e.edit(model):
+                after = answer_log_probs(model, heads, tails, pad_id)
             rows = []
             for p, q, tokens in zip(before, after, tails, strict=True):
                 entropy = -q.gather(1, torch.tensor(tokens)[:, None]).mean()
@@ -101,8 +107,9 @@ def costs(
         return json.dumps(figures).encode()
 
     found = {name: ([0.0] * len(prompts), [0.0] * len(prompts)) for name in edited}
-    for batch, value in zip(batches, store.run(jobs, compute, label), strict=True):
-        for (entropies, divergences), rows in zip(found.values(), json.loads(value), strict=True):
-            for i, row in zip(batch, rows, strict=True):
-                entropies[i], divergences[i] = row
+    with crew(nn.ModuleList(distinct), compute, len(jobs)) as (run, pool):
+        for batch, value in zip(batches, store.run(jobs, run, label, pool=pool), strict=True):
+            for (entropies, divergences), rows in zip(found.values(), json.loads(value), strict=True):
+                for i, row in zip(batch, rows, strict=True):
+                    entropies[i], divergences[i] = row
     return found

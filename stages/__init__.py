@@ -150,7 +150,7 @@ def torch_ready(params: Params) -> None:
     import torch
 
     torch.set_num_threads(params.compute.threads)
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.set_deterministic_debug_mode("warn")  # use_deterministic_algorithms imports the compiler too, two seconds
 
 
 def model_ready(params: Params) -> None:

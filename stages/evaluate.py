@@ -1,6 +1,5 @@
 """evaluate: rank_1 at run time and as weights, on test prompts, beside the baseline and the controls."""
 
-from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -148,7 +147,7 @@ def main(params: Params) -> str:
 
     def ablated(cell: Cell, sites: Sites) -> Edited:
         edits = [] if cell.direction is None else [ablation_of([cell], sites)]
-        return Edited(base, [hashes[id(base)], sites, cell.fingerprint()], partial(intervene, base, *edits))
+        return Edited(base, [hashes[id(base)], sites, cell.fingerprint()], lambda model: intervene(model, *edits))
 
     runs_on = [params.model.dtype, params.model.device]
     all_edited = {cell.name: ablated(cell, params.ablation.sites) for cell in cells}

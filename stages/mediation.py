@@ -1,7 +1,6 @@
 """Of the science stage: which ablations restore compliance, beside their controls; what each costs; and the verdict."""
 
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,8 @@ from stages.study import Study
 
 def mediation(study: Study, truth: Any) -> dict[str, Any]:
     """The table of arms on test prompts beside their controls, what each costs, and the verdict."""
-    from refusal.arms import BASELINE_ARM, edits, fingerprint
+    from refusal.arms import BASELINE_ARM, edit, fingerprint
     from refusal.estimators import optimised
-    from refusal.interventions import intervene
     from refusal.science import (
         best_on_val,
         control_arms,
@@ -113,7 +111,7 @@ def mediation(study: Study, truth: Any) -> dict[str, Any]:
     first_of = {family: members[0] for family, members in families.items()}
     priced = study.costs(
         {
-            name: (partial(intervene, study.model, *edits(arm, sites)), fingerprint(arm, sites))
+            name: (edit(arm, sites), fingerprint(arm, sites))
             for name, arm in [*((arm.name, arm) for arm in arms), *first_of.items()]
         },
         "science: cost",

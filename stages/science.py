@@ -212,8 +212,7 @@ def places(study: Study) -> tuple[list, list]:
 def strengths(study: Study) -> dict[str, Any]:
     """Compliance, coherence and cost against alpha at the three sites and as weights, and where each falls off."""
     from refusal.alphas import PLACES, cliff, diverges_beyond, edited_weights, left_of_oldest
-    from refusal.arms import complete_arms, direction_arm, edits, fingerprint
-    from refusal.interventions import intervene
+    from refusal.arms import complete_arms, direction_arm, edit, fingerprint
     from refusal.sweep import BASELINE, complete
     from refusal.verdicts import summary
 
@@ -223,19 +222,19 @@ def strengths(study: Study) -> dict[str, Any]:
     ids, decoding, unit = study.ids(prompts), study.decoding(), study.found["unit"][layer]
     arms = [direction_arm(f"alpha {alpha:g}", "alpha", unit, alpha, layer) for alpha in b.alphas]
     rows = []
-    opened: dict[str, Callable[[], AbstractContextManager]]
+    opened: dict[str, Callable[[Any], AbstractContextManager]]
     for place in PLACES:
         if place == "weights":
             tokens = {}
-            opened = {arm.name: partial(edited_weights, study.model, unit, arm.alpha) for arm in arms}
+            opened = {arm.name: partial(edited_weights, direction=unit, alpha=arm.alpha) for arm in arms}
             for arm in arms:
                 key, label = fingerprint(arm, place), f"{arm.name}, {place}"
-                with opened[arm.name]():
+                with opened[arm.name](study.model):
                     done = complete(study.model, f"{study.weights}+{key}", ids, [BASELINE], "resid_pre", **decoding, label=label)
                 tokens[arm.name] = done["baseline"]
         else:
             tokens = complete_arms(study.model, study.weights, ids, arms, place, **decoding, label=f"science: alphas, {place}")
-            opened = {arm.name: partial(intervene, study.model, *edits(arm, place)) for arm in arms}
+            opened = {arm.name: edit(arm, place) for arm in arms}
         costs = study.costs({arm.name: (opened[arm.name], fingerprint(arm, place)) for arm in arms}, f"cost: {place}")
         for arm in arms:
             judged = study.judge(prompts, study.texts(tokens[arm.name]), f"judge: {arm.name}, {place}", study.organism)

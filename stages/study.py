@@ -85,7 +85,7 @@ class Study:
         return [ids[i] for i in kept], [tails[i] for i in kept], [rows[i]["topic"] for i in kept]
 
     def costs(
-        self, edits: Mapping[str, tuple[Callable[[], AbstractContextManager], Sequence[object]]], label: str
+        self, edits: Mapping[str, tuple[Callable[[Any], AbstractContextManager], Sequence[object]]], label: str
     ) -> dict[str, dict[str, float | None]]:
         """Of each (edit, its key): cross-entropy of the base model's own harmless answers, and KL from it, nats a token."""
         from refusal.damage import Edited, costs

@@ -1,5 +1,7 @@
 """Weights edited in memory against ablation at `writes`, and the algebra against a loop."""
 
+import copy
+
 import pytest
 import torch
 from tiny import tiny_direction, tiny_model
@@ -29,7 +31,16 @@ def test_a_tied_unembedding_stays():
     before = model.lm_head.weight.clone()
     with edited_weights(model, v, 1.0):
         assert torch.equal(model.lm_head.weight, before)
-        assert float((v @ model.model.layers[0].mlp.down_proj.weight).abs().max()) < 1e-5
+        assert float((v @ model.model.layers[0].mlp.down_proj.weight.detach()).abs().max()) < 1e-5
+
+
+def test_a_copy_that_shares_the_weights_is_not_edited():
+    model, v = tiny_model("qwen2"), tiny_direction()
+    other = copy.deepcopy(model, {id(p): p for p in model.parameters()})
+    with torch.no_grad():
+        plain = model(IDS).logits
+        with edited_weights(model, v, 1.0):
+            assert torch.equal(other(IDS).logits, plain) and not torch.allclose(model(IDS).logits, plain, atol=1e-2)
 
 
 def test_weights_are_put_back_when_something_fails():

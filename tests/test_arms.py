@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny import tiny_direction, tiny_model
 
-from refusal.arms import BASELINE_ARM, complete_arms, direction_arm, edits, fingerprint, per_layer_arm, subspace_arm
+from refusal.arms import BASELINE_ARM, complete_arms, direction_arm, edit, fingerprint, per_layer_arm, subspace_arm
 from refusal.store import Store
 from refusal.subspace import random_subspaces
 from refusal.sweep import Cell, complete
@@ -107,15 +107,13 @@ def test_what_is_stored_is_found_again_and_nothing_else(model, tmp_path, monkeyp
     assert run(renamed) == 0
 
 
-def test_edits_are_what_an_arm_does(model):
-    from refusal.interventions import intervene
-
+def test_an_edit_is_what_an_arm_does(model):
     three = random_subspaces(32, 3, 1, 0)[0]
     ids = torch.tensor([PROMPTS[0]])
     with torch.no_grad():
         plain = model(ids).logits
         for arm in (BASELINE_ARM, direction_arm("v", "single", three[0]), subspace_arm("s", "subspace", three, "paper")):
-            with intervene(model, *edits(arm, "paper")):
+            with edit(arm, "paper")(model):
                 changed = not torch.equal(model(ids).logits, plain)
             assert changed is (arm is not BASELINE_ARM)
     assert BASELINE_ARM.rank == 0 and subspace_arm("s", "f", three, "paper").rank == 3

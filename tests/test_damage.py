@@ -6,6 +6,7 @@ import pytest
 import torch
 from tiny import tiny_direction, tiny_model
 
+from refusal.alphas import edited_weights
 from refusal.damage import Edited, answer_log_probs, costs
 from refusal.interventions import ablation, intervene
 from refusal.store import Store
@@ -55,12 +56,12 @@ def test_unedited_cross_entropy_is_transformers_loss_and_kl_is_zero(model, tmp_p
 
 
 def test_the_cost_of_an_ablation(model, tmp_path):
-    def edit():
+    def edit(model):
         return intervene(model, ablation(V, 1.0, "resid_pre"))
 
     entropy, divergence = run(model, tmp_path, edit=edit)
     before = [distributions(model, p, a) for p, a in zip(PROMPTS, ANSWERS, strict=True)]
-    with edit():
+    with edit(model):
         after = [distributions(model, p, a) for p, a in zip(PROMPTS, ANSWERS, strict=True)]
         assert entropy == pytest.approx([transformers_loss(model, p, a) for p, a in zip(PROMPTS, ANSWERS, strict=True)], rel=1e-4)
     for found, ps, qs in zip(divergence, before, after, strict=True):
@@ -84,20 +85,40 @@ def test_another_checkpoint_is_measured_against_the_reference(tmp_path):
 def test_the_store_tells_edits_apart_and_computes_once(tmp_path, monkeypatch):
     model = tiny_model("qwen2")
     plain = run(model, tmp_path)
-    edited = run(model, tmp_path, key="another", edit=lambda: intervene(model, ablation(V, 1.0, "resid_pre")))
+    edited = run(model, tmp_path, key="another", edit=lambda model: intervene(model, ablation(V, 1.0, "resid_pre")))
     assert edited != plain
     passes = []
     real = answer_log_probs
     monkeypatch.setattr("refusal.damage.answer_log_probs", lambda m, *rest: passes.append(m) or real(m, *rest))
     both = {
         "plain": Edited(model, ["k"]),
-        "edited": Edited(model, ["another"], lambda: intervene(model, ablation(V, 1.0, "resid_pre"))),
+        "edited": Edited(model, ["another"], lambda model: intervene(model, ablation(V, 1.0, "resid_pre"))),
     }
     assert price(both, model, tmp_path) == {"plain": plain, "edited": edited}
     assert len(passes) == 3 * (1 + 2)  # three batches: the reference once for all edits
     monkeypatch.setattr("refusal.damage.answer_log_probs", None)  # not to be called again
     assert run(model, tmp_path) == plain
     assert run(model, tmp_path, key="another") == edited
+
+
+def test_several_threads_price_each_its_own_models(tmp_path):
+    """A reference that is edited itself, an edit of a second model, a third model as it is."""
+    model, second, third = (tiny_model("qwen2", seed=seed).requires_grad_(False) for seed in range(3))
+    edited = {
+        "hooks": Edited(model, ["h"], lambda one: intervene(one, ablation(V, 1.0, "resid_pre"))),
+        "weights": Edited(model, ["w"], lambda one: edited_weights(one, V, 1.0)),
+        "second": Edited(second, ["s"], lambda one: intervene(one, ablation(V, 1.0, "writes"))),
+        "third": Edited(third, ["t"]),
+    }
+    found = []
+    for n in (1, 2):
+        torch.set_num_threads(n)
+        (tmp_path / str(n)).mkdir()
+        found.append(price(edited, model, tmp_path / str(n), batch_size=1))
+    torch.set_num_threads(1)
+    for name, (entropies, divergences) in found[0].items():
+        assert found[1][name][0] == pytest.approx(entropies, rel=1e-5)
+        assert found[1][name][1] == pytest.approx(divergences, rel=1e-4, abs=1e-6) and min(divergences) > 1e-3
 
 
 def test_log_probs_are_normalised_and_one_a_token():

@@ -1,5 +1,6 @@
 """A study small enough to run whole in a test: copies of this repository, changed parameters, and DVC's own output."""
 
+import hashlib
 import os
 import shutil
 import subprocess
@@ -41,6 +42,12 @@ def outputs(folder: Path) -> dict[str, str]:
     """DVC's hash of every output of every stage, metrics and plots included."""
     locked = yaml.safe_load((folder / "dvc.lock").read_text())["stages"]
     return {out["path"]: out["md5"] for stage in locked.values() for out in stage["outs"]}
+
+
+def digests(folder: Path, *tops: str) -> dict[str, str]:
+    """A hash of every file below these folders, so that two that differ are told by name."""
+    paths = (path for top in tops for path in sorted((folder / top).rglob("*")) if path.is_file())
+    return {str(path.relative_to(folder)): hashlib.md5(path.read_bytes()).hexdigest() for path in paths}
 
 
 def copy(folder: Path) -> Path:

@@ -7,7 +7,7 @@ import subprocess
 import pytest
 import yaml
 
-from pipeline.study import ROOT, run, stages_run
+from pipeline.study import ROOT, digests, run, stages_run
 from refusal.params import load_params
 from refusal.store import Store
 from stages import _sentence
@@ -91,12 +91,8 @@ def study(finished, disk):
 
 
 def results(folder):
-    return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for top in ("data", "models", "metrics", "plots", "report")
-        for path in sorted((folder / top).rglob("*"))
-        if path.is_file()
-    } | {"dvc.lock": (folder / "dvc.lock").read_bytes()}
+    tops = ("data", "models", "metrics", "plots", "report")
+    return digests(folder, *tops) | {"dvc.lock": (folder / "dvc.lock").read_text()}
 
 
 def forget(study, stage):
