@@ -45,7 +45,7 @@ organisms: $(READY) ## train and study every kind of organism on three seeds: me
 	dvc repro prompts
 	python -m stages.organisms
 
-full: $(READY) ## the science stage on all prompts, beside the study's own: metrics/science_full.json (a quarter of an hour)
+full: $(READY) ## the science stage on all prompts, beside the study's own: metrics/science_full.json (five minutes)
 	dvc repro select
 	python -m stages.science full
 

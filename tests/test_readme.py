@@ -100,6 +100,7 @@ INLINE = {
     "make organisms": "two hours; tests/test_science.py and tests/test_organism.py hold what it is made of",
     "make perf": "tests/test_perf.py and tests/test_perf_sweep.py hold its parts; whole it takes half an hour",
     "python -m perf extraction": "as make perf",
+    "make full": None,
 }
 
 
@@ -202,6 +203,8 @@ def test_commands_within_sentences(study, servers):
     assert "Running stage 'model'" in type_in(study, "dvc repro -f -s model", servers)  # -s: and no stage after it
     figures = type_in(study, "python -m refusal.judges.calibrate {tmp}/labelled.csv --judge rules", servers)
     assert json.loads(figures)["n"] == 2
+    type_in(study, "make full", servers)
+    assert json.loads((study / "metrics/science_full.json").read_text())["level"] == "full"
     type_in(study, "make picture", servers)
     assert "<svg" in (study / "docs/result.svg").read_text()
     run(study, "git", "checkout", "-q", ".")
@@ -387,8 +390,52 @@ def quoted() -> list[str]:
         f"two of its largest tensors {edit['peak_minus_two_largest_mb']:+.0f} MB",
         f"The study in a fresh clone took {pipeline['repro_seconds']:.0f} s, a variant of the sweep {pipeline['variant_seconds']:.0f} s, a run "
         f"that finds nothing to do {pipeline['noop_seconds']:.1f} s",
+        *whole_science(),
         *organisms(),
         *reproduced(),
+    ]
+
+
+def whole_science() -> list[str]:
+    """What `make full` found: the table of arms, and how the direction depends on prompts, pairing, pads and rank."""
+    m = metrics("science_full")
+    names = {
+        "rank_1": "`rank_1` (layer {layer})",
+        "paired_svd": "first singular vector of the paired differences (layer {layer})",
+        "whitened": "Fisher's discriminant (layer {layer})",
+        "logistic": "logistic regression (layer {layer})",
+        "optimised": "`optimised`",
+        "affine": "affine, difference-in-means (layer {layer})",
+        "per_layer": "every layer its own",
+        "svd_2": "2 singular vectors",
+        "svd_5": "5 singular vectors",
+        "qr_5": "5 best layers, QR",
+        "random_1": "{n_arms} random directions",
+        "random_5": "{n_arms} random subspaces of rank 5",
+        "harmless": "difference of two harmless sets",
+    }
+    rows_of = m["arms"] | m["controls"] | {"baseline": m["arms"]["baseline"]}
+    table = []
+    for name, words in names.items():
+        (row,) = [r for arm, r in rows_of.items() if arm == name or arm.startswith(f"{name}.")]
+        table.append(
+            f"| {words.format_map(row)} | {row['rank'] or 'one a layer'} | {interval(row, 'compliance')} | {row['refusal_substring']:.2f} "
+            f"| {row['n_degenerate'] / row['n']:.2f} | {row['kl']:.3f} | {row['n']:,} |"
+        )
+    few, all_, other = m["sensitivity"]["sequential-matched"][0], m["sensitivity"]["sequential-matched"][-1], m["sensitivity"]
+    pads = {(r["masked"], r["n_pads"]): r for r in m["padding"] if r["layer"] == m["layer"]}
+    most = pads[False, 64]
+    cliff = {place: m["alpha_cliff"][place]["measured"] for place in m["alpha_cliff"]}
+    assert cliff["writes"] is cliff["weights"] is None and cliff["resid_pre"] == cliff["paper"]
+    return [
+        *table,
+        f"From {few['n']} pairs it has cosine {few['cosine']:.4f} [{few['low']:.4f}, {few['high']:.4f}] with that of all {all_['n']}, "
+        f"with unrelated safe prompts {other['sequential-unrelated'][-1]['to_reference']:.4f}",
+        f"{most['n_pads']} pads that are attended to leave it at cosine {most['cosine']:.4f} and take d from "
+        f"{most['separation_clean']:.1f} to {most['separation']:.1f}, masked ones at {pads[True, 64]['cosine']:.4f} and "
+        f"{pads[True, 64]['separation']:.1f}",
+        f"from alpha {cliff['resid_pre']:g} on at `resid_pre` and `paper` and up to alpha 3 nowhere at `writes` or as weights",
+        f"AUROC {m['monitor']['unseen'][m['layer']]['auroc']:.2f} on unseen cues",
     ]
 
 
