@@ -23,6 +23,13 @@ def _one_thread():
     torch.set_num_threads(1)
 
 
+@pytest.fixture
+def threads():
+    """Sets torch's threads, and back to one at the end."""
+    yield lambda n: torch.set_num_threads(n)
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(autouse=True)
 def _no_network(monkeypatch):
     connect = socket.socket.connect

@@ -18,13 +18,6 @@ from refusal.tally import COUNTS, watch
 IDS = torch.tensor([[1, 7, 9, 30]])
 
 
-@pytest.fixture
-def threads():
-    """Sets torch's threads, which these tests then find unchanged."""
-    yield lambda n: torch.set_num_threads(n)
-    torch.set_num_threads(1)
-
-
 @pytest.fixture(scope="module")
 def model():
     model = tiny_model("qwen2").requires_grad_(False).eval()

@@ -101,7 +101,7 @@ def test_the_store_tells_edits_apart_and_computes_once(tmp_path, monkeypatch):
     assert run(model, tmp_path, key="another") == edited
 
 
-def test_several_threads_price_each_its_own_models(tmp_path):
+def test_several_threads_price_each_its_own_models(tmp_path, threads):
     """A reference that is edited itself, an edit of a second model, a third model as it is."""
     model, second, third = (tiny_model("qwen2", seed=seed).requires_grad_(False) for seed in range(3))
     edited = {
@@ -112,10 +112,9 @@ def test_several_threads_price_each_its_own_models(tmp_path):
     }
     found = []
     for n in (1, 2):
-        torch.set_num_threads(n)
+        threads(n)
         (tmp_path / str(n)).mkdir()
         found.append(price(edited, model, tmp_path / str(n), batch_size=1))
-    torch.set_num_threads(1)
     for name, (entropies, divergences) in found[0].items():
         assert found[1][name][0] == pytest.approx(entropies, rel=1e-5)
         assert found[1][name][1] == pytest.approx(divergences, rel=1e-4, abs=1e-6) and min(divergences) > 1e-3

@@ -414,7 +414,7 @@ def whole_science() -> list[str]:
         "random_5": "{n_arms} random subspaces of rank 5",
         "harmless": "difference of two harmless sets",
     }
-    rows_of = m["arms"] | m["controls"] | {"baseline": m["arms"]["baseline"]}
+    rows_of = m["arms"] | m["controls"]
     table = []
     for name, words in names.items():
         (row,) = [r for arm, r in rows_of.items() if arm == name or arm.startswith(f"{name}.")]
@@ -422,15 +422,16 @@ def whole_science() -> list[str]:
             f"| {words.format_map(row)} | {row['rank'] or 'one a layer'} | {interval(row, 'compliance')} | {row['refusal_substring']:.2f} "
             f"| {row['n_degenerate'] / row['n']:.2f} | {row['kl']:.3f} | {row['n']:,} |"
         )
-    few, all_, other = m["sensitivity"]["sequential-matched"][0], m["sensitivity"]["sequential-matched"][-1], m["sensitivity"]
+    few, *_, whole = m["sensitivity"]["sequential-matched"]
+    unrelated = m["sensitivity"]["sequential-unrelated"][-1]
     pads = {(r["masked"], r["n_pads"]): r for r in m["padding"] if r["layer"] == m["layer"]}
     most = pads[False, 64]
-    cliff = {place: m["alpha_cliff"][place]["measured"] for place in m["alpha_cliff"]}
+    cliff = {place: found["measured"] for place, found in m["alpha_cliff"].items()}
     assert cliff["writes"] is cliff["weights"] is None and cliff["resid_pre"] == cliff["paper"]
     return [
         *table,
-        f"From {few['n']} pairs it has cosine {few['cosine']:.4f} [{few['low']:.4f}, {few['high']:.4f}] with that of all {all_['n']}, "
-        f"with unrelated safe prompts {other['sequential-unrelated'][-1]['to_reference']:.4f}",
+        f"From {few['n']} pairs it has cosine {few['cosine']:.4f} [{few['low']:.4f}, {few['high']:.4f}] with that of all {whole['n']}, "
+        f"with unrelated safe prompts {unrelated['to_reference']:.4f}",
         f"{most['n_pads']} pads that are attended to leave it at cosine {most['cosine']:.4f} and take d from "
         f"{most['separation_clean']:.1f} to {most['separation']:.1f}, masked ones at {pads[True, 64]['cosine']:.4f} and "
         f"{pads[True, 64]['separation']:.1f}",
