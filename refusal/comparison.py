@@ -5,7 +5,8 @@ from collections.abc import Hashable, Mapping, Sequence
 
 import numpy as np
 
-from refusal.statistics import expanded, unanimous
+from refusal.resampling import numbered, turns
+from refusal.statistics import expanded, resampled_means, unanimous
 from refusal.verdicts import Judged
 
 
@@ -15,11 +16,13 @@ def sign_flip_p(differences: Sequence[float], clusters: Sequence[Hashable], n_re
     Under the null the labels of the two arms may be swapped within a topic phrase. Monte Carlo, the observed one counted
     in: p is never below 1 / (n_resamples + 1). Source: Good 2005, "Permutation, Parametric and Bootstrap Tests", section 3.
     """
-    index = {cluster: i for i, cluster in enumerate(dict.fromkeys(clusters))}
-    sums = np.bincount([index[cluster] for cluster in clusters], np.asarray(differences, dtype=np.float64))
-    signs = np.random.default_rng(seed).integers(0, 2, (n_resamples, len(index))) * 2 - 1
-    as_large = np.abs(signs @ sums) >= abs(sums.sum()) - 1e-9
-    return float((as_large.sum() + 1) / (n_resamples + 1))
+    of, n_clusters = numbered(clusters)
+    sums, rng = np.bincount(of, np.asarray(differences, dtype=np.float64)), np.random.default_rng(seed)
+    as_large = 0
+    for size in turns(n_resamples, n_clusters):
+        signs = rng.integers(0, 2, (size, n_clusters)) * 2 - 1
+        as_large += int((np.abs(signs @ sums) >= abs(sums.sum()) - 1e-9).sum())
+    return (as_large + 1) / (n_resamples + 1)
 
 
 def holm(p: Mapping[str, float]) -> dict[str, float]:
@@ -51,11 +54,9 @@ def independent_difference(
     rng = np.random.default_rng(seed)
     resampled, means = [], []
     for values, clusters in ((ours, our_clusters), (theirs, their_clusters)):
-        index = {cluster: i for i, cluster in enumerate(dict.fromkeys(clusters))}
-        of = [index[cluster] for cluster in clusters]
+        of, _ = numbered(clusters)
         sums, sizes = np.bincount(of, np.asarray(values, dtype=np.float64)), np.bincount(of)
-        drawn = rng.multinomial(len(index), np.full(len(index), 1 / len(index)), size=n_resamples)
-        resampled.append((drawn @ sums) / (drawn @ sizes))
+        resampled.append(resampled_means(sums, sizes, rng, n_resamples))
         means.append(sums.sum() / sizes.sum())
     fewest = min(len(set(our_clusters)), len(set(their_clusters)))
     low, high = np.quantile(resampled[0] - resampled[1], expanded(fewest) if fewest > 1 else (0.0, 1.0))

@@ -18,17 +18,28 @@ R = TypeVar("R")
 SMALL = 10_000_000  # parameters up to which two threads of Python on one core each beat one on two, measured 1.5 times
 
 
+FEW = 32  # items that are not worth cutting in two
+
+
+def shares(n: int, most: int) -> list[slice]:
+    """`n` items as jobs of at most `most` items: as few as that takes but an even number, of like size.
+
+    So that two threads end together; the same jobs however many threads there are.
+    """
+    count = -(-n // most)
+    count += count % 2 if n > FEW else 0
+    return [slice(n * i // count, n * (i + 1) // count) for i in range(count)]
+
+
 @contextmanager
 def crew(
     model: M, compute: Callable[[M, J], R], n_jobs: int
 ) -> Iterator[tuple[Callable[[J], R], Executor | None]]:
     """(`compute` with a model of its own for each job, the threads to run jobs on, None where there is but this one).
 
-    Several models go as one `nn.ModuleList`.
-
     As many threads as torch has, for a small model on the CPU; each works on one core, with hooks and buffers of its own and the
-    model's own weights. The hooks that the model has when this begins are on all of them. What a job gives does not depend
-    on how many there are.
+    model's own weights. The hooks that the model has when this begins are on all of them. Several models go as one
+    `nn.ModuleList`. What a job gives does not depend on how many threads there are.
     """
     n = torch.get_num_threads()
     if n == 1 or {p.device.type for p in model.parameters()} != {"cpu"} or sum(p.numel() for p in model.parameters()) > SMALL:

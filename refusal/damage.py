@@ -17,7 +17,7 @@ from torch.nn.functional import kl_div
 from refusal import activations, anatomy, interventions
 from refusal import store as stores
 from refusal.activations import left_pad
-from refusal.crew import crew
+from refusal.crew import crew, shares
 from refusal.memory import in_parts
 from refusal.store import Store
 
@@ -80,7 +80,7 @@ def costs(
     row = 4 * (max(map(len, answers), default=0) + 1) * reference.config.vocab_size
     batch_size = max(1, min(batch_size, ROWS, LOG_PROBS // row))
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]) + len(answers[i]))
-    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    batches = [order[share] for share in shares(len(order), batch_size)]
     shared = {"reference": list(key), "edited": [list(e.key) for e in edited.values()]}
     jobs = [
         (stores.key("cost", *CODE, **shared, rows=[[list(prompts[i]), list(answers[i])] for i in batch]), batch)

@@ -2,9 +2,12 @@
 
 The line that computes a direction is in `difference_in_means`. Everything is float64: at layer 0 the last template
 token is the same for every prompt, and only an exact enough mean shows that the difference there is rounding noise.
+
+A layer's activations are read in blocks of rows, so that memory does not grow with the prompts. What fits into one block is
+computed in one piece.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,11 +18,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from refusal.errors import RefusalError
-from refusal.safetensors_file import Stack
+from refusal.resampling import turns
+from refusal.safetensors_file import Layer, Stack
 
 # A difference shorter than this share of the activations' own size is rounding noise: float32 keeps about 1e-7.
 UNDEFINED_BELOW = 1e-5
-DRAWS_AT_ONCE = 2**22  # numbers, 32 MB
+BLOCK = 2**23  # numbers, 64 MB
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,26 @@ class Directions:
         return [int(layer) for layer in self.defined.nonzero().flatten()]
 
 
+def blocks(rows: Float[Tensor, "n d_model"] | Layer) -> Iterator[Float[Tensor, "part d_model"]]:
+    """One layer's rows in float64, in turns of BLOCK numbers, or of d_model rows where that is more."""
+    n, d_model = rows.shape
+    at_once = max(d_model, BLOCK // d_model)
+    for first in range(0, n, at_once):
+        yield rows[first : first + at_once].double()
+
+
+def paired_blocks(
+    harmful: Float[Tensor, "n_pairs d_model"] | Layer, safe: Float[Tensor, "n_pairs d_model"] | Layer
+) -> Iterator[Float[Tensor, "part d_model"]]:
+    """The paired differences of one layer, harmful less safe, in turns as `blocks`."""
+    return (ours - theirs for ours, theirs in zip(blocks(harmful), blocks(safe), strict=True))
+
+
+def mean_row(parts: Iterable[Float[Tensor, "part d_model"]], n: int) -> Float[Tensor, " d_model"]:
+    """The mean of all `n` rows of the parts."""
+    return sum((part.sum(0) for part in parts), start=torch.zeros((), dtype=torch.float64)) / n
+
+
 def difference_in_means(
     harmful: Float[Tensor, "n_harmful n_layers d_model"] | Stack, safe: Float[Tensor, "n_safe n_layers d_model"] | Stack
 ) -> Directions:
@@ -45,10 +69,9 @@ def difference_in_means(
     Source: Arditi et al. 2024, "Refusal in Language Models Is Mediated by a Single Direction", section 2.3.
     """
     means, lengths = [], []
-    for layer in range(harmful.shape[1]):  # one at a time: the two sets need not fit in memory
-        of_safe = safe[:, layer].double()
-        means.append(torch.stack([harmful[:, layer].double().mean(0), of_safe.mean(0)]))
-        lengths.append(of_safe.norm(dim=-1).mean())
+    for layer in range(harmful.shape[1]):
+        means.append(torch.stack([mean_row(blocks(set_[:, layer]), len(set_)) for set_ in (harmful, safe)]))
+        lengths.append(sum(block.norm(dim=-1).sum() for block in blocks(safe[:, layer])) / len(safe))
     harmful_mean, safe_mean = torch.stack(means, dim=1)
     difference = harmful_mean - safe_mean
     norm = difference.norm(dim=-1, keepdim=True)
@@ -88,7 +111,8 @@ def project(
     activations: Float[Tensor, "n n_layers d_model"] | Stack, unit: Float[Tensor, "n_layers d_model"]
 ) -> Float[Tensor, "n n_layers"]:
     """<r_l(p), v_l> of every prompt at every layer."""
-    return torch.stack([activations[:, layer].double() @ v for layer, v in enumerate(unit.double())], dim=1)
+    of_layer = [torch.cat([block @ v for block in blocks(activations[:, i])]) for i, v in enumerate(unit.double())]
+    return torch.stack(of_layer, dim=1)
 
 
 def cohens_d(harmful: Float[Tensor, "n_harmful ..."], safe: Float[Tensor, "n_safe ..."]) -> Float[Tensor, "..."]:
@@ -112,12 +136,28 @@ def cross_layer_cosine(unit: Float[Tensor, "n_layers d_model"]) -> Float[Tensor,
     return cosine(unit[:, None], unit[None])
 
 
-def spectrum(differences: Float[Tensor, "n_pairs d_model"]) -> Float[Tensor, " rank"]:
+def condensed(parts: Iterable[Float[Tensor, "part d_model"]]) -> Float[Tensor, "m d_model"]:
+    """A matrix of at most one block's rows with the singular values and right singular vectors of all parts stacked.
+
+    The R of one QR after another, each of the R so far and the next part: exact, unlike the Gram matrix, which squares the
+    condition. Source: Demmel, Grigori, Hoemmen and Langou 2012, "Communication-optimal Parallel and Sequential QR and LU
+    Factorizations", sequential TSQR.
+    """
+    rows = iter(parts)
+    found = next(rows)
+    for part in rows:
+        found = torch.linalg.qr(torch.cat([found, part]), mode="r").R
+    return found
+
+
+def spectrum(
+    harmful: Float[Tensor, "n_pairs d_model"] | Layer, safe: Float[Tensor, "n_pairs d_model"] | Layer
+) -> Float[Tensor, " rank"]:
     """Share of the uncentred second moment of the paired differences along each singular vector, largest first.
 
     Unlike the mean difference this sees which safe prompt goes with which harmful one.
     """
-    energy = torch.linalg.svdvals(differences.double()).square()
+    energy = torch.linalg.svdvals(condensed(paired_blocks(harmful, safe))).square()
     return energy / energy.sum()
 
 
@@ -126,25 +166,37 @@ def effective_rank(shares: Float[Tensor, " rank"]) -> float:
     return float(1 / shares.square().sum())
 
 
-def sign_flip_null(differences: Float[Tensor, "n_pairs d_model"], n_flips: int, seed: int) -> Float[Tensor, " n_flips"]:
+def sign_flip_null(
+    harmful: Float[Tensor, "n_pairs d_model"] | Layer, safe: Float[Tensor, "n_pairs d_model"] | Layer, n_flips: int, seed: int
+) -> Float[Tensor, " n_flips"]:
     """Length of the mean difference when each pair's harmful and safe halves are swapped at random.
 
     Swapping leaves the uncentred spectrum as it is and destroys a common direction: the null of "the pairs agree".
     """
-    differences, drawn = differences.double(), _draws(n_flips, len(differences), 2, torch.Generator().manual_seed(seed))
-    return torch.cat([((flips.double() * 2 - 1) @ differences / len(differences)).norm(dim=-1) for flips in drawn])
+    n, drawn = len(harmful), _draws(n_flips, len(harmful), 2, torch.Generator().manual_seed(seed))
+    return torch.cat([(_weighted(flips.double() * 2 - 1, paired_blocks(harmful, safe)) / n).norm(dim=-1) for flips in drawn])
 
 
 def _draws(n_draws: int, n: int, high: int, generator: torch.Generator) -> Iterator[Int[Tensor, "part n"]]:
-    """`n_draws` rows of `n` whole numbers below `high`, a few at a time: more prompts take more turns and not more memory."""
-    at_once = max(1, DRAWS_AT_ONCE // n)
-    for first in range(0, n_draws, at_once):
-        yield torch.randint(0, high, (min(at_once, n_draws - first), n), generator=generator)
+    """`n_draws` rows of `n` whole numbers below `high`, in turns that leave room for a weight each of `high` items."""
+    for size in turns(n_draws, max(n, high)):
+        yield torch.randint(0, high, (size, n), generator=generator)
+
+
+def _weighted(weights: Float[Tensor, "m n"], parts: Iterable[Float[Tensor, "part d_model"]]) -> Float[Tensor, "m d_model"]:
+    """weights @ all parts stacked."""
+    rows = iter(parts)
+    part = next(rows)
+    first, found = len(part), weights[:, : len(part)] @ part
+    for part in rows:
+        found += weights[:, first : first + len(part)] @ part
+        first += len(part)
+    return found
 
 
 def bootstrap_unit(
-    harmful: Float[Tensor, "n_harmful d_model"],
-    safe: Float[Tensor, "n_safe d_model"],
+    harmful: Float[Tensor, "n_harmful d_model"] | Layer,
+    safe: Float[Tensor, "n_safe d_model"] | Layer,
     n_resamples: int,
     seed: int,
     paired: bool,
@@ -157,11 +209,11 @@ def bootstrap_unit(
     """
     generator = torch.Generator().manual_seed(seed)
 
-    def means(set_: Tensor) -> Tensor:
-        set_, found, n = set_.double(), [], size or len(set_)
+    def means(set_: Tensor | Layer) -> Tensor:
+        found, n = [], size or len(set_)
         for drawn in _draws(n_resamples, n, len(set_), generator):
             weights = torch.zeros(len(drawn), len(set_), dtype=torch.float64)
-            found.append(weights.scatter_add_(1, drawn, torch.ones_like(drawn).double()) @ set_ / n)
+            found.append(_weighted(weights.scatter_add_(1, drawn, torch.ones_like(drawn).double()), blocks(set_)) / n)
         return torch.cat(found)
 
     of_harmful = means(harmful)

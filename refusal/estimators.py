@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
@@ -19,11 +19,14 @@ from tqdm import trange
 from refusal import activations, anatomy, interventions
 from refusal import store as stores
 from refusal.activations import left_pad
+from refusal.crew import crew
 from refusal.interventions import Ablation, intervene
 from refusal.store import Store
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+PART = 8  # pairs whose gradient is one job
 
 
 def logistic(harmful: Float[Tensor, "n_harmful d_model"], safe: Float[Tensor, "n_safe d_model"]) -> Float[Tensor, " d_model"]:
@@ -137,7 +140,16 @@ def optimised(
         seed=seed,
     )
 
-    def compute(_: None) -> bytes:
+    def gradient(one: PreTrainedModel, job: tuple[nn.Parameter, list[int]]) -> tuple[Tensor, Tensor]:
+        """The sum over these pairs of the loss, and its gradient."""
+        vector, part = job
+        bad, good = [harmful[i] for i in part], [safe[i] for i in part]
+        with torch.no_grad():
+            wanted = first_token(one, good, pad_id)
+        loss = len(part) * first_token_loss(one, _Learned(vector, sites), bad, good, wanted, pad_id)
+        return loss.detach(), torch.autograd.grad(loss, vector)[0]
+
+    def descend(side_by_side: Callable[[list[Any]], Iterable[tuple[Tensor, Tensor]]]) -> bytes:
         generator = torch.Generator().manual_seed(seed)
         start = torch.randn(model.config.hidden_size, generator=generator)
         vector = nn.Parameter((start / start.norm()).to(model.device))
@@ -147,19 +159,20 @@ def optimised(
             for group in optimizer.param_groups:
                 group["lr"] = 0.05 * (1 - step / steps)
             chosen = torch.randint(0, len(harmful), (min(batch_size, len(harmful)),), generator=generator).tolist()
-            bad, good = [harmful[i] for i in chosen], [safe[i] for i in chosen]
-            with torch.no_grad():
-                wanted = first_token(model, good, pad_id)
-            loss = first_token_loss(model, _Learned(vector, sites), bad, good, wanted, pad_id)
-            optimizer.zero_grad()
-            loss.backward()
+            jobs = [(vector, chosen[first : first + PART]) for first in range(0, len(chosen), PART)]
+            losses, slopes = (torch.stack(values).sum(0) / len(chosen) for values in zip(*side_by_side(jobs), strict=True))
+            vector.grad = slopes
             optimizer.step()
             with torch.no_grad():
                 vector.div_(vector.norm())  # its length means nothing, and would slow the steps as it grows
-            recent = [*recent[-9:], float(loss.detach())]
+            recent = [*recent[-9:], float(losses)]
         return save(
             {"unit": vector.detach().double().cpu(), "loss": torch.tensor(sum(recent) / len(recent), dtype=torch.float64)}
         )
+
+    def compute(_: None) -> bytes:
+        with crew(model, gradient, -(-min(batch_size, len(harmful)) // PART)) as (run, pool):
+            return descend(lambda jobs: (pool.map if pool else map)(run, jobs))
 
     (value,) = store.run([(key, None)], compute, "optimised direction", unit="direction")
     found = load(value)

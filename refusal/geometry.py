@@ -21,6 +21,7 @@ from refusal.directions import (
     spectrum,
 )
 from refusal.safetensors_file import Stack
+from refusal.zero import resampled_weights
 
 N_SINGULAR_VALUES = 10
 
@@ -69,12 +70,12 @@ def describe(
     resampled = torch.full((n_resamples, n_layers), torch.nan, dtype=torch.float64)
     shares: dict[int, Tensor] = {}
     null: dict[int, float] = {}
-    for i in layers:  # one at a time: that is what memory holds of the activations
-        ours, theirs = a.harmful[:, i].double(), a.safe[:, i].double()
+    for i in layers:
+        ours, theirs = a.harmful[:, i], a.safe[:, i]
         resampled[:, i] = cosine(bootstrap_unit(ours, theirs, n_resamples, seed, paired), found.unit[i])
         if paired:
-            shares[i] = spectrum(ours - theirs)
-            null[i] = float(sign_flip_null(ours - theirs, n_sign_flips, seed).quantile(0.95))
+            shares[i] = spectrum(ours, theirs)
+            null[i] = float(sign_flip_null(ours, theirs, n_sign_flips, seed).quantile(0.95))
     both = [layer for layer in layers if bool(reference.defined[layer])]
 
     def by_layer(values: Tensor) -> list[float | None]:
@@ -119,22 +120,20 @@ def _separation_interval(
     seed: int,
 ) -> tuple[Float[Tensor, " n_layers"], Float[Tensor, " n_layers"]]:
     """Percentile bootstrap of Cohen's d over topic phrases, from the weighted moments of each resample."""
-    index = {topic: i for i, topic in enumerate(dict.fromkeys(topics))}
-    of = torch.tensor([index[topic] for topic in topics])
-    drawn = torch.randint(0, len(index), (n_resamples, len(index)), generator=torch.Generator().manual_seed(seed))
-    counts = torch.zeros(n_resamples, len(index), dtype=torch.float64).scatter_add_(1, drawn, torch.ones_like(drawn).double())
-    weight = counts[:, of]
-    n = weight.sum(1, keepdim=True)
 
-    def moments(values: Tensor) -> tuple[Tensor, Tensor]:
+    def moments(values: Tensor, weight: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
         mean = weight @ values / n
         # Centred on the whole sample first: a difference of large squares would lose the digits that matter.
         centre = values.mean(0)
         squares = weight @ (values - centre).square() - n * (mean - centre).square()
         return mean, squares
 
-    (mean_h, squares_h), (mean_s, squares_s) = moments(harmful), moments(safe)
-    resampled = (mean_h - mean_s) / ((squares_h + squares_s) / (2 * n - 2)).sqrt()
+    found = []
+    for weight in resampled_weights(topics, n_resamples, seed):
+        n = weight.sum(1, keepdim=True)
+        (mean_h, squares_h), (mean_s, squares_s) = moments(harmful, weight, n), moments(safe, weight, n)
+        found.append((mean_h - mean_s) / ((squares_h + squares_s) / (2 * n - 2)).sqrt())
+    resampled = torch.cat(found)
     resampled[~resampled.isfinite()] = torch.nan  # a resample without spread has no effect size
     return resampled.nanquantile(0.025, dim=0), resampled.nanquantile(0.975, dim=0)
 

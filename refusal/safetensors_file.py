@@ -202,7 +202,7 @@ class Writer:
 
 
 class Stack:
-    """A tensor [n, n_layers, d_model] in a file, of which memory holds one layer at a time: `stack[:, layer]`.
+    """A tensor [n, n_layers, d_model] in a file, of which memory holds what is asked for: `stack[:, layer][first:last]`.
 
     `stack[rows]` is the same of some of its rows, or of all in another order.
     """
@@ -215,7 +215,7 @@ class Stack:
         return len(self.rows)
 
     @overload
-    def __getitem__(self, index: tuple[slice, int]) -> Tensor: ...
+    def __getitem__(self, index: tuple[slice, int]) -> "Layer": ...
 
     @overload
     def __getitem__(self, index: Tensor | slice) -> "Stack": ...
@@ -225,14 +225,29 @@ class Stack:
             return Stack(self.shard, self.entry, self.rows[index])
         if isinstance(index, Tensor):
             return Stack(self.shard, self.entry, [self.rows[i] for i in index.tolist()])
-        (_, n_layers, d_model), dtype = self.shape, DTYPES[self.entry.dtype]
-        found = torch.empty(len(self), d_model, dtype=dtype)
+        return Layer(self, index[1])
+
+
+class Layer:
+    """One layer of a stack, [n, d_model], of which rows are read when they are sliced: `layer[first:last]`, `layer[:]`."""
+
+    def __init__(self, stack: Stack, index: int):
+        self.stack, self.index = stack, index
+        self.shape = (stack.shape[0], stack.shape[2])
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, which: slice) -> Tensor:
+        shard, entry, rows = self.stack.shard, self.stack.entry, self.stack.rows[which]
+        (_, n_layers, d_model), dtype = self.stack.shape, DTYPES[entry.dtype]
+        found = torch.empty(len(rows), d_model, dtype=dtype)
         width, data = d_model * dtype.itemsize, found.view(torch.uint8).numpy()
-        with self.shard.path.open("rb", buffering=0) as file:
-            for to, row in enumerate(self.rows):
-                file.seek(self.shard.data_start + self.entry.begin + (row * n_layers + index[1]) * width)
+        with shard.path.open("rb", buffering=0) as file:
+            for to, row in enumerate(rows):
+                file.seek(shard.data_start + entry.begin + (row * n_layers + self.index) * width)
                 if file.readinto(data[to]) != width:
-                    raise RefusalError(f"{self.shard.where}: the file became shorter while it was read: run again.")
+                    raise RefusalError(f"{shard.where}: the file became shorter while it was read: run again.")
         return found
 
 

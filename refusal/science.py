@@ -4,16 +4,17 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from refusal.arms import Arm, direction_arm, per_layer_arm, subspace_arm
 from refusal.comparison import holm, independent_difference, paired, sign_flip_p
-from refusal.directions import random_unit
+from refusal.directions import effective_rank, mean_row, paired_blocks, random_unit, sign_flip_null, spectrum
 from refusal.errors import RefusalError
 from refusal.estimators import logistic, whitened
 from refusal.judges import rules
 from refusal.mediation import Evidence, verdict
-from refusal.safetensors_file import Stack
+from refusal.safetensors_file import Layer, Stack
 from refusal.statistics import paired_difference
 from refusal.subspace import captured, paired_svd, qr_of_layers, random_subspaces
 from refusal.verdicts import Judged, difference, rate, summary
@@ -26,7 +27,8 @@ class Budget:
     """What a level spends; None is all there are.
 
     n_val, n_test: prompts an arm; n_control: test prompts a random arm; n_subspaces: random subspaces of each rank;
-    n_harmless: texts that cost is measured on. optimiser_steps of optimiser_batch pairs. n_resamples, of the directions'
+    n_harmless: texts that cost is measured on. n_fit: train pairs that logistic regression and Fisher's discriminant are fitted
+    on. optimiser_steps of optimiser_batch pairs. n_resamples, of the directions'
     own bootstrap. pads: how many; n_padding: pairs padded. alphas, and n_alpha test prompts at each. Without alphas,
     sensitivity, padding and strength are left out.
     """
@@ -36,6 +38,7 @@ class Budget:
     n_control: int | None
     n_subspaces: int
     n_harmless: int | None
+    n_fit: int
     optimiser_steps: int
     optimiser_batch: int
     n_resamples: int
@@ -45,10 +48,11 @@ class Budget:
     n_alpha: int
 
 
+QUARTERS = tuple(i / 4 for i in range(13))  # 0 to 3
 LEVELS = {
-    "mediation": Budget(40, 100, 30, 2, 40, 100, 16, 0, (), 0, (), 0),
-    "basic": Budget(40, 60, 30, 2, 40, 60, 16, 100, (8, 32), 40, (0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0), 12),
-    "full": Budget(None, None, 100, 5, None, 200, 32, 500, (1, 2, 4, 8, 16, 32, 64), 200, tuple(i / 4 for i in range(13)), 60),
+    "mediation": Budget(40, 100, 30, 2, 40, 2000, 100, 16, 0, (), 0, (), 0),
+    "basic": Budget(40, 60, 30, 2, 40, 2000, 60, 16, 100, (8, 32), 40, (0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0), 12),
+    "full": Budget(None, None, 100, 5, None, 5000, 200, 32, 500, (1, 2, 4, 8, 16, 32, 64), 200, QUARTERS, 60),
 }
 
 
@@ -60,21 +64,25 @@ def single_arms(
     alpha: float,
     optimised: Tensor,
     affine: bool,
+    fitted_on: Sequence[int],
 ) -> list[Arm]:
     """Arms of rank 1. Names are `<estimator>.<layer>`; `rank_1` is the study's own cell. Ties on val go to the earlier.
 
     found: `unit`, `defined` and `safe_mean` of the study's method and pairing. harmful, safe: train activations of the
-    matched pairs, [n, n_layers, d_model]. affine: each difference-in-means is also ablated towards the safe mean.
+    matched pairs, [n, n_layers, d_model]. fitted_on: the pairs that logistic regression and Fisher's discriminant see, which
+    need them all in memory. affine: each difference-in-means is also ablated towards the safe mean.
     """
     unit, safe_mean = found["unit"].double(), found["safe_mean"].double()
     layers = [int(i) for i in found["defined"].nonzero().flatten()]
+    some = torch.tensor(fitted_on)
+    few_harmful, few_safe = harmful[some], safe[some]
     arms = [direction_arm("rank_1", "difference", unit[layer], alpha, layer)]
     for i in layers:
         if i != layer or alpha != 1.0:
             arms.append(direction_arm(f"difference.{i}", "difference", unit[i], 1.0, i))
     for i in layers:
-        arms.append(direction_arm(f"logistic.{i}", "logistic", logistic(harmful[:, i], safe[:, i]), 1.0, i))
-        arms.append(direction_arm(f"whitened.{i}", "whitened", whitened(harmful[:, i], safe[:, i]), 1.0, i))
+        arms.append(direction_arm(f"logistic.{i}", "logistic", logistic(few_harmful[:, i][:], few_safe[:, i][:]), 1.0, i))
+        arms.append(direction_arm(f"whitened.{i}", "whitened", whitened(few_harmful[:, i][:], few_safe[:, i][:]), 1.0, i))
         arms.append(direction_arm(f"paired_svd.{i}", "paired_svd", paired_svd(harmful[:, i], safe[:, i], 1)[0], 1.0, i))
         if affine:
             arms.append(direction_arm(f"affine.{i}", "affine", unit[i], 1.0, i, safe_mean @ unit[i]))
@@ -242,21 +250,19 @@ def decide(
     return found | {"difference": evidence(difference_arm).shown()}
 
 
-def spectrum_row(harmful: Tensor, safe: Tensor, n_flips: int, seed: int) -> dict[str, float]:
+def spectrum_row(harmful: Tensor | Layer, safe: Tensor | Layer, n_flips: int, seed: int) -> dict[str, float]:
     """Of the uncentred paired differences at one layer: effective rank, the share of energy along the first singular vector and
     along the mean, and the share along the mean that random swaps within pairs reach in 95 % of cases."""
-    from refusal.directions import effective_rank, sign_flip_null, spectrum
-
-    differences = harmful.double() - safe.double()
-    energy = float(differences.square().sum(-1).mean())
-    shares = spectrum(differences)
-    null = sign_flip_null(differences, n_flips, seed).square() / energy
-    mean = differences.mean(0)
+    n = len(harmful)
+    energy = sum(float(part.square().sum(-1).sum()) for part in paired_blocks(harmful, safe)) / n
+    shares = spectrum(harmful, safe)
+    null = sign_flip_null(harmful, safe, n_flips, seed).square() / energy
+    mean = mean_row(paired_blocks(harmful, safe), n)
     return {
         "effective_rank": effective_rank(shares),
         "first_share": float(shares[0]),
         "mean_share": float(mean.square().sum()) / energy,
         "mean_share_null_95": float(null.quantile(0.95)),
         "cosine_first_to_mean": captured(paired_svd(harmful, safe, 1), mean),
-        "n": len(differences),
+        "n": n,
     }

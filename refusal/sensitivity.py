@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -99,8 +99,9 @@ def collect(
     batch_size: int,
     n_pads: int | None = None,
     masked: bool = True,
-) -> Float[Tensor, "n n_positions n_layers d_model"]:
-    """`resid_pre_at_end` of many prompts, in their order, float32 or the model's own dtype.
+    of: Callable[[Float[Tensor, "batch n_positions n_layers d_model"]], Tensor] = lambda found: found,
+) -> Float[Tensor, "n ..."]:
+    """`resid_pre_at_end` of many prompts, in their order, float32 or the model's own dtype; or what `of` makes of each batch.
 
     `n_pads` None: batches of like length with no more padding than they need, masked. A number: every prompt gets exactly
     that many, so batches hold prompts of one length.
@@ -115,7 +116,7 @@ def collect(
             batches.append([i])
     rows: list[Tensor | None] = [None] * len(ids)
     for batch in batches:
-        found = resid_pre_at_end(model, [ids[i] for i in batch], n_positions, pad_id, n_pads or 0, masked)
+        found = of(resid_pre_at_end(model, [ids[i] for i in batch], n_positions, pad_id, n_pads or 0, masked))
         for i, row in zip(batch, found, strict=True):
             rows[i] = row
     return torch.stack([row for row in rows if row is not None])

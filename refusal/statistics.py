@@ -5,13 +5,20 @@ from collections import Counter
 from collections.abc import Hashable, Sequence
 
 import numpy as np
-from scipy.stats import binomtest, norm, spearmanr, t
+from scipy.special import ndtr, ndtri, stdtrit  # scipy.stats takes longer to import than a stage to compute
+
+from refusal.resampling import counts, numbered
 
 
 def wilson(successes: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
-    """The Wilson score interval (low, high) of a binomial rate, without continuity correction; n is at least 1."""
-    interval = binomtest(successes, n).proportion_ci(confidence_level=confidence, method="wilson")
-    return float(interval.low), float(interval.high)
+    """The Wilson score interval (low, high) of a binomial rate, without continuity correction; n is at least 1.
+
+    Source: Wilson 1927, "Probable Inference, the Law of Succession, and Statistical Inference".
+    """
+    z, p = float(ndtri((1 + confidence) / 2)), successes / n
+    centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    low, high = ((centre + side * half) / (1 + z * z / n) for side in (-1, 1))
+    return (low if successes > 0 else 0.0), (high if successes < n else 1.0)
 
 
 def unanimous(value: float, n: int, bounds: tuple[float, float]) -> tuple[float, float]:
@@ -33,18 +40,21 @@ def clustered_mean(
     Hinkley 1997, "Bootstrap Methods and their Application", section 3.8; the quantiles are `expanded`. Where all values
     are equal and `bounds` says what they might have been, the interval is `unanimous` with n the number of clusters.
     """
-    index = {cluster: i for i, cluster in enumerate(dict.fromkeys(clusters))}
-    of = np.array([index[cluster] for cluster in clusters])
+    of, n_clusters = numbered(clusters)
     data = np.asarray(values, dtype=np.float64)
     if bounds is not None and data.min() == data.max():
-        return float(data[0]), *unanimous(float(data[0]), len(index), bounds)
-    if len(index) < 2:  # one topic alone says nothing of the next
+        return float(data[0]), *unanimous(float(data[0]), n_clusters, bounds)
+    if n_clusters < 2:  # one topic alone says nothing of the next
         return float(data.mean()), *(bounds or (float(data.min()), float(data.max())))
     sums, sizes = np.bincount(of, data), np.bincount(of)
-    drawn = np.random.default_rng(seed).multinomial(len(index), np.full(len(index), 1 / len(index)), size=n_resamples)
-    means = (drawn @ sums) / (drawn @ sizes)
-    low, high = np.quantile(means, expanded(len(index)))
+    means = resampled_means(sums, sizes, np.random.default_rng(seed), n_resamples)
+    low, high = np.quantile(means, expanded(n_clusters))
     return float(data.mean()), float(low), float(high)
+
+
+def resampled_means(sums: np.ndarray, sizes: np.ndarray, rng: np.random.Generator, n_resamples: int) -> np.ndarray:
+    """The mean of each bootstrap resample of whole clusters, of which sums and sizes are given."""
+    return np.concatenate([(drawn @ sums) / (drawn @ sizes) for drawn in counts(rng, len(sums), n_resamples)])
 
 
 def expanded(n_clusters: int) -> tuple[float, float]:
@@ -54,7 +64,7 @@ def expanded(n_clusters: int) -> tuple[float, float]:
     cover the truth in 92 % of cases. Source: Hesterberg 2015, "What Teachers Should Know About the Bootstrap", The
     American Statistician 69, on the expanded percentile interval.
     """
-    tail = float(norm.cdf(-math.sqrt(n_clusters / (n_clusters - 1)) * t.ppf(0.975, n_clusters - 1)))
+    tail = float(ndtr(-math.sqrt(n_clusters / (n_clusters - 1)) * stdtrit(n_clusters - 1, 0.975)))
     return tail, 1 - tail
 
 
@@ -74,6 +84,8 @@ def cohens_kappa(first: Sequence[Hashable], second: Sequence[Hashable]) -> float
 
 def spearman(first: Sequence[float], second: Sequence[float]) -> float | None:
     """Rank correlation of two raters on the same items, ties averaged; None where either gives one value alone."""
+    from scipy.stats import spearmanr
+
     if len(set(first)) < 2 or len(set(second)) < 2:
         return None
     return float(spearmanr(first, second).statistic)
@@ -101,6 +113,6 @@ def stratified_difference(
         difference = np.asarray(ours[name], dtype=np.float64) - np.asarray(theirs[name], dtype=np.float64)
         n = len(difference)
         points.append(difference.mean())
-        resampled += rng.multinomial(n, np.full(n, 1 / n), size=n_resamples) @ difference / n / len(ours)
+        resampled += np.concatenate([drawn @ difference for drawn in counts(rng, n, n_resamples)]) / n / len(ours)
     low, high = np.quantile(resampled, [0.025, 0.975])
     return float(np.mean(points)), float(low), float(high)

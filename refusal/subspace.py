@@ -6,22 +6,23 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from refusal.directions import condensed, paired_blocks
 from refusal.errors import RefusalError
+from refusal.safetensors_file import Layer
 
 
 def paired_svd(
-    harmful: Float[Tensor, "n_pairs d_model"], safe: Float[Tensor, "n_pairs d_model"], k: int
+    harmful: Float[Tensor, "n_pairs d_model"] | Layer, safe: Float[Tensor, "n_pairs d_model"] | Layer, k: int
 ) -> Float[Tensor, "k d_model"]:
     """The first k right singular vectors of the paired differences at one layer, uncentred, largest first, in float64.
 
     Uncentred, so that a difference all pairs share is the first of them and not taken out beforehand. Raises
     RefusalError where the differences span fewer than k dimensions.
     """
-    differences = harmful.double() - safe.double()
-    _, values, vectors = torch.linalg.svd(differences, full_matrices=False)
+    _, values, vectors = torch.linalg.svd(condensed(paired_blocks(harmful, safe)), full_matrices=False)
     if k > len(values) or float(values[k - 1]) <= 1e-10 * float(values[0]):
         raise RefusalError(
-            f"the {len(differences)} paired differences span fewer than {k} dimensions: raise prompts.n_pairs in params.yaml, or "
+            f"the {len(harmful)} paired differences span fewer than {k} dimensions: raise prompts.n_pairs in params.yaml, or "
             "give a file of more pairs"
         )
     return vectors[:k]

@@ -1,7 +1,7 @@
 """Completions of many prompts under many interventions, through the resume store.
 
 A *cell* is one intervention: a direction (or none) with an alpha. Rows of all cells are put in order of prompt length
-and cut into units of ROUNDS batches. A unit decodes a batch at a time, new rows entering as others end, and is stored
+and cut into units of at most ROUNDS batches. A unit decodes a batch at a time, new rows entering as others end, and is stored
 whole: its composition is fixed, so rows come out the same whatever else is stored, and a run that was interrupted meets
 the same units again and ends in the same bytes. What a kill costs is the unit at hand, at most ROUNDS batches. What a unit
 gains: its slots run empty once and not once a batch (where completions end anywhere up to the limit, a batch alone decodes
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from refusal import activations, anatomy, generation, interventions, kv_cache
 from refusal import store as stores
-from refusal.crew import crew
+from refusal.crew import crew, shares
 from refusal.directions import random_unit
 from refusal.errors import RefusalError
 from refusal.generation import generate
@@ -140,8 +140,8 @@ def complete(
     def cut(weights: str, cells: Sequence[Cell], built: str | None) -> None:
         rows = sorted((len(prompts[p]), p, c) for p in range(len(prompts)) for c in range(len(cells)))
         marks = [cell.fingerprint() for cell in cells]
-        for start in range(0, len(rows), ROUNDS * batch_size):
-            unit = [(p, c) for _, p, c in rows[start : start + ROUNDS * batch_size]]
+        for share in shares(len(rows), ROUNDS * batch_size):
+            unit = [(p, c) for _, p, c in rows[share]]
             what = [[list(prompts[p]), marks[c]] for p, c in unit]
             jobs.append((stores.key("completions", *CODE, weights=weights, **shared, rows=what), _Unit(cells, unit, built)))
 

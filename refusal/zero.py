@@ -4,23 +4,26 @@ Linear ablation sends every prompt to zero. Where zero lies among the safe promp
 where it lies among the harmful ones, ablation makes the model take everything for harmful.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from refusal.resampling import numbered, turns
+
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
-def resampled_weights(clusters: Sequence[Hashable], n_resamples: int, seed: int) -> Float[Tensor, "n_resamples n"]:
-    """How often each item occurs in each bootstrap resample of whole clusters."""
-    index = {cluster: i for i, cluster in enumerate(dict.fromkeys(clusters))}
-    of = torch.tensor([index[cluster] for cluster in clusters])
-    drawn = torch.randint(0, len(index), (n_resamples, len(index)), generator=torch.Generator().manual_seed(seed))
-    counts = torch.zeros(n_resamples, len(index), dtype=torch.float64)
-    return counts.scatter_add_(1, drawn, torch.ones_like(drawn).double())[:, of]
+def resampled_weights(clusters: Sequence[Hashable], n_resamples: int, seed: int) -> Iterator[Float[Tensor, "part n"]]:
+    """How often each item occurs in each bootstrap resample of whole clusters, in turns."""
+    of, n_clusters = numbered(clusters)
+    generator = torch.Generator().manual_seed(seed)
+    for size in turns(n_resamples, len(of)):
+        drawn = torch.randint(0, n_clusters, (size, n_clusters), generator=generator)
+        counts = torch.zeros(size, n_clusters, dtype=torch.float64)
+        yield counts.scatter_add_(1, drawn, torch.ones_like(drawn).double())[:, torch.from_numpy(of)]
 
 
 def where_zero_lies(
@@ -31,10 +34,12 @@ def where_zero_lies(
     `zero` carries a percentile bootstrap 95 % interval over topic phrases.
     """
     harmful, safe = harmful.double(), safe.double()
-    weight = resampled_weights(clusters, n_resamples, seed)
-    total = weight.sum(1)
-    means = (weight @ harmful / total, weight @ safe / total)
-    resampled = -means[1] / (means[0] - means[1])
+    found = []
+    for weight in resampled_weights(clusters, n_resamples, seed):
+        total = weight.sum(1)
+        means = (weight @ harmful / total, weight @ safe / total)
+        found.append(-means[1] / (means[0] - means[1]))
+    resampled = torch.cat(found)
     levels = torch.tensor(QUANTILES, dtype=torch.float64)
     return {
         "zero": float(-safe.mean() / (harmful.mean() - safe.mean())),
@@ -60,9 +65,11 @@ def auroc(
     # all pairs is held. Sums are of whole numbers and halves, exact in any order.
     ordered, order = safe.double().sort()
     below, upto = (torch.searchsorted(ordered, harmful.double().contiguous(), right=right) for right in (False, True))
-    weight = resampled_weights(clusters, n_resamples, seed)
-    running = torch.nn.functional.pad(weight[:, order].cumsum(1), (1, 0))
-    resampled = ((running[:, below] + running[:, upto]) / 2 * weight).sum(1) / weight.sum(1).square()
+    found = []
+    for weight in resampled_weights(clusters, n_resamples, seed):
+        running = torch.nn.functional.pad(weight[:, order].cumsum(1), (1, 0))
+        found.append(((running[:, below] + running[:, upto]) / 2 * weight).sum(1) / weight.sum(1).square())
+    resampled = torch.cat(found)
     return {
         "auroc": int((below + upto).sum()) / 2 / (len(harmful) * len(safe)),
         "auroc_low": float(resampled.quantile(0.025)),

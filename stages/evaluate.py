@@ -19,15 +19,15 @@ BASE, OUT, METRICS, PLOT = (
 def main(params: Params) -> str:
     model_ready(params)
     from refusal.anatomy import anatomy_of
+    from refusal.arms import Arm, edit, fingerprint
     from refusal.damage import Edited, costs
     from refusal.directions import of_arm, read_directions
-    from refusal.interventions import intervene
     from refusal.judges.panel import judge_with
     from refusal.memory import rows_at_once
     from refusal.models import encode_chats, load_model, load_tokenizer, stop_ids, weights_hash
     from refusal.selection import checked
     from refusal.store import Store
-    from refusal.sweep import BASELINE, Cell, ablation_of, complete, grid
+    from refusal.sweep import BASELINE, Cell, complete, grid
     from refusal.tables import csv_text
     from refusal.verdicts import difference, mean, present, rate, summary
     from refusal.verdicts import row as verdict_row
@@ -146,8 +146,8 @@ def main(params: Params) -> str:
         return mean("cross_entropy", entropies, *rest, bounds=None) | mean("kl", divergences, *rest, bounds=None)
 
     def ablated(cell: Cell, sites: Sites) -> Edited:
-        edits = [] if cell.direction is None else [ablation_of([cell], sites)]
-        return Edited(base, [hashes[id(base)], sites, cell.fingerprint()], lambda model: intervene(model, *edits))
+        arm = Arm(cell.name, "cell", cell=cell)
+        return Edited(base, [hashes[id(base)], *fingerprint(arm, sites)], edit(arm, sites))
 
     runs_on = [params.model.dtype, params.model.device]
     all_edited = {cell.name: ablated(cell, params.ablation.sites) for cell in cells}

@@ -49,7 +49,8 @@ def mediation(study: Study, truth: Any) -> dict[str, Any]:
     order = sorted(scores, key=lambda i: (i != layer, -scores[i], i))
     harmful, safe = train["train.harmful"], train["train.safe"]
     affine = sites == "resid_pre"
-    single = single_arms(found, harmful, safe, layer, study.rank_1["alpha"], vector, affine)
+    fitted_on = part(len(harmful), b.n_fit, s.seed)
+    single = single_arms(found, harmful, safe, layer, study.rank_1["alpha"], vector, affine, fitted_on)
     several = subspace_arms(found, harmful, safe, layer, order, sites)
     planted = [] if truth is None else planted_arms(truth, found)
     controls = control_arms(study.harmless_difference, s.n_random, b.n_subspaces, layer, sites, s.seed)
@@ -149,6 +150,7 @@ def mediation(study: Study, truth: Any) -> dict[str, Any]:
         "controls": pooled,
         "over_refusal": over,
         "optimised_loss": loss,
+        "n_fit": len(fitted_on),
         "cosine_harmless_to_direction": captured(harmless, found["unit"][layer]),
     }
 

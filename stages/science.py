@@ -102,7 +102,7 @@ def projections(study: Study) -> tuple[list, dict[str, Any]]:
     study.plots["zero"] = [{"layer": i, **(zero[i] or {})} for i in layers]
     pad, size = study.tokenizer.pad_token_id, p.activations.batch_size
     on_test = [
-        project(collect(study.model, study.ids([r[side] for r in test]), 1, pad, size)[:, 0], found["unit"])
+        collect(study.model, study.ids([r[side] for r in test]), 1, pad, size, of=lambda at: project(at[:, 0], found["unit"]))
         for side in ("harmful", "safe")
     ]
     monitor: dict[str, Any] = {"layer": study.rank_1["layer"]}

@@ -9,7 +9,7 @@ from tiny import PRE_NORM, tiny_direction, tiny_model
 
 from refusal import crew as module
 from refusal.arms import BASELINE_ARM, complete_arms, direction_arm, per_layer_arm, subspace_arm
-from refusal.crew import crew
+from refusal.crew import crew, shares
 from refusal.interventions import ablation, intervene
 from refusal.store import Store
 from refusal.subspace import random_subspaces
@@ -124,3 +124,12 @@ def test_a_large_model_and_a_single_thread_have_no_crew(model, threads, monkeypa
     monkeypatch.setattr(module, "SMALL", 0)
     with crew(model, lambda one, job: (one, job), 5) as (run, pool):
         assert pool is None and run(1) == (model, 1)
+
+
+def test_shares_are_even_in_number_and_size_and_hold_every_item_once():
+    for n, most in ((0, 4), (1, 4), (32, 100), (33, 100), (40, 32), (200, 32), (9400, 1024), (5200, 1024), (7, 2)):
+        cut = shares(n, most)
+        assert [i for share in cut for i in range(n)[share]] == list(range(n))
+        sizes = [share.stop - share.start for share in cut]
+        assert max(sizes, default=0) <= most and max(sizes, default=0) - min(sizes, default=0) <= 1
+        assert len(cut) - -(-n // most) in (0, 1) and (len(cut) % 2 == 0 or n <= 32)

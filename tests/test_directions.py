@@ -9,7 +9,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from perf.harness import Peak
 from refusal.directions import (
+    blocks,
     bootstrap_unit,
     cohens_d,
     cosine,
@@ -22,7 +24,9 @@ from refusal.directions import (
 )
 from refusal.errors import RefusalError
 from refusal.geometry import _separation_interval, arm, describe, rows_of
-from refusal.safetensors_file import read_stacks
+from refusal.safetensors_file import Writer, read_stacks
+from refusal.science import spectrum_row
+from refusal.subspace import captured, paired_svd
 
 
 def random(*shape, seed=0, dtype=torch.float32):
@@ -86,7 +90,7 @@ def test_shuffled_equals_matched_to_rounding_but_pairs_other_prompts():
     rows = lambda t: sorted(map(tuple, t.flatten(1).tolist()))  # noqa: E731
     assert rows(matched.safe) == rows(shuffled.safe)
     for layer in (1, 2, 3):  # what pairing does matter to moves
-        spectra = [spectrum((a.harmful - a.safe)[:, layer]) for a in (matched, shuffled)]
+        spectra = [spectrum(a.harmful[:, layer], a.safe[:, layer]) for a in (matched, shuffled)]
         assert not torch.allclose(*spectra, atol=1e-4)
     assert not torch.equal(shuffled.safe, arm(data, "shuffled", 1).safe)
     unrelated = arm(data, "unrelated", 0)
@@ -128,20 +132,19 @@ def test_cosines():
 
 
 def test_spectrum_equals_numpys_svd():
-    differences = random(20, 7) + 2
-    values = np.linalg.svd(differences.double().numpy(), compute_uv=False) ** 2
-    np.testing.assert_allclose(spectrum(differences).numpy(), values / values.sum(), rtol=1e-9)
+    harmful, safe = random(20, 7) + 2, random(20, 7, seed=1)
+    values = np.linalg.svd(harmful.double().numpy() - safe.double().numpy(), compute_uv=False) ** 2
+    np.testing.assert_allclose(spectrum(harmful, safe).numpy(), values / values.sum(), rtol=1e-9)
     # Uncentred: a common offset is the first singular vector, not removed.
-    assert spectrum(differences + 50)[0] > 0.99
+    assert spectrum(harmful + 50, safe)[0] > 0.99
 
 
 def test_effective_rank_of_known_shapes():
-    line = torch.outer(random(200), random(9, seed=1))
-    assert effective_rank(spectrum(line)) == pytest.approx(1)
+    shape = lambda differences: effective_rank(spectrum(differences, torch.zeros_like(differences)))  # noqa: E731
+    assert shape(torch.outer(random(200), random(9, seed=1))) == pytest.approx(1)
     assert effective_rank(torch.full((5,), 0.2)) == pytest.approx(5)
-    ball = effective_rank(spectrum(random(20000, 9)))
-    assert 8.9 < ball <= 9
-    assert effective_rank(spectrum(random(20000, 9) * torch.tensor([1, 1, 1, 0, 0, 0, 0, 0, 0]))) == pytest.approx(3, abs=0.05)
+    assert 8.9 < shape(random(20000, 9)) <= 9
+    assert shape(random(20000, 9) * torch.tensor([1, 1, 1, 0, 0, 0, 0, 0, 0])) == pytest.approx(3, abs=0.05)
 
 
 def test_sign_flip_null_equals_all_flips():
@@ -158,7 +161,7 @@ def test_sign_flip_null_equals_all_flips():
             for k in range(16)
         }
     )
-    drawn = [round(x, 9) for x in sign_flip_null(differences, 8000, 0).tolist()]
+    drawn = [round(x, 9) for x in sign_flip_null(differences, torch.zeros(4, 3), 8000, 0).tolist()]
     assert sorted(set(drawn)) == pytest.approx(every)
     shares = [drawn.count(x) / 8000 for x in sorted(set(drawn))]
     assert len(shares) == 8 and max(abs(share - 1 / 8) for share in shares) < 0.02  # a flip and its mirror are as long
@@ -167,7 +170,8 @@ def test_sign_flip_null_equals_all_flips():
 def test_sign_flips_tell_agreement_from_none():
     nothing, common = random(100, 20), random(100, 20) + 0.5
     for differences, agrees in ((nothing, False), (common, True)):
-        above = float(differences.double().mean(0).norm()) > float(sign_flip_null(differences, 1000, 0).quantile(0.95))
+        null = sign_flip_null(differences, torch.zeros(100, 20), 1000, 0)
+        above = float(differences.double().mean(0).norm()) > float(null.quantile(0.95))
         assert above is agrees
 
 
@@ -199,10 +203,10 @@ def test_resamples_drawn_in_parts_are_those_drawn_at_once(monkeypatch):
     calls = [
         lambda: bootstrap_unit(harmful, safe[:40], 9, 3, True),
         lambda: bootstrap_unit(harmful, safe, 9, 3, False, 17),
-        lambda: sign_flip_null(harmful - safe[:40], 9, 3),
+        lambda: sign_flip_null(harmful, safe[:40], 9, 3),
     ]
     at_once = [call() for call in calls]
-    monkeypatch.setattr("refusal.directions.DRAWS_AT_ONCE", 100)
+    monkeypatch.setattr("refusal.resampling.AT_ONCE", 100)
     for call, wanted in zip(calls, at_once, strict=True):
         assert torch.allclose(call(), wanted, rtol=1e-12, atol=1e-12)
 
@@ -217,9 +221,9 @@ def test_a_file_read_layer_by_layer_is_the_tensor(tmp_path, dtype):
     for name, value in data.items():
         stack = stacks[name]
         assert len(stack) == len(value) and stack.shape == value.shape
-        assert all(torch.equal(stack[:, layer], value[:, layer]) for layer in range(4))
-    assert torch.equal(stacks["train.safe"][order][order][:, 2], data["train.safe"][order][order][:, 2])
-    assert torch.equal(stacks["train.safe"][:7][2:][:, 3], data["train.safe"][2:7][:, 3]) and len(stacks["train.safe"][:7]) == 7
+        assert all(torch.equal(stack[:, layer][:], value[:, layer]) for layer in range(4))
+    assert torch.equal(stacks["train.safe"][order][order][:, 2][:], data["train.safe"][order][order][:, 2])
+    assert torch.equal(stacks["train.safe"][:7][2:][:, 3][:], data["train.safe"][2:7][:, 3]) and len(stacks["train.safe"][:7]) == 7
     topics = [f"topic {i % 8}" for i in range(len(data["val.harmful"]))]
     for pairing in ("matched", "shuffled", "unrelated"):
         ours, theirs = arm(stacks, pairing, 0), arm(data, pairing, 0)
@@ -228,13 +232,75 @@ def test_a_file_read_layer_by_layer_is_the_tensor(tmp_path, dtype):
         assert told[0] == told[1]
 
 
+def test_what_is_read_in_blocks_is_what_one_block_gives(tmp_path, monkeypatch):
+    data = activations(n=57, n_val=31)
+    save_file(data, tmp_path / "a.safetensors")
+    stacks = read_stacks(tmp_path / "a.safetensors")
+    reference = arm(data, "matched", 0).directions
+    topics = [f"topic {i % 8}" for i in range(31)]
+
+    def told():
+        harmful, safe = stacks["train.harmful"][:, 2], stacks["train.safe"][:, 2]
+        return (
+            [describe(arm(stacks, p, 0), stacks, p, reference, topics, 20, 20, 0) for p in ("matched", "unrelated")],
+            spectrum_row(harmful, safe, 20, 0),
+            paired_svd(harmful, safe, 3),
+        )
+
+    at_once, in_blocks = told(), []
+    monkeypatch.setattr("refusal.directions.BLOCK", 1)  # d_model rows
+    assert [len(part) for part in blocks(stacks["train.harmful"][:, 0])] == [12, 12, 12, 12, 9]
+    for draws in (7, 300):
+        monkeypatch.setattr("refusal.resampling.AT_ONCE", draws)
+        in_blocks.append(told())
+    for metrics, row, vectors in in_blocks:
+        assert flat(metrics) == pytest.approx(flat(at_once[0]), rel=1e-9, abs=1e-12, nan_ok=True)
+        assert row == pytest.approx(at_once[1], rel=1e-9)
+        assert captured(vectors, at_once[2][0]) == pytest.approx(1) == captured(vectors, at_once[2][2])
+    # And by numpy, all rows at once.
+    differences = (data["train.harmful"].double() - data["train.safe"].double())[:, 2].numpy()
+    _, values, right = np.linalg.svd(differences, full_matrices=False)
+    assert in_blocks[0][1]["first_share"] == pytest.approx(values[0] ** 2 / (values**2).sum())
+    np.testing.assert_allclose(np.abs(in_blocks[0][2].numpy() @ right[:3].T), np.eye(3), atol=1e-9)
+
+
+def flat(value):
+    """The numbers in nested lists and dicts, in order; None is NaN."""
+    if isinstance(value, dict | list):
+        return [number for item in (value.values() if isinstance(value, dict) else value) for number in flat(item)]
+    return [math.nan if value is None else float(value)]
+
+
+def test_memory_does_not_grow_with_the_prompts(tmp_path, monkeypatch):
+    """A layer of the larger file is 32 MB in float64 (all rows at once take 170), and of a prompt a number a layer is kept."""
+    monkeypatch.setattr("refusal.directions.BLOCK", 2**16)
+    monkeypatch.setattr("refusal.resampling.AT_ONCE", 2**16)
+    names = [f"{split}.{name}" for split in ("train", "val") for name in ("harmful", "safe")]
+    for n in (1000, 16_000):
+        path = tmp_path / f"{n}.safetensors"
+        with Writer(path, dict.fromkeys(names, (torch.float32, (n, 2, 256)))) as out:
+            for number, name in enumerate(names):
+                for first in range(0, n, 1000):
+                    out.put(name, range(first, first + 1000), number + random(1000, 2, 256, seed=n + first + number))
+    peaks = {}
+    for n in (1000, 16_000, 1000, 16_000):  # the second time, all is imported and allocated that stays
+        stacks, told = read_stacks(tmp_path / f"{n}.safetensors"), []
+        with Peak() as peak:
+            a = arm(stacks, "matched", 0)
+            told.append(describe(a, stacks, "matched", a.directions, range(n), 8, 8, 0))
+            told.append(spectrum_row(a.harmful[:, 1], a.safe[:, 1], 8, 0))
+        peaks[n] = peak.mb
+        assert told[0]["n_harmful"] == told[1]["n"] == n and told[0]["layers"] == [0, 1]
+    assert peaks[16_000] < peaks[1000] + 40
+
+
 def test_a_file_cut_short_while_it_is_read_is_said(tmp_path):
     save_file(activations(), tmp_path / "a.safetensors")
     stack = read_stacks(tmp_path / "a.safetensors")["val.unrelated"]
     with (tmp_path / "a.safetensors").open("r+b") as file:
         file.truncate(1000)
     with pytest.raises(RefusalError, match="became shorter"):
-        _ = stack[:, 0]
+        _ = stack[:, 0][:]
 
 
 def test_separation_interval_equals_naive_resampling_of_topics():

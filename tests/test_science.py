@@ -5,6 +5,7 @@ import torch
 
 from refusal.arms import BASELINE_ARM
 from refusal.directions import difference_in_means
+from refusal.estimators import logistic, whitened
 from refusal.science import (
     RANKS,
     best_on_val,
@@ -44,7 +45,7 @@ def found(sets):
 
 def test_single_arms_are_each_estimator_at_each_defined_layer(sets, found):
     v = torch.randn(D, dtype=torch.float64)
-    arms = single_arms(found, sets[0], sets[1], 2, 1.0, v / v.norm(), affine=True)
+    arms = single_arms(found, sets[0], sets[1], 2, 1.0, v / v.norm(), affine=True, fitted_on=range(N))
     names = ["rank_1", "difference.1", "difference.3", "optimised"]
     names += [f"{family}.{i}" for family in ("logistic", "whitened", "paired_svd", "affine") for i in (1, 2, 3)]
     assert sorted(arm.name for arm in arms) == sorted(names) and arms[0].name == "rank_1"
@@ -53,9 +54,22 @@ def test_single_arms_are_each_estimator_at_each_defined_layer(sets, found):
     offset = by_name["affine.3"].cell.offset
     assert torch.allclose(offset, torch.stack([m.double() @ found["unit"][3] for m in sets[1].double().mean(0)]))
     # Another alpha than 1 makes rank_1's layer an arm of its own at alpha 1.
-    other = single_arms(found, sets[0], sets[1], 2, 0.75, v / v.norm(), affine=False)
+    other = single_arms(found, sets[0], sets[1], 2, 0.75, v / v.norm(), affine=False, fitted_on=range(N))
     assert {"rank_1", "difference.2"} <= {arm.name for arm in other} and not any(arm.family == "affine" for arm in other)
     assert next(arm for arm in other if arm.name == "rank_1").cell.alpha == 0.75
+
+
+def test_estimators_that_need_all_pairs_at_once_are_fitted_on_the_pairs_given(sets, found):
+    whole, few = (
+        {a.name: a for a in single_arms(found, sets[0], sets[1], 2, 1.0, found["unit"][1], affine=False, fitted_on=on)}
+        for on in (range(N), [1, 4, 9, 16, 25])
+    )
+    for name in ("logistic.1", "whitened.3"):
+        family, layer = name.split(".")
+        fit = {"logistic": logistic, "whitened": whitened}[family]
+        wanted = fit(*(sets[side][[1, 4, 9, 16, 25], int(layer)] for side in (0, 1)))
+        assert torch.allclose(few[name].basis[0], wanted) and not torch.allclose(whole[name].basis[0], wanted)
+    assert torch.equal(few["paired_svd.2"].basis, whole["paired_svd.2"].basis)  # all pairs, however many
 
 
 def test_subspace_arms_hold_the_ranks_that_the_layers_allow(sets, found):
@@ -85,7 +99,7 @@ def test_planted_arms_leave_nothing_of_the_truth_in_the_rest(found):
 
 
 def test_best_on_val_is_the_best_score_and_the_first_of_those_that_tie(sets, found):
-    arms = single_arms(found, sets[0], sets[1], 2, 1.0, found["unit"][1], affine=False)
+    arms = single_arms(found, sets[0], sets[1], 2, 1.0, found["unit"][1], affine=False, fitted_on=range(N))
     half = Judged("compliance", 1.0, 0.5, False, False)
     judged = {arm.name: [NO, NO] for arm in arms} | {
         "logistic.1": [YES, None],
@@ -111,7 +125,7 @@ def table(**arms):
 
 
 def test_a_table_and_its_verdict(sets, found):
-    arms = single_arms(found, sets[0], sets[1], 2, 1.0, found["unit"][1], affine=False)
+    arms = single_arms(found, sets[0], sets[1], 2, 1.0, found["unit"][1], affine=False, fitted_on=range(N))
     single, weak = arms[0], arms[1]
     several = subspace_arms(found, sets[0], sets[1], 2, [2, 3, 1], "resid_pre")[0]
     yes, no = [YES] * 60, [NO] * 60

@@ -36,7 +36,7 @@ def test_the_interval_of_auroc_is_that_of_pairs_counted_one_by_one():
     harmful, safe, topics = rng.integers(0, 9, 40) + 1, rng.integers(0, 9, 40), [i % 12 for i in range(40)]
     found = auroc(torch.tensor(harmful), torch.tensor(safe), topics, 50, 3)
     areas = []
-    for weight in resampled_weights(topics, 50, 3).tolist():
+    for weight in torch.cat(list(resampled_weights(topics, 50, 3))).tolist():
         rows = [(i, j) for i in range(40) for j in range(40) for _ in range(int(weight[i] * weight[j]))]
         areas.append(np.mean([(harmful[i] > safe[j]) + 0.5 * (harmful[i] == safe[j]) for i, j in rows]))
     assert [found["auroc_low"], found["auroc_high"]] == pytest.approx(np.quantile(areas, [0.025, 0.975]))
