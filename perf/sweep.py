@@ -173,6 +173,17 @@ def side_by_side(console: Console, n_prompts: int, n_new: int, rounds: int) -> d
     return {"crew_ratio_to_torch_threads": round(found.ratio("torch threads", "crew").median, 2), "crew_same_tokens": same}
 
 
+def beside(console: Console, model: PreTrainedModel, prompts: Sequence[Sequence[int]], n_new: int) -> dict:
+    """Ours to `generate8` on a GPU, which is not of record."""
+    v = workload.random_directions(1, model.config.hidden_size)
+    arms = {"generate8": lambda: generate8(model, prompts, v[0], n_new), "ours": lambda: ours(model, prompts, v, n_new, SLOTS)}
+    found = measure(arms, console)
+    ratio = found.ratio("generate8", "ours")
+    same, _ = compare(found.values["ours"], found.values["generate8"], [[1.0]] * len(prompts))
+    console.print(f"{model.device}, {model.dtype}: generate8 takes {ratio} times as long; the same tokens in {same:.4f} of rows")
+    return {"gpu_ratio_to_generate8": round(ratio.median, 2)}
+
+
 def run(console: Console, n_prompts: int = workload.N_PROMPTS, n_new: int = workload.MAX_NEW_TOKENS, rounds: int = 3) -> dict:
     """Time the arms, compare their tokens, print the table and return the scalars."""
     model, prompts = workload.model(), workload.prompts(n_prompts)
@@ -209,4 +220,5 @@ def run(console: Console, n_prompts: int = workload.N_PROMPTS, n_new: int = work
         "seconds": round(found.median("ours"), 2),
         "peak_mb": round(found.peak_mb["ours"]),
         **side_by_side(console, n_prompts, n_new // 2, rounds),
+        **(beside(console, workload.model(device="cuda"), prompts, n_new) if torch.cuda.is_available() else {}),
     }

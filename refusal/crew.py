@@ -18,16 +18,13 @@ R = TypeVar("R")
 SMALL = 10_000_000  # parameters up to which two threads of Python on one core each beat one on two, measured 1.5 times
 
 
-FEW = 32  # items that are not worth cutting in two
-
-
-def shares(n: int, most: int) -> list[slice]:
-    """`n` items as jobs of at most `most` items: as few as that takes but an even number, of like size.
+def shares(n: int, most: int, few: int) -> list[slice]:
+    """`n` items as jobs of at most `most` items, of like size: as few as that takes, but an even number beyond `few` items.
 
     So that two threads end together; the same jobs however many threads there are.
     """
     count = -(-n // most)
-    count += count % 2 if n > FEW else 0
+    count += count % 2 if n > few else 0
     return [slice(n * i // count, n * (i + 1) // count) for i in range(count)]
 
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 ROWS = 32  # a batch: more are no faster, and pad more
+FEW = 16  # rows that are not worth cutting in two
 LOG_PROBS = 1 << 28  # bytes of log probabilities that a batch may hold, of the reference and of an edited model each
 CODE = (activations, anatomy, interventions, sys.modules[__name__])
 
@@ -80,7 +81,7 @@ def costs(
     row = 4 * (max(map(len, answers), default=0) + 1) * reference.config.vocab_size
     batch_size = max(1, min(batch_size, ROWS, LOG_PROBS // row))
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]) + len(answers[i]))
-    batches = [order[share] for share in shares(len(order), batch_size)]
+    batches = [order[share] for share in shares(len(order), batch_size, FEW)]
     shared = {"reference": list(key), "edited": [list(e.key) for e in edited.values()]}
     jobs = [
         (stores.key("cost", *CODE, **shared, rows=[[list(prompts[i]), list(answers[i])] for i in batch]), batch)

@@ -11,6 +11,7 @@ columns, which are distances between positions since a row's tokens are side by 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 from jaxtyping import Float
 from torch import Tensor
@@ -99,14 +100,16 @@ class SlotCache(Cache):
             if not layer.is_initialized:
                 layer.lazy_initialization(*states)
             for kept, new in zip((layer.keys, layer.values), states, strict=True):
-                for row, n in enumerate(lengths):
-                    kept[slot + row, :, self.end - n : self.end] = new[row, :, :n]
+                row = 0
+                for n, alike in groupby(lengths):  # side by side: one copy
+                    last = row + len(list(alike))
+                    kept[slot + row : slot + last, :, self.end - n : self.end] = new[row:last, :, :n]
+                    row = last
 
     def move_rows(self, into: Sequence[int], source: Sequence[int]) -> None:
         """Slot `into[i]` takes what slot `source[i]` holds; no slot is in both."""
         for kept in self._tensors():
-            for i, s in zip(into, source, strict=True):
-                kept[i, :, : self.end] = kept[s, :, : self.end]
+            kept[list(into), :, : self.end] = kept[list(source), :, : self.end]
 
     def move_window(self, end: int, rows: int, width: int) -> None:
         """The last `width` columns of the first `rows` slots end in column `end` from here on."""

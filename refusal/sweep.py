@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 CODE = (activations, anatomy, generation, interventions, kv_cache)
 ROUNDS = 4  # batches in a unit of work
+FEW = 128  # rows: fewer take as long as half of them
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,7 @@ def complete(
     def cut(weights: str, cells: Sequence[Cell], built: str | None) -> None:
         rows = sorted((len(prompts[p]), p, c) for p in range(len(prompts)) for c in range(len(cells)))
         marks = [cell.fingerprint() for cell in cells]
-        for share in shares(len(rows), ROUNDS * batch_size):
+        for share in shares(len(rows), ROUNDS * batch_size, FEW):
             unit = [(p, c) for _, p, c in rows[share]]
             what = [[list(prompts[p]), marks[c]] for p, c in unit]
             jobs.append((stores.key("completions", *CODE, weights=weights, **shared, rows=what), _Unit(cells, unit, built)))

@@ -128,7 +128,7 @@ def test_a_large_model_and_a_single_thread_have_no_crew(model, threads, monkeypa
 
 def test_shares_are_even_in_number_and_size_and_hold_every_item_once():
     for n, most in ((0, 4), (1, 4), (32, 100), (33, 100), (40, 32), (200, 32), (9400, 1024), (5200, 1024), (7, 2)):
-        cut = shares(n, most)
+        cut = shares(n, most, 32)
         assert [i for share in cut for i in range(n)[share]] == list(range(n))
         sizes = [share.stop - share.start for share in cut]
         assert max(sizes, default=0) <= most and max(sizes, default=0) - min(sizes, default=0) <= 1

@@ -1,7 +1,10 @@
 """The sweep's arms say the same and compute as many tokens as their closed forms say."""
 
+from io import StringIO
+
 import pytest
 import torch
+from rich.console import Console
 from tiny import tiny_direction, tiny_model
 
 from perf import sweep
@@ -36,6 +39,9 @@ def test_all_arms_find_the_same_tokens(model):
     assert [sweep.recompute(model, PROMPTS, v, N_NEW) for v in directions] == by_cell
     assert sweep.ours(model, PROMPTS, directions, N_NEW, 4) == [*by_cell[0], *by_cell[1]]
     assert sweep.compare(sweep.ours(model, PROMPTS, directions[:1], N_NEW, 4), by_cell[0], gaps[: len(PROMPTS)]) == (1.0, 0)
+    said = Console(file=StringIO(), width=200)
+    assert sweep.beside(said, model, PROMPTS, N_NEW)["gpu_ratio_to_generate8"] > 0
+    assert "the same tokens in 1.0000 of rows" in said.file.getvalue()
     for cell, v in enumerate(directions):
         with intervene(model, ablation(v, 1.0, "paper")):
             for row, prompt in enumerate(PROMPTS):
