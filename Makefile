@@ -6,7 +6,7 @@ READY := .venv/ready
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export VIRTUAL_ENV := $(CURDIR)/.venv
 
-.PHONY: help setup repro plan compare picture test plots perf slow soak organisms full lint lock
+.PHONY: help setup repro plan compare picture test plots perf cuda slow soak organisms full lint lock
 
 help: ## what can be made
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -34,6 +34,9 @@ plots: $(READY) ## every plot as one page, dvc_plots/index.html
 
 perf: $(READY) ## measure speed and memory beside common practice (about half an hour on 2 cores)
 	python -m perf
+
+cuda: $(READY) ## the tests that need a GPU
+	python -m pytest -q -m cuda
 
 slow: $(READY) ## the tests that train organisms on other seeds
 	python -m pytest -q -m slow

@@ -1,4 +1,4 @@
-"""A GPU gives what the CPU gives, in float32, and runs out of memory as is foreseen."""
+"""A GPU gives what the CPU gives, in float32, and runs out of memory as is foreseen. `make cuda`."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ from refusal.store import Store
 from refusal.subspace import random_subspaces
 from refusal.sweep import BASELINE, complete
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+pytestmark = pytest.mark.cuda
 PROMPTS = [[11, 12, *tokens] for tokens in sequences((3, 9, 5, 5, 1), 2)]
 V = tiny_direction()
 

@@ -31,6 +31,7 @@ PAGES = ("README.md", "CONTRIBUTING.md", "docs/one-number.md", "docs/mistakes.md
 # Where a command is not run as it stands: what is put in its place, and why. Each must occur.
 INSTEAD = [
     (r"^make test$", "", "these tests are what it runs"),
+    (r"^make cuda$", "", "no GPU is asked of a test"),
     (r"^make lint$", "", "what .ci/run runs after these tests; the small study lacks the files"),
     (r"make setup", r"cp -r ../.venv .\nmake setup", "no packages from the network: the environment is that of these tests"),
     (r"https://github\.com/<owner>/<repository> <path>/", "{tmp}/theirs ", "a Git repository on this machine"),
