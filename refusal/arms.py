@@ -1,7 +1,7 @@
 """Arms of a behavioural comparison: what is done to the model, by name, and its completions through the resume store.
 
-A `Cell` of the sweep is one direction; an arm may ablate a subspace, or a direction of its own at each layer. Its batches are
-then its own; arms of one direction share batches as cells do.
+Arms that ablate one direction or subspace everywhere are cells of the sweep, and share its batches. An arm may also ablate a
+direction of its own at each layer; its batches are then its own.
 """
 
 from __future__ import annotations
@@ -65,20 +65,10 @@ def direction_arm(
 
 
 def subspace_arm(
-    name: str, family: str, basis: Float[Tensor, "k d_model"], sites: str, alpha: float = 1.0, layer: int | None = None
+    name: str, family: str, basis: Float[Tensor, "k d_model"], alpha: float = 1.0, layer: int | None = None
 ) -> Arm:
-    """The ablation of the span of orthonormal rows."""
-    if len(basis) == 1:
-        return direction_arm(name, family, basis[0], alpha, layer)
-    return Arm(
-        name,
-        family,
-        layer,
-        alpha,
-        basis,
-        build=lambda: [Ablation(basis[None], torch.tensor([alpha]), sites)],
-        digest=_digest("subspace", sites, alpha, basis),
-    )
+    """The ablation of the span of orthonormal rows, at the sites that the whole comparison ablates at."""
+    return Arm(name, family, layer, alpha, basis, Cell(name, layer, alpha, basis if len(basis) > 1 else basis[0]))
 
 
 def per_layer_arm(
@@ -107,9 +97,9 @@ def complete_arms(
 ) -> dict[str, list[list[int]]]:
     """Greedy completions {arm name: [token ids of each prompt]}, as `sweep.complete` gives them for cells."""
     cells = [Cell(arm.name, arm.layer, arm.alpha, arm.cell.direction, arm.cell.offset) for arm in arms if arm.cell]
-    built = {arm.name: (arm.digest, arm.build) for arm in arms if arm.build is not None}
+    edits = {arm.name: (edit(arm, sites), fingerprint(arm, sites)) for arm in arms if arm.cell is None}
     rest = (sites, stop, pad_id, max_new_tokens, batch_size, store, label)
-    found = complete(model, weights, prompts, cells, *rest, built=built)
+    found = complete(model, weights, prompts, cells, *rest, edits=edits)
     return {arm.name: found[arm.name] for arm in arms}
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Literal, cast
 
 import torch
 from torch import Tensor
@@ -26,6 +26,9 @@ from refusal.memory import fitting
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+Where = Literal["prefill", "last", "all"]
+WHERE: tuple[Where, ...] = ("prefill", "last", "all")
+
 
 @torch.inference_mode()
 def generate(
@@ -38,19 +41,20 @@ def generate(
     addition: Addition | None = None,
     rows: Sequence[int] | None = None,
     slots: int | None = None,
+    where: Where = "prefill",
 ) -> list[list[int]]:
     """Greedy completion of each prompt, without its stop token, at most `max_new_tokens` tokens.
 
-    `ablation` acts on prompt and completion alike; `addition` acts on the prompt alone, since adding at
-    every decoded token makes garbage that substring matching calls refusal. Prompt i takes row `rows[i]`, as constructed, of an
-    intervention with more than one row; row i by default. At most `slots` prompts are decoded at once, all by
-    default; where memory runs out they are halved, and all begins anew.
+    `ablation` acts on prompt and completion alike; `addition` on the whole prompt alone, on its last token alone, or on
+    `all` tokens, of which it makes garbage that substring matching calls refusal. Prompt i takes row `rows[i]`, as
+    constructed, of an intervention with more than one row; row i by default. At most `slots` prompts are decoded at once, all
+    by default; where memory runs out they are halved, and all begins anew.
     """
     if not prompts or max_new_tokens < 1:
         return [[] for _ in prompts]
 
     def decoded(slots: int) -> list[list[int]]:
-        job = _Job(model, prompts, stop, max_new_tokens, pad_id, ablation, addition, rows or range(len(prompts)), slots)
+        job = _Job(model, prompts, stop, max_new_tokens, pad_id, ablation, addition, rows or range(len(prompts)), slots, where)
         with nullcontext() if ablation is None else intervene(model, ablation):
             return job.run()
 
@@ -74,9 +78,11 @@ class _Job:
         addition: Addition | None,
         rows: Sequence[int],
         slots: int,
+        where: Where,
     ):
         self.model, self.prompts, self.stop, self.pad_id = model, prompts, frozenset(stop), pad_id
         self.max_new_tokens, self.ablation, self.addition, self.slots = max_new_tokens, ablation, addition, slots
+        self.where = where
         self.rows = rows if self._many(ablation) or self._many(addition) else [0] * len(prompts)
         self.waiting = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         self.completions: list[list[int]] = [[] for _ in prompts]
@@ -138,7 +144,7 @@ class _Job:
         width = max(map(len, inputs))
         ids = torch.tensor([[*tokens, *[self.pad_id] * (width - len(tokens))] for tokens in inputs], device=self.model.device)
         self._assign(rows)
-        with self._adding(rows, 0):
+        with self._adding(rows, len(rows) if self.where == "last" else 0):
             self.model.base_model(input_ids=ids, past_key_values=cache, use_cache=True)
         return [(cast(Tensor, layer.keys), cast(Tensor, layer.values)) for layer in cast(list[DynamicLayer], cache.layers)]
 
@@ -154,7 +160,7 @@ class _Job:
             mask = torch.arange(width + 1, device=device) >= width - lengths[:, None]
         rows = [self.rows[i] for i in self.live]
         self._assign(rows)
-        with self._adding(rows, n_before):
+        with self._adding(rows, 0 if self.where == "all" else n_before):
             logits = self.model(
                 input_ids=torch.tensor(self.tokens, device=device)[:, None],
                 position_ids=lengths[:, None],

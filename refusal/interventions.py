@@ -27,7 +27,8 @@ SITES = ("resid_pre", "paper", "writes")
 class Ablation:
     """r <- r - alpha B^T (B r - o): takes the component in the span of B out of the stream, a basis and alpha a row.
 
-    basis: orthonormal rows B, [rows, k, d_model]. One of the rows a batch row, or a leading 1 for all of them.
+    basis: orthonormal rows B, [rows, k, d_model]. One of the rows a batch row, or a leading 1 for all of them. A basis of
+        fewer dimensions than others ends in rows of zeros.
     alpha: [rows], or a leading 1.
     sites: one of SITES.
     offset: o, [rows, n_layers, k]: the component is sent there instead of to zero (`ablation.kind: affine`), at each
@@ -59,7 +60,9 @@ class Ablation:
             raise RefusalError("an ablation's basis, alpha and offset differ in their rows or in their rank k.")
         basis, alpha = (t.detach().expand(rows, *t.shape[1:]) for t in (basis, alpha))
         gram = basis.double() @ basis.double().mT
-        off = (gram - torch.eye(basis.shape[1], dtype=gram.dtype, device=gram.device)).abs().amax((1, 2))
+        used = (basis != 0).any(-1)
+        used[:, :1] = True
+        off = (gram - torch.diag_embed(used.to(gram.dtype))).abs().amax((1, 2))
         if not (off[alpha.to(off.device) != 0] < 1e-3).all() or not basis.isfinite().all():
             raise RefusalError("a direction to ablate is not a unit vector (or a basis not orthonormal): normalise it.")
         self.basis, self.alpha, self.sites, self.layers = basis, alpha, sites, layers

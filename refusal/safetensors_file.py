@@ -243,10 +243,11 @@ class Layer:
         (_, n_layers, d_model), dtype = self.stack.shape, DTYPES[entry.dtype]
         found = torch.empty(len(rows), d_model, dtype=dtype)
         width, data = d_model * dtype.itemsize, found.view(torch.uint8).numpy()
+        first, step = shard.data_start + entry.begin + self.index * width, n_layers * width
         with shard.path.open("rb", buffering=0) as file:
-            for to, row in enumerate(rows):
-                file.seek(shard.data_start + entry.begin + (row * n_layers + self.index) * width)
-                if file.readinto(data[to]) != width:
+            at = file.fileno()
+            for to, row in zip(data, rows, strict=True):
+                if os.preadv(at, [to], first + row * step) != width:
                     raise RefusalError(f"{shard.where}: the file became shorter while it was read: run again.")
         return found
 

@@ -101,10 +101,10 @@ def subspace_arms(
     directions as far as there are layers; and the arm in which every layer ablates its own direction."""
     unit = found["unit"].double()
     arms = [
-        subspace_arm(f"svd_{k}", "subspace", paired_svd(harmful[:, layer], safe[:, layer], k), sites, layer=layer) for k in RANKS
+        subspace_arm(f"svd_{k}", "subspace", paired_svd(harmful[:, layer], safe[:, layer], k), layer=layer) for k in RANKS
     ]
     arms += [
-        subspace_arm(f"qr_{k}", "subspace", qr_of_layers(unit, layers_best_first[:k]), sites)
+        subspace_arm(f"qr_{k}", "subspace", qr_of_layers(unit, layers_best_first[:k]))
         for k in RANKS
         if k <= len(layers_best_first)
     ]
@@ -112,7 +112,7 @@ def subspace_arms(
 
 
 def control_arms(
-    harmless: Mapping[str, Tensor], n_random: int, n_subspaces: int, layer: int, sites: str, seed: int
+    harmless: Mapping[str, Tensor], n_random: int, n_subspaces: int, layer: int, seed: int
 ) -> list[Arm]:
     """Random directions, random subspaces of each rank, and the difference of two harmless sets at `layer`, at alpha 1.
 
@@ -129,7 +129,7 @@ def control_arms(
     arms += [direction_arm(f"random_{i}", "random_1", v) for i, v in enumerate(random_unit(d_model, n_random, seed))]
     for k in RANKS:
         drawn = random_subspaces(d_model, k, n_subspaces, seed + k)
-        arms += [subspace_arm(f"random_{k}.{i}", f"random_{k}", basis, sites) for i, basis in enumerate(drawn)]
+        arms += [subspace_arm(f"random_{k}.{i}", f"random_{k}", basis) for i, basis in enumerate(drawn)]
     return arms
 
 

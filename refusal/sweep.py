@@ -1,11 +1,12 @@
 """Completions of many prompts under many interventions, through the resume store.
 
-A *cell* is one intervention: a direction (or none) with an alpha. Rows of all cells are put in order of prompt length
-and cut into units of at most ROUNDS batches. A unit decodes a batch at a time, new rows entering as others end, and is stored
-whole: its composition is fixed, so rows come out the same whatever else is stored, and a run that was interrupted meets
-the same units again and ends in the same bytes. What a kill costs is the unit at hand, at most ROUNDS batches. What a unit
-gains: its slots run empty once and not once a batch (where completions end anywhere up to the limit, a batch alone decodes
-half empty, ROUNDS = 4 of them a quarter), and the prompts' common beginning is computed once a cell and unit.
+A *cell* is one intervention: a direction (or none, or the span of several) with an alpha. Rows of all cells are put in order of
+prompt length and cut into units of at most ROUNDS batches. A unit decodes a batch at a time, new rows entering as others
+end, and is stored whole: its composition is fixed, so rows come out the same whatever else is stored, and a run that was
+interrupted meets the same units again and ends in the same bytes. What a kill costs is the unit at hand, at most ROUNDS
+batches. What a unit gains: its slots run empty once and not once a batch (where completions end anywhere up to the limit, a
+batch alone decodes half empty, ROUNDS = 4 of them a quarter), and the prompts' common beginning is computed once a cell and
+unit.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -26,8 +28,8 @@ from refusal import store as stores
 from refusal.crew import crew, shares
 from refusal.directions import random_unit
 from refusal.errors import RefusalError
-from refusal.generation import generate
-from refusal.interventions import Ablation, Addition, ablation, intervene
+from refusal.generation import Where, generate
+from refusal.interventions import Ablation, Addition
 from refusal.selection import cell_name
 from refusal.store import Store
 
@@ -41,12 +43,13 @@ FEW = 128  # rows: fewer take as long as half of them
 
 @dataclass(frozen=True)
 class Cell:
-    """One intervention: its name, the unit direction with its alpha (None: no ablation), and the affine offset by layer."""
+    """One intervention: its name, what is ablated (a unit direction, an orthonormal basis, or None) with its alpha, and a
+    direction's affine offset by layer."""
 
     name: str
     layer: int | None = None
     alpha: float = 0.0
-    direction: Float[Tensor, " d_model"] | None = None
+    direction: Float[Tensor, " d_model"] | Float[Tensor, "k d_model"] | None = None
     offset: Float[Tensor, " n_layers"] | None = None
 
     def fingerprint(self) -> list:
@@ -95,15 +98,17 @@ def grid(
 
 def ablation_of(cells: Sequence[Cell], sites: str) -> Ablation:
     """One ablation whose row i is `cells[i]`; a cell without a direction gets alpha 0 and is left as it is."""
-    width = next(len(cell.direction) for cell in cells if cell.direction is not None)
+    bases = [None if cell.direction is None else torch.atleast_2d(cell.direction) for cell in cells]
+    k, d_model = (max(b.shape[axis] for b in bases if b is not None) for axis in (0, 1))
     depth = next((len(cell.offset) for cell in cells if cell.offset is not None), 0)
-    zeros, rest = torch.zeros(width, dtype=torch.float64), torch.zeros(depth, dtype=torch.float64)
-    return ablation(
-        torch.stack([zeros if cell.direction is None else cell.direction.double() for cell in cells]),
-        torch.tensor([cell.alpha for cell in cells], dtype=torch.float64),
-        sites,
-        torch.stack([rest if cell.offset is None else cell.offset.double() for cell in cells]) if depth else None,
-    )
+    basis, offset = (torch.zeros(len(cells), *shape, dtype=torch.float64) for shape in ((k, d_model), (depth, 1)))
+    for i, (cell, given) in enumerate(zip(cells, bases, strict=True)):
+        if given is not None:
+            basis[i, : len(given)] = given
+        if cell.offset is not None:
+            offset[i, :, 0] = cell.offset
+    alpha = torch.tensor([cell.alpha for cell in cells], dtype=torch.float64)
+    return Ablation(basis, alpha, sites, offset if depth else None)
 
 
 def complete(
@@ -119,13 +124,14 @@ def complete(
     store: Store,
     label: str,
     addition: tuple[Float[Tensor, " d_model"], int] | None = None,
-    built: Mapping[str, tuple[str, Callable[[], Sequence[Ablation]]]] = MappingProxyType({}),
+    where: Where = "prefill",
+    edits: Mapping[str, tuple[Callable[[Any], AbstractContextManager], Sequence[object]]] = MappingProxyType({}),
 ) -> dict[str, list[list[int]]]:
     """Greedy completions {cell name: [token ids of each prompt]}, in the order of `prompts`.
 
     `weights` is the checkpoint's hash; `batch_size` the rows decoded at once; `addition` a raw difference and its layer, added
-    to every row's prompt. `built` names edits that are no cell: the hash of what one does, and what makes its ablations; its
-    batches are its own.
+    to every row `where` `generate` says. `edits` names what is no cell: an edit of the model and all that determines it; its
+    batches are its own. So are those of cells that ablate several dimensions.
     """
     shared = {
         "dtype": str(model.dtype),
@@ -134,21 +140,22 @@ def complete(
         "stop": sorted(stop),
         "max_new_tokens": max_new_tokens,
         "batch_size": batch_size,
-        "addition": None if addition is None else [_digest(addition[0]), addition[1]],
+        "addition": None if addition is None else [_digest(addition[0]), addition[1], where],
     }
     jobs: list[tuple[str, _Unit]] = []
 
-    def cut(weights: str, cells: Sequence[Cell], built: str | None) -> None:
+    def cut(weights: str, cells: Sequence[Cell], edit: str | None = None) -> None:
         rows = sorted((len(prompts[p]), p, c) for p in range(len(prompts)) for c in range(len(cells)))
         marks = [cell.fingerprint() for cell in cells]
         for share in shares(len(rows), ROUNDS * batch_size, FEW):
             unit = [(p, c) for _, p, c in rows[share]]
             what = [[list(prompts[p]), marks[c]] for p, c in unit]
-            jobs.append((stores.key("completions", *CODE, weights=weights, **shared, rows=what), _Unit(cells, unit, built)))
+            jobs.append((stores.key("completions", *CODE, weights=weights, **shared, rows=what), _Unit(cells, unit, edit)))
 
-    cut(weights, cells, None)
-    for name, (digest, _) in built.items():
-        cut(f"{weights}+{digest}", [BASELINE], name)
+    for several in (False, True):
+        cut(weights, [cell for cell in cells if (cell.direction is not None and cell.direction.ndim > 1) is several])
+    for name, (_, what) in edits.items():
+        cut(f"{weights}+{what}", [BASELINE], name)
 
     def compute(model: PreTrainedModel, unit: _Unit) -> bytes:
         used = sorted({c for _, c in unit.rows})
@@ -156,23 +163,23 @@ def complete(
         edit = ablation_of(chosen, sites) if any(cell.direction is not None for cell in chosen) else None
         add = None if addition is None else Addition(*addition)
         ids, row = [prompts[p] for p, _ in unit.rows], [used.index(c) for _, c in unit.rows]
-        with intervene(model, *(built[unit.built][1]() if unit.built else ())):
-            return json.dumps(generate(model, ids, stop, max_new_tokens, pad_id, edit, add, row, batch_size)).encode()
+        with edits[unit.edit][0](model) if unit.edit else nullcontext():
+            return json.dumps(generate(model, ids, stop, max_new_tokens, pad_id, edit, add, row, batch_size, where)).encode()
 
-    found: dict[str, list[list[int]]] = {name: [[] for _ in prompts] for name in (*(cell.name for cell in cells), *built)}
+    found: dict[str, list[list[int]]] = {name: [[] for _ in prompts] for name in (*(cell.name for cell in cells), *edits)}
     with crew(model, compute, len(jobs)) as (run, pool):
         for (_, unit), value in zip(jobs, store.run(jobs, run, label, "unit", pool), strict=True):
             for (p, c), tokens in zip(unit.rows, json.loads(value), strict=True):
-                found[unit.built or unit.cells[c].name][p] = tokens
+                found[unit.edit or unit.cells[c].name][p] = tokens
     return found
 
 
 class _Unit(NamedTuple):
-    """What is decoded and stored together: rows (prompt, cell), under an edit of `built` where one is named."""
+    """What is decoded and stored together: rows (prompt, cell), under one of `edits` where it is named."""
 
     cells: Sequence[Cell]
     rows: list[tuple[int, int]]
-    built: str | None
+    edit: str | None
 
 
 def _digest(tensor: Tensor) -> str:

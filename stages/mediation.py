@@ -53,7 +53,7 @@ def mediation(study: Study, truth: Any) -> dict[str, Any]:
     single = single_arms(found, harmful, safe, layer, study.rank_1["alpha"], vector, affine, fitted_on)
     several = subspace_arms(found, harmful, safe, layer, order, sites)
     planted = [] if truth is None else planted_arms(truth, found)
-    controls = control_arms(study.harmless_difference, s.n_random, b.n_subspaces, layer, sites, s.seed)
+    controls = control_arms(study.harmless_difference, s.n_random, b.n_subspaces, layer, s.seed)
     arms = [BASELINE_ARM, *single, *several, *planted]
 
     val = [study.rows["val"][i] for i in part(len(study.rows["val"]), b.n_val, s.seed)]

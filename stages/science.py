@@ -120,20 +120,22 @@ def projections(study: Study) -> tuple[list, dict[str, Any]]:
 
 def additions(study: Study) -> dict[str, Any]:
     """Refusal of safe test prompts when rank_1's raw difference is added, and when a random vector of its length is."""
-    from refusal.additions import WHERE, added
     from refusal.directions import random_unit
+    from refusal.generation import WHERE
     from refusal.science import refusal_three_ways
+    from refusal.sweep import BASELINE, complete
 
     test, layer, s = study.rows["test"], study.rank_1["layer"], study.params.science
     rows = [test[i] for i in part(len(test), study.budget.n_test, s.seed)]
     prompts = [r["safe"] for r in rows]
     vector = study.found["difference"][layer]
     vectors = {"difference": vector, "random": random_unit(len(vector), 1, s.seed)[0] * vector.norm()}
+    given = (study.model, study.weights, study.ids(prompts), [BASELINE], study.params.ablation.sites)
     found: dict[str, Any] = {}
     for name, v in vectors.items():
         for where in WHERE:
-            tokens = added(study.model, study.weights, study.ids(prompts), v, layer, where, **study.decoding())
-            texts = study.texts(tokens)
+            label, how = f"science: {name} added, {where}", study.decoding()
+            texts = study.texts(complete(*given, **how, label=label, addition=(v, layer), where=where)["baseline"])
             judged = study.judge(prompts, texts, f"judge: {name} added, {where}", study.organism)
             found.setdefault(name, {})[where] = refusal_three_ways(prompts, texts, judged, study.organism) | {
                 "n": len(prompts),
@@ -213,29 +215,25 @@ def strengths(study: Study) -> dict[str, Any]:
     """Compliance, coherence and cost against alpha at the three sites and as weights, and where each falls off."""
     from refusal.alphas import PLACES, cliff, diverges_beyond, edited_weights, left_of_oldest
     from refusal.arms import complete_arms, direction_arm, edit, fingerprint
-    from refusal.sweep import BASELINE, complete
+    from refusal.sweep import complete
     from refusal.verdicts import summary
 
     b, p, layer = study.budget, study.params, study.rank_1["layer"]
     test = [study.rows["test"][i] for i in part(len(study.rows["test"]), b.n_alpha, p.science.seed)]
     prompts, topics = [r["harmful"] for r in test], [r["topic"] for r in test]
-    ids, decoding, unit = study.ids(prompts), study.decoding(), study.found["unit"][layer]
+    ids, unit = study.ids(prompts), study.found["unit"][layer]
     arms = [direction_arm(f"alpha {alpha:g}", "alpha", unit, alpha, layer) for alpha in b.alphas]
     rows = []
-    opened: dict[str, Callable[[Any], AbstractContextManager]]
+    edits: dict[str, tuple[Callable[[Any], AbstractContextManager], list]]
     for place in PLACES:
+        decoding = study.decoding() | {"label": f"science: alphas, {place}"}
         if place == "weights":
-            tokens = {}
-            opened = {arm.name: partial(edited_weights, direction=unit, alpha=arm.alpha) for arm in arms}
-            for arm in arms:
-                key, label = fingerprint(arm, place), f"{arm.name}, {place}"
-                with opened[arm.name](study.model):
-                    done = complete(study.model, f"{study.weights}+{key}", ids, [BASELINE], "resid_pre", **decoding, label=label)
-                tokens[arm.name] = done["baseline"]
+            edits = {a.name: (partial(edited_weights, direction=unit, alpha=a.alpha), fingerprint(a, place)) for a in arms}
+            tokens = complete(study.model, study.weights, ids, [], "resid_pre", **decoding, edits=edits)
         else:
-            tokens = complete_arms(study.model, study.weights, ids, arms, place, **decoding, label=f"science: alphas, {place}")
-            opened = {arm.name: edit(arm, place) for arm in arms}
-        costs = study.costs({arm.name: (opened[arm.name], fingerprint(arm, place)) for arm in arms}, f"cost: {place}")
+            edits = {a.name: (edit(a, place), fingerprint(a, place)) for a in arms}
+            tokens = complete_arms(study.model, study.weights, ids, arms, place, **decoding)
+        costs = study.costs(edits, f"cost: {place}")
         for arm in arms:
             judged = study.judge(prompts, study.texts(tokens[arm.name]), f"judge: {arm.name}, {place}", study.organism)
             said = summary(judged, topics, p.science.n_resamples, p.science.seed, f"{arm.name}, {place}", p.judge.allow_missing)

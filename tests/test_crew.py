@@ -80,7 +80,7 @@ def test_completions_and_counts_are_those_of_one_thread(model, threads, tmp_path
     arms = [
         BASELINE_ARM,
         direction_arm("one", "single", unit[0], 1.0, 1),
-        subspace_arm("three", "subspace", three, "resid_pre"),
+        subspace_arm("three", "subspace", three),
         per_layer_arm("each", "per_layer", unit, [1, 2], "resid_pre"),
     ]
     found, kept, counts = [], [], []

@@ -7,13 +7,13 @@ from test_damage import ANSWERS, sequences
 from tiny import PRE_NORM, tiny_direction, tiny_model
 
 from refusal import memory
-from refusal.additions import WHERE, added
 from refusal.alphas import edited_weights
 from refusal.arms import BASELINE_ARM, complete_arms, direction_arm, edit, fingerprint, per_layer_arm, subspace_arm
 from refusal.collection import collect
 from refusal.damage import Edited, costs
 from refusal.errors import RefusalError
 from refusal.estimators import optimised
+from refusal.generation import WHERE
 from refusal.models import load_model
 from refusal.resident import Resident
 from refusal.sensitivity import collect as collect_at_end
@@ -49,7 +49,7 @@ def test_completions_of_directions_subspaces_and_layers(tmp_path, model_type, si
     arms = [
         BASELINE_ARM,
         direction_arm("one", "difference", V.double(), 0.7),
-        subspace_arm("two", "subspace", random_subspaces(32, 2, 1, 0)[0], sites),
+        *(subspace_arm(f"span of {k}", "subspace", random_subspaces(32, k, 1, 0)[0]) for k in (2, 3)),
         per_layer_arm("each", "per_layer", tiny_direction(rows=3).double(), [0, 2], sites),
     ]
     cpu, gpu = (
@@ -63,11 +63,9 @@ def test_additions(tmp_path):
     found = []
     for model in both():
         store = Store(tmp_path / model.device.type)
-        rows = [added(model, "w", PROMPTS, 3 * V, 1, where, {5}, 0, 6, 8, store) for where in WHERE]
-        swept = complete(model, "w", PROMPTS, [BASELINE], "resid_pre", {5}, 0, 6, 8, store, "test", (3 * V, 1))
-        assert swept["baseline"] == rows[0]
-        found.append(rows)
-    assert found[0] == found[1]
+        rest = ("resid_pre", {5}, 0, 6, 8, store, "test", (3 * V, 1))
+        found.append([complete(model, "w", PROMPTS, [BASELINE], *rest, where)["baseline"] for where in WHERE])
+    assert found[0] == found[1] and len({str(rows) for rows in found[0]}) > 1
 
 
 def test_costs_of_hooks_and_of_weights(tmp_path):

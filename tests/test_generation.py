@@ -7,7 +7,7 @@ from tiny import tiny_direction, tiny_model
 from refusal import activations
 from refusal.anatomy import SUPPORTED
 from refusal.errors import RefusalError
-from refusal.generation import generate
+from refusal.generation import WHERE, generate
 from refusal.interventions import Addition, ablation, intervene
 from refusal.kv_cache import SlotCache
 
@@ -41,13 +41,13 @@ def model(request):
 
 
 @torch.no_grad()
-def naive(model, ids, n_new=N_NEW, edit=None, vector=None, layer=None):
-    """One prompt, no cache, no stop: the whole text anew for each token; the vector is added at prompt positions only."""
+def naive(model, ids, n_new=N_NEW, edit=None, vector=None, layer=None, where="prefill"):
+    """One prompt, no cache, no stop: the whole text anew for each token; the vector is added at the prompt, its end or all."""
     tokens = []
 
     def add(_module, args, kwargs):
         r = (args[0] if args else kwargs["hidden_states"]).clone()
-        r[:, : len(ids)] += vector
+        r[:, {"prefill": slice(len(ids)), "last": slice(len(ids) - 1, len(ids)), "all": slice(None)}[where]] += vector
         return ((r, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": r})
 
     for _ in range(n_new):
@@ -114,14 +114,16 @@ def test_rows_of_different_interventions_share_a_batch(model, sites):
     assert [changed[i] for i in (0, 6)] == [False, False] and sum(changed) >= 4  # alpha 0 does nothing, the others do
 
 
-def test_addition_acts_on_the_prompt_alone(model):
+@pytest.mark.parametrize("where", WHERE)
+def test_addition_acts_where_it_is_said_to(model, where):
     vector = 4 * tiny_direction(seed=3)
-    wanted = [naive(model, ids, vector=vector, layer=1) for ids in PROMPTS]
-    assert generate(model, PROMPTS, (), N_NEW, 0, addition=Addition(vector, 1)) == wanted
-    assert sum(a != b for a, b in zip(wanted, generate(model, PROMPTS, (), N_NEW, 0), strict=True)) >= 4
-    with intervene(model, Addition(vector, 1)):  # at every position, decoding included: another thing
-        everywhere = generate(model, PROMPTS, (), N_NEW, 0)
-    assert everywhere != wanted
+    for prompts, slots in ((PROMPTS, None), (ENTERING, 4)):
+        wanted = [naive(model, ids, vector=vector, layer=1, where=where) for ids in prompts]
+        assert generate(model, prompts, (), N_NEW, 0, addition=Addition(vector, 1), slots=slots, where=where) == wanted
+        others = [None, *(w for w in WHERE if w != where)]
+        for other in others:
+            edit = None if other is None else Addition(vector, 1)
+            assert generate(model, prompts, (), N_NEW, 0, addition=edit, where=other or "all") != wanted
 
 
 def test_addition_with_ablation_and_rows_that_end(model):

@@ -114,10 +114,14 @@ def test_basis_of_rank_two(model, sites):
         together = model(IDS).logits
     with intervene(model, ablation(basis[0], 1.0, sites), ablation(basis[1], 1.0, sites)):
         one_by_one = model(IDS).logits
-    with intervene(model, Ablation(basis.expand(3, 2, 32), torch.ones(1), sites)):
+    smaller = torch.stack([basis[0], torch.zeros(32)])
+    with intervene(model, Ablation(torch.stack([basis, smaller, basis]), torch.ones(1), sites)):
         per_row = model(IDS).logits
+    with intervene(model, ablation(basis[0], 1.0, sites)):
+        of_one = model(IDS).logits
     assert (together - one_by_one).abs().max() < 1e-5
-    assert (together - per_row).abs().max() < 1e-5
+    assert (together - per_row)[[0, 2]].abs().max() < 1e-5
+    assert (of_one - per_row)[1].abs().max() < 1e-5 < 1e-2 < (of_one - together)[1].abs().max()
 
 
 def test_affine_sends_the_component_to_its_offset(model):
@@ -265,6 +269,8 @@ def test_blocks_called_by_keyword(model):
         (lambda: ablation(tiny_direction(), 1.0, "everywhere"), "sites"),
         (lambda: ablation(2 * tiny_direction(), 1.0, "paper"), "unit"),
         (lambda: ablation(torch.full((32,), float("nan")), 1.0, "paper"), "unit"),
+        (lambda: ablation(torch.zeros(32), 1.0, "paper"), "unit"),
+        (lambda: Ablation(tiny_direction().expand(1, 2, 32), torch.ones(1), "paper"), "orthonormal"),
         (lambda: ablation(tiny_direction(), 1.0, "writes", torch.zeros(3)), "resid_pre"),
         (lambda: ablation(tiny_direction(rows=3), torch.ones(2), "paper"), "rows"),
         (lambda: Ablation(torch.ones(32), torch.ones(1), "paper"), "d_model"),

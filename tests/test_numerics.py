@@ -83,9 +83,9 @@ def test_a_rank_larger_than_the_data_is_refused_and_says_how_many_pairs_there_ar
 def test_unrelated_prompts_that_are_the_safe_ones_are_no_control():
     safe = torch.randn(6, 3, 8, generator=torch.Generator().manual_seed(0))
     of = [vars(difference_in_means(unrelated, safe)) for unrelated in (safe + 1, safe.flip(0))]
-    assert control_arms(of[0], 1, 1, 2, "resid_pre", 0)[0].name == "harmless_difference"
+    assert control_arms(of[0], 1, 1, 2, 0)[0].name == "harmless_difference"
     with pytest.raises(RefusalError, match=r"prompts\.unrelated: .* layer 2 .* give other safe prompts"):
-        control_arms(of[1], 1, 1, 2, "resid_pre", 0)
+        control_arms(of[1], 1, 1, 2, 0)
 
 
 def one_layer(folder: Path) -> None:

@@ -82,7 +82,7 @@ def test_subspace_arms_hold_the_ranks_that_the_layers_allow(sets, found):
 
 def test_control_arms(sets):
     harmless = vars(difference_in_means(sets[2], sets[1]))
-    arms = control_arms(harmless, 10, 2, 2, "resid_pre", 0)
+    arms = control_arms(harmless, 10, 2, 2, 0)
     counts = {family: sum(arm.family == family for arm in arms) for family in ("harmless", "random_1", "random_2", "random_5")}
     assert counts == {"harmless": 1, "random_1": 10, "random_2": 2, "random_5": 2}
     expected = sets[2][:, 2].double().mean(0) - sets[1][:, 2].double().mean(0)

@@ -1,5 +1,7 @@
 """The sweep: every completion lands in its own cell, nothing is computed twice, and the best cells are chosen as said."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from tiny import tiny_direction, tiny_model
@@ -7,10 +9,11 @@ from tiny import tiny_direction, tiny_model
 from refusal import sweep
 from refusal.directions import random_unit
 from refusal.errors import RefusalError
-from refusal.generation import generate
+from refusal.generation import WHERE, generate
 from refusal.interventions import Addition, ablation
 from refusal.selection import cell_name, rank
 from refusal.store import Store
+from refusal.subspace import random_subspaces
 from refusal.sweep import BASELINE, Cell, ablation_of, complete, grid
 
 STOP, N_NEW = {5, 17}, 8
@@ -89,8 +92,10 @@ def test_affine_cells_and_the_baseline_share_a_batch(model, tmp_path):
 
 def test_addition_reaches_every_row(model, tmp_path):
     vector = 4 * tiny_direction(seed=9)
-    found = run(model, Store(tmp_path / "s.sqlite"), [BASELINE], addition=(vector, 1))
-    assert found["baseline"] == [generate(model, [ids], STOP, N_NEW, 0, None, Addition(vector, 1))[0] for ids in PROMPTS]
+    store = Store(tmp_path / "s.sqlite")
+    for where in WHERE:  # one store: where is in the key
+        found = run(model, store, [BASELINE], addition=(vector, 1), where=where)["baseline"]
+        assert found == [generate(model, [ids], STOP, N_NEW, 0, None, Addition(vector, 1), where=where)[0] for ids in PROMPTS]
 
 
 def test_a_second_run_computes_nothing(model, tmp_path, calls):
@@ -138,6 +143,8 @@ CHANGES = {
     "length": {"max_new_tokens": 9},
     "batch_size": {"batch_size": 99},
     "addition": {"addition": (tiny_direction(), 1)},
+    "basis": {"chosen": [Cell("cell_0", 0, 1.0, random_subspaces(32, 2, 1, 0)[0])]},
+    "edit": {"edits": {"cell_0": (lambda model: nullcontext(), ["nothing"])}, "chosen": []},
     "prompt": {"prompts": [PROMPTS[0][:-1], *PROMPTS[1:]]},
     "alpha": {"chosen": [Cell("cell_0", 0, 1.25, tiny_direction().double())]},
     "direction": {"chosen": [Cell("cell_0", 0, 1.0, tiny_direction(seed=1).double())]},
