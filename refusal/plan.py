@@ -98,12 +98,12 @@ def steps(params: Params, size: Size, prompts: Prompts) -> list[Step]:
         "activations": total(read(collected, len(params.activations.methods)), (int("batched" in params.activations.methods), 0)),
         "sweep": completed(["val.harmful"], cells),
         # Baseline, run time, weights, harmless difference and random directions; addition; then the cost on harmless text of
-        # each of these and of every alpha, beside the base model; and the identity, which is two.
+        # each of these and of every alpha, beside the base model twice; and the identity, which is two.
         "evaluate": total(
             completed(test, arms),
             completed(["test.safe"]),
             completed(["test.unrelated"]),
-            read(["test.unrelated"], arms + len(s.alphas) + 2 * params.orthogonalize.include_embedding, new),
+            read(["test.unrelated"], 1 + arms + len(s.alphas) + 2 * params.orthogonalize.include_embedding, new),
         ),
     }
     # The science stage: every arm on val, one of each estimator on test, controls; what each costs; then its other sections.

@@ -130,8 +130,10 @@ def complete(
     """Greedy completions {cell name: [token ids of each prompt]}, in the order of `prompts`.
 
     `weights` is the checkpoint's hash; `batch_size` the rows decoded at once; `addition` a raw difference and its layer, added
-    to every row `where` `generate` says. `edits` names what is no cell: an edit of the model and all that determines it; its
-    batches are its own. So are those of cells that ablate several dimensions.
+    to every row `where` `generate` says. `edits` names what is no cell: an edit of the model and all that determines it.
+
+    Its batches are its own. So are those of cells that ablate several dimensions, and of cells of no layer: the baseline and
+    random directions are the same whatever directions were found, and another study of the model finds them in the store.
     """
     shared = {
         "dtype": str(model.dtype),
@@ -152,8 +154,11 @@ def complete(
             what = [[list(prompts[p]), marks[c]] for p, c in unit]
             jobs.append((stores.key("completions", *CODE, weights=weights, **shared, rows=what), _Unit(cells, unit, edit)))
 
-    for several in (False, True):
-        cut(weights, [cell for cell in cells if (cell.direction is not None and cell.direction.ndim > 1) is several])
+    alike: dict[tuple[bool, bool], list[Cell]] = {}
+    for cell in cells:
+        alike.setdefault((cell.layer is None, cell.direction is not None and cell.direction.ndim > 1), []).append(cell)
+    for group in alike.values():
+        cut(weights, group)
     for name, (_, what) in edits.items():
         cut(f"{weights}+{what}", [BASELINE], name)
 

@@ -44,9 +44,9 @@ def test_counts_by_hand():
     assert (found["sweep"].passes, found["sweep"].tokens) == (9 * 3 * 8, 9 * 3 * (10 + 6))
     assert found["model"].passes == 6 * 8
     # Eight prompts by baseline, run time, weights, harmless difference and two random directions; four with addition, four
-    # harmless; then each of these six, two alphas and the base model, and the identity with the base model beside it.
-    assert found["evaluate"].passes == (6 * 8 + 4 + 4) * 8 + (6 + 2 + 2) * 4
-    assert found["evaluate"].tokens == (6 * 8 + 4 + 4) * 16 + (6 + 2 + 2) * 4 * 17
+    # harmless; then each of these six, two alphas and twice the base model, and the identity with the base model beside it.
+    assert found["evaluate"].passes == (6 * 8 + 4 + 4) * 8 + (1 + 6 + 2 + 2) * 4
+    assert found["evaluate"].tokens == (6 * 8 + 4 + 4) * 16 + (1 + 6 + 2 + 2) * 4 * 17
     assert found["orthogonalize"].n_bytes == 2 * 3 * 4000
     assert found["model"].n_bytes == 2 * 4000 and sum(step.calls for step in found.values()) == 0
 

@@ -123,17 +123,15 @@ def test_an_interrupted_run_goes_on(model, tmp_path, calls, monkeypatch):
     assert len(calls) == n_units
 
 
-def test_a_row_does_not_depend_on_what_is_stored(model, tmp_path, calls, monkeypatch):
-    """Two sweeps of one store that share some cells share no unit, and come out as each alone does."""
-    store = Store(tmp_path / "s.sqlite")
-    run(model, store, cells()[:2])
+def test_another_study_finds_what_belongs_to_no_layer(model, tmp_path, calls):
+    """Two sweeps of one store share the baseline and the random direction, and come out as each alone does."""
+    store, random = Store(tmp_path / "s.sqlite"), Cell("random_0", None, 1.0, tiny_direction(seed=9).double())
+    run(model, store, [BASELINE, *cells()[1:3], random])
     calls.clear()
-    forwards = []
-    handle = model.register_forward_pre_hook(lambda *_: forwards.append(1))
-    after = run(model, store)
-    n_after = len(forwards)
-    assert run(model, Store(tmp_path / "fresh.sqlite")) == after and len(forwards) == 2 * n_after
-    handle.remove()
+    after = run(model, store, [BASELINE, *cells()[2:], random])
+    assert sum(calls) == 3 * len(PROMPTS)
+    assert run(model, Store(tmp_path / "fresh.sqlite"), [BASELINE, *cells()[2:], random]) == after
+    assert sum(calls) == (3 + 5) * len(PROMPTS)
 
 
 CHANGES = {
