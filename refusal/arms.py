@@ -58,17 +58,24 @@ def direction_arm(
     alpha: float = 1.0,
     layer: int | None = None,
     offset: Float[Tensor, " n_layers"] | None = None,
+    fixed: bool = False,
 ) -> Arm:
-    """The ablation of one unit direction, at the sites that the whole comparison ablates at; `offset` as in Cell."""
-    cell = Cell(name, layer, alpha, direction, offset)
+    """The ablation of one unit direction, at the sites that the whole comparison ablates at; `offset`, `fixed` as in Cell."""
+    cell = Cell(name, layer, alpha, direction, offset, fixed)
     return Arm(name, family, layer, alpha, direction[None], cell)
 
 
 def subspace_arm(
-    name: str, family: str, basis: Float[Tensor, "k d_model"], alpha: float = 1.0, layer: int | None = None
+    name: str,
+    family: str,
+    basis: Float[Tensor, "k d_model"],
+    alpha: float = 1.0,
+    layer: int | None = None,
+    fixed: bool = False,
 ) -> Arm:
-    """The ablation of the span of orthonormal rows, at the sites that the whole comparison ablates at."""
-    return Arm(name, family, layer, alpha, basis, Cell(name, layer, alpha, basis if len(basis) > 1 else basis[0]))
+    """The ablation of the span of orthonormal rows, at the sites that the whole comparison ablates at; `fixed` as in Cell."""
+    cell = Cell(name, layer, alpha, basis if len(basis) > 1 else basis[0], fixed=fixed)
+    return Arm(name, family, layer, alpha, basis, cell)
 
 
 def per_layer_arm(
@@ -96,7 +103,7 @@ def complete_arms(
     label: str,
 ) -> dict[str, list[list[int]]]:
     """Greedy completions {arm name: [token ids of each prompt]}, as `sweep.complete` gives them for cells."""
-    cells = [Cell(arm.name, arm.layer, arm.alpha, arm.cell.direction, arm.cell.offset) for arm in arms if arm.cell]
+    cells = [arm.cell for arm in arms if arm.cell]
     edits = {arm.name: (edit(arm, sites), fingerprint(arm, sites)) for arm in arms if arm.cell is None}
     rest = (sites, stop, pad_id, max_new_tokens, batch_size, store, label)
     found = complete(model, weights, prompts, cells, *rest, edits=edits)

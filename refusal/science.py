@@ -86,7 +86,7 @@ def single_arms(
         arms.append(direction_arm(f"paired_svd.{i}", "paired_svd", paired_svd(harmful[:, i], safe[:, i], 1)[0], 1.0, i))
         if affine:
             arms.append(direction_arm(f"affine.{i}", "affine", unit[i], 1.0, i, safe_mean @ unit[i]))
-    return [*arms, direction_arm("optimised", "optimised", optimised)]
+    return [*arms, direction_arm("optimised", "optimised", optimised, fixed=True)]
 
 
 def subspace_arms(
@@ -126,16 +126,16 @@ def control_arms(
         )
     arms = [direction_arm("harmless_difference", "harmless", unit[layer], 1.0, layer)]
     d_model = unit.shape[1]
-    arms += [direction_arm(f"random_{i}", "random_1", v) for i, v in enumerate(random_unit(d_model, n_random, seed))]
+    arms += [direction_arm(f"random_{i}", "random_1", v, fixed=True) for i, v in enumerate(random_unit(d_model, n_random, seed))]
     for k in RANKS:
         drawn = random_subspaces(d_model, k, n_subspaces, seed + k)
-        arms += [subspace_arm(f"random_{k}.{i}", f"random_{k}", basis) for i, basis in enumerate(drawn)]
+        arms += [subspace_arm(f"random_{k}.{i}", f"random_{k}", basis, fixed=True) for i, basis in enumerate(drawn)]
     return arms
 
 
 def planted_arms(truth: Tensor, found: Mapping[str, Tensor]) -> list[Arm]:
     """The planted direction, and each layer's difference-in-means less its part along it: is it by that part that it works?"""
-    arms = [direction_arm("planted", "planted", truth)]
+    arms = [direction_arm("planted", "planted", truth, fixed=True)]
     for i in found["defined"].nonzero().flatten().tolist():
         rest = found["unit"][i].double() - (found["unit"][i].double() @ truth) * truth
         arms.append(direction_arm(f"less_planted.{i}", "less_planted", rest / rest.norm(), 1.0, i))

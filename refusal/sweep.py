@@ -44,20 +44,21 @@ FEW = 128  # rows: fewer take as long as half of them
 @dataclass(frozen=True)
 class Cell:
     """One intervention: its name, what is ablated (a unit direction, an orthonormal basis, or None) with its alpha, and a
-    direction's affine offset by layer."""
+    direction's affine offset by layer. `fixed`: it is the same whatever directions were found."""
 
     name: str
     layer: int | None = None
     alpha: float = 0.0
     direction: Float[Tensor, " d_model"] | Float[Tensor, "k d_model"] | None = None
     offset: Float[Tensor, " n_layers"] | None = None
+    fixed: bool = False
 
     def fingerprint(self) -> list:
         """All that determines what the cell does, for a store's key."""
         return [self.alpha, *(None if t is None else _digest(t) for t in (self.direction, self.offset))]
 
 
-BASELINE = Cell("baseline")
+BASELINE = Cell("baseline", fixed=True)
 
 
 def grid(
@@ -87,10 +88,11 @@ def grid(
         if layer not in usable:
             raise RefusalError(f"params.yaml: sweep.layers: layer {layer} has no direction; choose among {usable}")
 
-    def cell(name: str, layer: int | None, alpha: float, direction: Tensor) -> Cell:
-        return Cell(name, layer, alpha, direction, safe_mean.double() @ direction.double() if affine else None)
+    def cell(name: str, layer: int | None, alpha: float, direction: Tensor, fixed: bool = False) -> Cell:
+        return Cell(name, layer, alpha, direction, safe_mean.double() @ direction.double() if affine else None, fixed)
 
-    randoms = [cell(f"random_{i}", None, 1.0, v) for i, v in enumerate(random_unit(unit.shape[1], n_random, seed))]
+    drawn = random_unit(unit.shape[1], n_random, seed)
+    randoms = [cell(f"random_{i}", None, 1.0, v, fixed=not affine) for i, v in enumerate(drawn)]
     differences = [cell(f"harmless_{i}", None, 1.0, harmless["unit"][i]) for i in layers if harmless["defined"][i]]
     chosen = [cell(cell_name(layer, alpha), layer, alpha, unit[layer]) for layer in layers for alpha in alphas]
     return [BASELINE, *randoms, *differences, *chosen]
@@ -132,8 +134,8 @@ def complete(
     `weights` is the checkpoint's hash; `batch_size` the rows decoded at once; `addition` a raw difference and its layer, added
     to every row `where` `generate` says. `edits` names what is no cell: an edit of the model and all that determines it.
 
-    Its batches are its own. So are those of cells that ablate several dimensions, and of cells of no layer: the baseline and
-    random directions are the same whatever directions were found, and another study of the model finds them in the store.
+    Its batches are its own. So are those of cells that ablate several dimensions, and of `fixed` cells, which another study of
+    the model finds in the store.
     """
     shared = {
         "dtype": str(model.dtype),
@@ -156,7 +158,7 @@ def complete(
 
     alike: dict[tuple[bool, bool], list[Cell]] = {}
     for cell in cells:
-        alike.setdefault((cell.layer is None, cell.direction is not None and cell.direction.ndim > 1), []).append(cell)
+        alike.setdefault((cell.fixed, cell.direction is not None and cell.direction.ndim > 1), []).append(cell)
     for group in alike.values():
         cut(weights, group)
     for name, (_, what) in edits.items():

@@ -150,11 +150,10 @@ def main(params: Params) -> str:
         return Edited(base, [hashes[id(base)], *fingerprint(arm, sites)], edit(arm, sites))
 
     runs_on = [params.model.dtype, params.model.device]
-    # What depends on no direction that was found has jobs of its own, which another study of the model finds in the store.
-    fixed, found_here = ([cell for cell in cells if (cell.layer is None) is without] for without in (True, False))
-    price = priced({cell.name: ablated(cell, params.ablation.sites) for cell in fixed}, base, "cost: controls")
-    rest = {cell.name: ablated(cell, params.ablation.sites) for cell in found_here}
-    price |= priced(rest | {"orthogonalized": Edited(edited, [hashes[id(edited)]])}, base, "cost")
+    # What is the same whatever directions were found has jobs of its own: another study of the model finds it in the store.
+    fixed, ours = ({c.name: ablated(c, params.ablation.sites) for c in cells if c.fixed is apart} for apart in (True, False))
+    price = priced(fixed, base, "cost: controls")
+    price |= priced(ours | {"orthogonalized": Edited(edited, [hashes[id(edited)]])}, base, "cost")
     metrics["n_harmless"] = len(kept)
     for arm, names in {
         "baseline": ["baseline"],

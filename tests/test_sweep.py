@@ -123,9 +123,9 @@ def test_an_interrupted_run_goes_on(model, tmp_path, calls, monkeypatch):
     assert len(calls) == n_units
 
 
-def test_another_study_finds_what_belongs_to_no_layer(model, tmp_path, calls):
+def test_another_study_finds_what_is_fixed(model, tmp_path, calls):
     """Two sweeps of one store share the baseline and the random direction, and come out as each alone does."""
-    store, random = Store(tmp_path / "s.sqlite"), Cell("random_0", None, 1.0, tiny_direction(seed=9).double())
+    store, random = Store(tmp_path / "s.sqlite"), Cell("random_0", None, 1.0, tiny_direction(seed=9).double(), fixed=True)
     run(model, store, [BASELINE, *cells()[1:3], random])
     calls.clear()
     after = run(model, store, [BASELINE, *cells()[2:], random])
@@ -203,6 +203,10 @@ def test_grid_is_baseline_controls_and_every_defined_layer_with_every_alpha():
     assert all(cell.layer is None and cell.alpha == 1.0 for cell in made[1:7])
     assert all(torch.equal(cell.direction, harmless["unit"][i]) for i, cell in zip((1, 3, 4), made[4:7], strict=True))
     assert made[0].direction is None
+    # Another study's offsets are others.
+    assert [cell.fixed for cell in made] == [True] * 4 + [False] * 11
+    affine = grid(found_directions(), harmless, None, [0.75, 1.0], 3, 0, affine=True)
+    assert [cell.name for cell in affine if cell.fixed] == ["baseline"]
     assert [cell.name for cell in grid(found_directions(), harmless, [3], [1.0], 1, 0, affine=False)[2:]] == [
         "harmless_3",
         "layer_3_alpha_100",
