@@ -11,7 +11,7 @@ from torch import Tensor
 
 from refusal.activations import left_pad
 from refusal.anatomy import anatomy_of
-from refusal.directions import Directions, bootstrap_unit, cohens_d, cosine, difference_in_means, project
+from refusal.directions import BLOCK, Directions, bootstrap_unit, cohens_d, cosine, difference_in_means, project
 from refusal.geometry import Arm
 
 if TYPE_CHECKING:
@@ -36,7 +36,10 @@ def by_size(a: Arm, reference: Directions, paired: bool, n_resamples: int, seed:
     rows = []
     n_all = min(len(a.harmful), len(a.safe))
     for layer in a.directions.layers:
-        harmful, safe, unit = a.harmful[:, layer], a.safe[:, layer], a.directions.unit[layer]
+        sets = (a.harmful[:, layer], a.safe[:, layer])
+        # What is one block anyway is read once, not once a size.
+        harmful, safe = (rows[:] if rows.shape[0] * rows.shape[1] <= BLOCK else rows for rows in sets)
+        unit = a.directions.unit[layer]
         both = bool(reference.defined[layer])
         for n in sizes(n_all):
             drawn = (seed, paired) if n == n_all else (seed + n, paired, n)

@@ -203,8 +203,8 @@ def test_grid_is_baseline_controls_and_every_defined_layer_with_every_alpha():
     assert all(cell.layer is None and cell.alpha == 1.0 for cell in made[1:7])
     assert all(torch.equal(cell.direction, harmless["unit"][i]) for i, cell in zip((1, 3, 4), made[4:7], strict=True))
     assert made[0].direction is None
-    # Another study's offsets are others.
     assert [cell.fixed for cell in made] == [True] * 4 + [False] * 11
+    # Affine offsets are those of the study's own safe prompts.
     affine = grid(found_directions(), harmless, None, [0.75, 1.0], 3, 0, affine=True)
     assert [cell.name for cell in affine if cell.fixed] == ["baseline"]
     assert [cell.name for cell in grid(found_directions(), harmless, [3], [1.0], 1, 0, affine=False)[2:]] == [
