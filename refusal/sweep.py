@@ -132,10 +132,10 @@ def complete(
     """Greedy completions {cell name: [token ids of each prompt]}, in the order of `prompts`.
 
     `weights` is the checkpoint's hash; `batch_size` the rows decoded at once; `addition` a raw difference and its layer, added
-    to every row `where` `generate` says. `edits` names what is no cell: an edit of the model and all that determines it.
+    to every row, `where` as in `generate`. `edits` names what is no cell: an edit of the model and all that determines it.
 
-    Its batches are its own. So are those of cells that ablate several dimensions, and of `fixed` cells, which another study of
-    the model finds in the store.
+    An edit's batches are its own. So are those of cells that ablate several dimensions, and of `fixed` cells, which another
+    study of the model finds in the store.
     """
     shared = {
         "dtype": str(model.dtype),

@@ -54,7 +54,7 @@ def stage(main: Callable[..., str], online: "Callable[[Params], bool]" = lambda 
         print(f"{name}: {said}", file=sys.stderr)
         sys.exit(1)
     print(f"{name}: {line} ({time.monotonic() - started:.0f} s)", flush=True)
-    gc.freeze()  # the interpreter's last look through all objects takes two seconds, and the system takes the memory back anyway
+    gc.freeze()  # else the interpreter looks through all objects once more at its end, for two seconds
 
 
 def _stop_without_dvc(name: str) -> None:
