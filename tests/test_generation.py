@@ -120,10 +120,14 @@ def test_addition_acts_where_it_is_said_to(model, where):
     for prompts, slots in ((PROMPTS, None), (ENTERING, 4)):
         wanted = [naive(model, ids, vector=vector, layer=1, where=where) for ids in prompts]
         assert generate(model, prompts, (), N_NEW, 0, addition=Addition(vector, 1), slots=slots, where=where) == wanted
-        others = [None, *(w for w in WHERE if w != where)]
-        for other in others:
-            edit = None if other is None else Addition(vector, 1)
-            assert generate(model, prompts, (), N_NEW, 0, addition=edit, where=other or "all") != wanted
+        for other in WHERE:
+            elsewhere = generate(model, prompts, (), N_NEW, 0, addition=Addition(vector, 1), where=other)
+            assert (elsewhere == wanted) is (other == where)
+        changed = sum(a != b for a, b in zip(wanted, generate(model, prompts, (), N_NEW, 0), strict=True))
+        assert changed >= (1 if where == "last" else 4)  # at one token it does less
+        with intervene(model, Addition(vector, 1)):  # at every position, decoding included
+            everywhere = generate(model, prompts, (), N_NEW, 0)
+        assert (everywhere == wanted) is (where == "all")
 
 
 def test_addition_with_ablation_and_rows_that_end(model):

@@ -82,9 +82,10 @@ def test_every_completion_is_its_cells_and_prompts_own(model, tmp_path, sites, b
     assert len({str(runs) for runs in found.values()}) == 5  # the cells differ, so a mix-up would show
 
 
-def test_affine_cells_and_the_baseline_share_a_batch(model, tmp_path):
-    chosen = [BASELINE, Cell("affine", 1, 1.0, tiny_direction().double(), torch.tensor([0.5, -2.0, 3.0], dtype=torch.float64))]
+def test_affine_cells_and_others_share_a_batch(model, tmp_path, calls):
+    chosen = [Cell("baseline"), Cell("affine", 1, 1.0, tiny_direction().double(), torch.tensor([0.5, -2.0, 3.0], dtype=torch.float64))]
     found = run(model, Store(tmp_path / "s.sqlite"), chosen, batch_size=100)
+    assert calls == [2 * len(PROMPTS)]
     edit = lambda: ablation(chosen[1].direction, 1.0, "resid_pre", chosen[1].offset)  # noqa: E731
     assert found["affine"] == [generate(model, [ids], STOP, N_NEW, 0, edit())[0] for ids in PROMPTS]
     assert found["baseline"] == [generate(model, [ids], STOP, N_NEW, 0)[0] for ids in PROMPTS] != found["affine"]
@@ -100,7 +101,7 @@ def test_addition_reaches_every_row(model, tmp_path):
 
 def test_a_second_run_computes_nothing(model, tmp_path, calls):
     first = run(model, Store(tmp_path / "s.sqlite"))
-    assert calls == [7] * 5  # 35 rows in as few units of at most ROUNDS * 2 as hold them, of like size
+    assert calls == [7] * 5  # the baseline's, and 28 rows in as few units of at most ROUNDS * 2 as hold them, of like size
     calls.clear()
     assert run(model, Store(tmp_path / "s.sqlite")) == first and calls == []
 
