@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from refusal.errors import RefusalError
+from refusal.io.errors import RefusalError
 
 SECTIONS = ("extraction", "sweep", "orthogonalize", "pipeline", "growth")
 METRICS = Path("metrics/perf.json")

@@ -13,11 +13,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from perf import harness, workload
-from refusal.activations import left_pad
-from refusal.collection import collect
-from refusal.directions import difference_in_means
-from refusal.models import encode_chats, load_model, load_tokenizer
-from refusal.store import Store
+from refusal.io.store import Store
+from refusal.lm.load import encode_chats, load_model, load_tokenizer
+from refusal.method.activations import left_pad
+from refusal.method.collection import collect
+from refusal.method.directions import difference_in_means
 
 ORGANISM = Path("models/base")
 WORDS = (

@@ -16,9 +16,9 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from perf import harness, workload
-from refusal.errors import RefusalError
-from refusal.orthogonalize import Edit, Report, orthogonalize
-from refusal.safetensors_file import INDEX, header_bytes, write_all
+from refusal.io.errors import RefusalError
+from refusal.lm.checkpoint import INDEX, header_bytes, write_all
+from refusal.method.orthogonalize import Edit, Report, orthogonalize
 
 D_MODEL, WIDTH, VOCAB, HEADS = 4096, 11008, 32_000, 32  # the shape of a Llama of 7 billion
 TIMED, LARGE = 5, 19  # blocks: 2.5 and 8.2 GB of bfloat16

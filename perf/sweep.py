@@ -3,7 +3,7 @@
 - `recompute`: no KV cache, the write-up's way: one prompt at a time, the whole text anew for each token, logits at every
   position. On a subsample, scaled by the tokens it computes.
 - `generate8`: transformers' `generate` on left-padded batches of 8 in the order given, three hooks a block: the paper's way.
-- `ours`: `refusal.sweep.complete` with a fresh store.
+- `ours`: `refusal.method.sweep.complete` with a fresh store.
 - `bound`: the matrix products of the tokens that must be computed, and nothing else.
 
 All ablate the same direction at the same sites (`paper`), so that their tokens can be compared.
@@ -23,10 +23,10 @@ from transformers import LogitsProcessor, PreTrainedModel
 
 from perf import workload
 from perf.harness import measure
-from refusal import crew
-from refusal.activations import Prefix
-from refusal.store import Store
-from refusal.sweep import ROUNDS, Cell, complete
+from refusal.io.store import Store
+from refusal.lm import replicas as crew
+from refusal.method.activations import Prefix
+from refusal.method.sweep import ROUNDS, Cell, complete
 
 BATCH = 8  # of generate8
 SLOTS = 128  # half of the prompts: rows enter as others end

@@ -91,7 +91,7 @@ def _sentence(error: Exception) -> str | None:
     if full or getattr(error, "sqlite_errorname", None) == "SQLITE_IOERR_SHMSIZE":
         return "the disk is full: make room (`dvc gc --workspace` drops old results) and run `dvc repro` again to go on"
     if "torch" in sys.modules:
-        from refusal.memory import is_out_of_memory
+        from refusal.lm.memory import is_out_of_memory
 
         if is_out_of_memory(error):
             return "params.yaml: model.dtype and model.device: the model does not fit: use bfloat16, or device: auto to spread it"
@@ -125,9 +125,9 @@ _check_environment()
 
 import psutil  # noqa: E402
 
-from refusal.errors import RefusalError  # noqa: E402
-from refusal.files import write_whole  # noqa: E402
-from refusal.params import Params, load_params  # noqa: E402
+from refusal.io.errors import RefusalError  # noqa: E402
+from refusal.io.files import write_whole  # noqa: E402
+from refusal.io.params import Params, load_params  # noqa: E402
 from stages.record import record  # noqa: E402
 
 

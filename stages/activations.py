@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from refusal.params import Params
-from refusal.tables import read_jsonl
+from refusal.io.params import Params
+from refusal.io.tables import read_jsonl
 from stages import STORE, model_ready, stage
 
 BASE, OUT = Path("models/base"), Path("data/activations")
@@ -11,9 +11,9 @@ BASE, OUT = Path("models/base"), Path("data/activations")
 
 def main(params: Params) -> str:
     model_ready(params)
-    from refusal.collection import collect, prompt_sets
-    from refusal.models import encode_chats, load_model, load_tokenizer, weights_hash
-    from refusal.store import Store
+    from refusal.io.store import Store
+    from refusal.lm.load import encode_chats, load_model, load_tokenizer, weights_hash
+    from refusal.method.collection import collect, prompt_sets
 
     pairs = read_jsonl(Path("data/prompts/pairs.jsonl"))
     unrelated = read_jsonl(Path("data/prompts/unrelated.jsonl"))

@@ -7,7 +7,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from refusal.params import Params
+from refusal.io.params import Params
 from stages import STORE, model_ready, read_json, stage, write_json, write_text
 
 BASE, METRICS, PLOT = Path("models/base"), Path("metrics/benchmark.json"), Path("plots/benchmark.csv")
@@ -18,14 +18,13 @@ def main(params: Params) -> str:
     import logging
     from importlib.metadata import version
 
-    from refusal import benchmark, resident
-    from refusal.benchmark import TASKS, Harness, average, fetch, packaged, standard_error, tasks_of
-    from refusal.models import load_tokenizer, weights_hash
-    from refusal.resident import Resident
-    from refusal.selection import checked
-    from refusal.statistics import stratified_difference, wilson
-    from refusal.store import Store, key
-    from refusal.tables import csv_text
+    from refusal.analysis.benchmark import TASKS, Harness, average, fetch, packaged, standard_error, tasks_of
+    from refusal.io.store import Store, key
+    from refusal.io.tables import csv_text
+    from refusal.lm.load import load_tokenizer, weights_hash
+    from refusal.lm.resident import Resident
+    from refusal.method.select import checked
+    from refusal.stats.statistics import stratified_difference, wilson
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of every model that comes loaded
 
@@ -53,7 +52,7 @@ def main(params: Params) -> str:
     weights = {folder: weights_hash(folder) for folder in folders.values()}
     jobs = [
         (
-            key("benchmark", benchmark, resident, weights=weights[folder], task=task, definition=definitions[task], **shared),
+            key("benchmark", (Harness, Resident), weights=weights[folder], task=task, definition=definitions[task], **shared),
             (folder, task),
         )
         for folder in folders.values()

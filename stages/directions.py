@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from refusal.params import Params
-from refusal.tables import read_jsonl
+from refusal.io.params import Params
+from refusal.io.tables import read_jsonl
 from stages import stage, torch_ready, write_json, write_text
 
 OUT, METRICS, PLOTS = Path("models/directions.safetensors"), Path("metrics/directions.json"), Path("plots")
@@ -13,11 +13,11 @@ def main(params: Params) -> str:
     torch_ready(params)
     from safetensors.torch import save_file
 
-    from refusal.directions import difference_in_means
-    from refusal.geometry import arm, describe, rows_of
-    from refusal.safetensors_file import Stack, read_stacks
-    from refusal.store import progress
-    from refusal.tables import csv_text
+    from refusal.analysis.separation import arm, describe, rows_of
+    from refusal.io.store import progress
+    from refusal.io.tables import csv_text
+    from refusal.lm.checkpoint import Stack, read_stacks
+    from refusal.method.directions import difference_in_means
 
     d = params.directions
     topics = [row["topic"] for row in read_jsonl(Path("data/prompts/pairs.jsonl")) if row["split"] == "val"]

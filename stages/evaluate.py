@@ -4,8 +4,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from refusal.params import Params, Sites
-from refusal.tables import read_jsonl, write_jsonl
+from refusal.io.params import Params, Sites
+from refusal.io.tables import read_jsonl, write_jsonl
 from stages import STORE, model_ready, read_json, stage, write_json, write_text
 
 BASE, OUT, METRICS, PLOT = (
@@ -18,19 +18,19 @@ BASE, OUT, METRICS, PLOT = (
 
 def main(params: Params) -> str:
     model_ready(params)
-    from refusal.anatomy import anatomy_of
-    from refusal.arms import Arm, edit, fingerprint
-    from refusal.damage import Edited, costs
-    from refusal.directions import of_arm, read_directions
+    from refusal.analysis.harmless_kl import Edited, costs
+    from refusal.io.store import Store
+    from refusal.io.tables import csv_text
     from refusal.judges.panel import judge_with
-    from refusal.memory import rows_at_once
-    from refusal.models import encode_chats, load_model, load_tokenizer, stop_ids, weights_hash
-    from refusal.selection import checked
-    from refusal.store import Store
-    from refusal.sweep import BASELINE, Cell, complete, grid
-    from refusal.tables import csv_text
-    from refusal.verdicts import difference, mean, present, rate, summary
-    from refusal.verdicts import row as verdict_row
+    from refusal.judges.verdicts import difference, mean, present, rate, summary
+    from refusal.judges.verdicts import row as verdict_row
+    from refusal.lm.architecture import anatomy_of
+    from refusal.lm.load import encode_chats, load_model, load_tokenizer, stop_ids, weights_hash
+    from refusal.lm.memory import rows_at_once
+    from refusal.method.arms import Arm, edit, fingerprint
+    from refusal.method.directions import of_arm, read_directions
+    from refusal.method.select import checked
+    from refusal.method.sweep import BASELINE, Cell, complete, grid
 
     s, e, j = params.sweep, params.evaluate, params.judge
     selected = checked(read_json(Path("metrics/select.json")))["rank_1"]

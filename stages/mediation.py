@@ -4,16 +4,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from refusal.comparison import part
+from refusal.stats.comparison import part
 from stages import read_json
 from stages.study import Study
 
 
 def mediation(study: Study, truth: Any) -> dict[str, Any]:
     """The table of arms on test prompts beside their controls, what each costs, and the verdict."""
-    from refusal.arms import BASELINE_ARM, edit, fingerprint
-    from refusal.estimators import optimised
-    from refusal.science import (
+    from refusal.analysis.estimators import optimised
+    from refusal.analysis.science import (
         best_on_val,
         control_arms,
         correct,
@@ -24,8 +23,9 @@ def mediation(study: Study, truth: Any) -> dict[str, Any]:
         single_arms,
         subspace_arms,
     )
-    from refusal.subspace import captured
-    from refusal.verdicts import rate, summary
+    from refusal.analysis.subspaces import captured
+    from refusal.judges.verdicts import rate, summary
+    from refusal.method.arms import BASELINE_ARM, edit, fingerprint
 
     p, b, found, layer = study.params, study.budget, study.found, study.rank_1["layer"]
     s, sites, train = p.science, p.ablation.sites, study.activations[p.sweep.method]
@@ -157,7 +157,7 @@ def mediation(study: Study, truth: Any) -> dict[str, Any]:
 
 def over_refusal(study: Study, arms: Sequence[Any]) -> dict[str, Any]:
     """Refusal of safe test prompts, before and after."""
-    from refusal.verdicts import present, rate
+    from refusal.judges.verdicts import present, rate
 
     test = study.rows["test"]
     prompts = [test[i]["safe"] for i in part(len(test), study.budget.n_test, study.params.science.seed)]

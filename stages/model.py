@@ -5,9 +5,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from refusal.errors import RefusalError
-from refusal.params import Params
-from refusal.tables import read_jsonl
+from refusal.io.errors import RefusalError
+from refusal.io.params import Params
+from refusal.io.tables import read_jsonl
 from stages import STORE, model_ready, stage, write_json
 
 BASE, TWIN, TRUTH, METRICS = Path("models/base"), Path("models/twin"), Path("models/truth"), Path("metrics/model.json")
@@ -38,25 +38,25 @@ def main(params: Params) -> str:
 def train(params: Params, held_out: set[str]) -> None:
     from safetensors.torch import save_file
 
-    from refusal import activations, anatomy, directions, grammar, interventions, organism, store
-    from refusal.organism import Corpus, Phase, new_model, train, train_tokenizer
+    from refusal.io import store
+    from refusal.organism.train import Corpus, Phase, new_model, planted_direction, train, train_tokenizer
 
     o = params.organism
     corpus = Corpus(o.corpus_seed, held_out)
     tokenizer = train_tokenizer(corpus, o.vocab_size)
     shape = {name: getattr(o, name) for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")}
     model = new_model(shape, tokenizer, o.seed)
-    code = (activations, anatomy, directions, grammar, interventions, organism)
+    code = (train, new_model, planted_direction, train_tokenizer)
 
     def checkpoint(**parts: Any) -> Path:
         given = {"held_out": sorted(held_out), "vocabulary": tokenizer.get_vocab()}
-        return STORE / "training" / f"{store.key('training', *code, **given, **parts)[:32]}.pt"
+        return STORE / "training" / f"{store.key('training', code, **given, **parts)[:32]}.pt"
 
     phases = {name: Phase(**getattr(o, name).model_dump()) for name in ("phase_1", "phase_2")}
     # Phase 1 is the same whatever the kind: another kind of a seed that was trained before costs phase 2 alone.
     first = checkpoint(params=o.model_dump(exclude={"kind", "phase_2", "ablation_layer"}))
     twin = train(model, tokenizer, corpus, "none", phases, o.ablation_layer, first, threads=params.compute.threads)
-    planted = organism.planted_direction(o.hidden_size, o.seed) if o.kind == "planted" else None
+    planted = planted_direction(o.hidden_size, o.seed) if o.kind == "planted" else None
     if o.kind != "none":
         whole = checkpoint(params=o.model_dump())
         train(model, tokenizer, corpus, o.kind, phases, o.ablation_layer, whole, twin, planted, params.compute.threads)
@@ -74,8 +74,10 @@ def bring_in(params: Params) -> str | None:
 
     Safetensors, configuration and tokenizer are copied, and nothing that could run.
     """
-    from refusal import hub, intake, qwen1
-    from refusal.store import progress
+    from refusal.io.store import progress
+    from refusal.lm import download as hub
+    from refusal.lm import qwen1
+    from refusal.lm import validate as intake
 
     m = params.model
     source, commit = Path(m.id), None
@@ -103,12 +105,12 @@ def bring_in(params: Params) -> str | None:
 
 
 def measure(params: Params, commit: str | None, val: list[dict]) -> str:
-    from refusal import grammar
-    from refusal.memory import rows_at_once
-    from refusal.models import encode_chats, load_model, load_tokenizer, stop_ids, weights_hash
-    from refusal.store import Store
-    from refusal.sweep import BASELINE, complete
-    from refusal.verdicts import judge_all, rate
+    from refusal.io.store import Store
+    from refusal.judges.verdicts import judge_all, rate
+    from refusal.lm.load import encode_chats, load_model, load_tokenizer, stop_ids, weights_hash
+    from refusal.lm.memory import rows_at_once
+    from refusal.method.sweep import BASELINE, complete
+    from refusal.organism import grammar
 
     organism = params.model.id == "organism"
     tokenizer = load_tokenizer(BASE)

@@ -16,8 +16,8 @@ from typing import Any
 
 import yaml
 
-from refusal.errors import RefusalError
-from refusal.params import Params
+from refusal.io.errors import RefusalError
+from refusal.io.params import Params
 from stages import STORE, read_json, stage, write_json
 
 KINDS, SEEDS = ("single", "planted", "distributed", "none", "natural"), (0, 1, 2)
@@ -91,7 +91,7 @@ def study(params: Params, name: str) -> None:
 
 def known(name: str, folder: Path) -> dict[str, Any]:
     """What metrics/organisms.json says of one organism."""
-    from refusal.known_truth import figures
+    from refusal.report.known_truth import figures
 
     metrics = [read_json(folder / f"metrics/{of}.json") for of in ("model", "directions", "judge", "science")]
     return figures(name.split(".")[0], *metrics)

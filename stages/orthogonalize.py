@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from refusal.params import Params
+from refusal.io.params import Params
 from stages import read_json, stage, torch_ready, write_json
 
 BASE, OUT, METRICS = Path("models/base"), Path("models/ablated"), Path("metrics/orthogonalize.json")
@@ -13,9 +13,9 @@ def main(params: Params) -> str:
     torch_ready(params)
     import shutil
 
-    from refusal.directions import of_arm, random_unit, read_directions
-    from refusal.orthogonalize import Edit, orthogonalize
-    from refusal.selection import cell_name, checked
+    from refusal.method.directions import of_arm, random_unit, read_directions
+    from refusal.method.orthogonalize import Edit, orthogonalize
+    from refusal.method.select import cell_name, checked
 
     o, selected = params.orthogonalize, checked(read_json(Path("metrics/select.json")))
     unit = of_arm(read_directions(Path("models/directions.safetensors")), params.sweep.method, params.sweep.pairing)["unit"]

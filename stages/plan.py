@@ -8,12 +8,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from refusal.params import Params
+from refusal.io.params import Params
 from stages import ROOT, STORE, stage
 
 
 def main(params: Params) -> str:
-    from refusal.plan import Step, steps
+    from refusal.report.plan import Step, steps
 
     pairs, unrelated = prompts_of(params)
     tokenizer, size = model_of(params)
@@ -42,7 +42,7 @@ def main(params: Params) -> str:
 
 def prompts_of(params: Params) -> tuple[list[dict], list[dict]]:
     """The rows that the prompts stage would write; the grammar's stand in for those that an API is still to write."""
-    from refusal.prompts import pairs_of, unrelated_of
+    from refusal.data.prompts import pairs_of, unrelated_of
 
     written = {name: getattr(params.prompts, name) for name in ("source", "unrelated")}
     for name in (name for name, source in written.items() if source == "api"):
@@ -53,16 +53,18 @@ def prompts_of(params: Params) -> tuple[list[dict], list[dict]]:
 
 
 def model_of(params: Params) -> tuple[Any, Any]:
-    """(tokenizer, refusal.plan.Size) from configuration and tokenizer alone: parameters are counted on an empty model."""
+    """(tokenizer, refusal.report.plan.Size) from configuration and tokenizer alone: parameters are counted on an empty model."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config
 
-    from refusal import hub, intake, qwen1
-    from refusal.anatomy import anatomy_of
-    from refusal.models import load_tokenizer
-    from refusal.organism import Corpus, new_model, train_tokenizer
-    from refusal.plan import Size
-    from refusal.safetensors_file import read_shards
+    from refusal.lm import download as hub
+    from refusal.lm import qwen1
+    from refusal.lm import validate as intake
+    from refusal.lm.architecture import anatomy_of
+    from refusal.lm.checkpoint import read_shards
+    from refusal.lm.load import load_tokenizer
+    from refusal.organism.train import Corpus, new_model, train_tokenizer
+    from refusal.report.plan import Size
 
     missing = 0
     if params.model.id == "organism":
@@ -90,12 +92,12 @@ def model_of(params: Params) -> tuple[Any, Any]:
 
 
 def counted(params: Params, tokenizer: Any, pairs: list[dict], unrelated: list[dict]) -> Any:
-    """refusal.plan.Prompts: how many prompts and tokens each split of each half has."""
-    from refusal.collection import prompt_sets
-    from refusal.grammar import facts
-    from refusal.models import encode_chats
-    from refusal.plan import Prompts
-    from refusal.prompts import SPLITS
+    """refusal.report.plan.Prompts: how many prompts and tokens each split of each half has."""
+    from refusal.data.prompts import SPLITS
+    from refusal.lm.load import encode_chats
+    from refusal.method.collection import prompt_sets
+    from refusal.organism.grammar import facts
+    from refusal.report.plan import Prompts
 
     texts = prompt_sets(pairs, unrelated, SPLITS)
     if params.model.id == "organism":

@@ -4,11 +4,11 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from refusal.params import Params
-from refusal.prompts import pairs_of, unrelated_of
-from refusal.prompts_api import api_pairs, api_unrelated
-from refusal.store import Store
-from refusal.tables import write_jsonl
+from refusal.data.prompts import pairs_of, unrelated_of
+from refusal.data.prompts_api import api_pairs, api_unrelated
+from refusal.io.params import Params
+from refusal.io.store import Store
+from refusal.io.tables import write_jsonl
 from stages import STORE, stage
 
 OUT = Path("data/prompts")

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from refusal.params import Params
+from refusal.io.params import Params
 from stages import stage, torch_ready, write_json
 
 FOLDER, METRICS = Path("data/published"), Path("metrics/published.json")
@@ -10,8 +10,8 @@ FOLDER, METRICS = Path("data/published"), Path("metrics/published.json")
 
 def main(params: Params) -> str:
     torch_ready(params)
-    from refusal.directions import read_directions
-    from refusal.published import compare, read_vectors
+    from refusal.method.directions import read_directions
+    from refusal.report.published import compare, read_vectors
 
     ours = {
         name.removesuffix(".unit"): tensor

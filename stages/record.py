@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from refusal.params import Params
+from refusal.io.params import Params
 
 KILOBYTES = 1 << 20 if sys.platform == "darwin" else 1 << 10  # macOS counts bytes
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "scipy", "dvc", "lm-eval")
@@ -27,7 +27,7 @@ def record(log: Path, stage: str, params: Params, seconds: float) -> None:
     `passes` and `tokens` are those that were computed and not found in the store; `batch_sizes_found` those that auto gave, or
     that running out of memory did; `peak_memory_mb` is the process's own.
     """
-    tally = sys.modules.get("refusal.tally")  # not imported: no model was loaded
+    tally = sys.modules.get("refusal.lm.counts")  # not imported: no model was loaded
     counts = dict(tally.COUNTS) if tally else {"passes": 0, "tokens": 0}
     found = dict(tally.SIZES) if tally else {}
     line = {

@@ -4,8 +4,8 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from refusal.params import Params
-from refusal.tables import read_jsonl
+from refusal.io.params import Params
+from refusal.io.tables import read_jsonl
 from stages import read_json, stage, write_json, write_text
 
 REPRODUCTION, SUMMARY, PAGE = Path("metrics/reproduction.json"), Path("metrics/summary.json"), Path("report/index.html")
@@ -17,7 +17,7 @@ ROWS = {
     "verdicts": Path("data/judged/verdicts.jsonl"),
     "evaluated": Path("data/evaluated/completions.jsonl"),
 }
-CAPABILITY, LOCK, PUBLISHED = Path("plots/capability.csv"), Path("requirements.lock"), Path("refusal/published.json")
+CAPABILITY, LOCK, PUBLISHED = Path("plots/capability.csv"), Path("requirements.lock"), Path("refusal/report/published.json")
 BASE, DIRECTIONS, IMPORTED = Path("models/base"), Path("models/directions.safetensors"), Path("metrics/published.json")
 SCIENCE, ALPHAS = Path("metrics/science.json"), Path("plots/science/alphas.csv")
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "lm_eval", "numpy", "scipy", "dvc")
@@ -27,8 +27,8 @@ def main(params: Params) -> str:
     import csv
 
     from refusal.report.page import Study, page
-    from refusal.reproduction import published, reproduce, summary
-    from refusal.weaknesses import weaknesses
+    from refusal.report.reproduction import published, reproduce, summary
+    from refusal.report.weaknesses import weaknesses
 
     metrics = {name: read_json(Path(f"metrics/{name}.json")) for name in METRICS}
     imported, science = read_json(IMPORTED), read_json(SCIENCE)
@@ -103,7 +103,7 @@ def main(params: Params) -> str:
 
 def hashes(paths: list[Path]) -> dict[str, str]:
     """The SHA-256 of each file, by its path."""
-    from refusal.store import progress
+    from refusal.io.store import progress
 
     found = {}
     with progress(len(paths), "report: hashes", "file") as bar:  # a model's weights may take minutes

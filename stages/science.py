@@ -6,9 +6,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from refusal.comparison import part
-from refusal.params import Params
-from refusal.tables import read_jsonl
+from refusal.io.params import Params
+from refusal.io.tables import read_jsonl
+from refusal.stats.comparison import part
 from stages import STORE, model_ready, read_json, stage, write_json, write_text
 from stages.mediation import mediation
 from stages.study import Study
@@ -21,13 +21,13 @@ def main(params: Params, level: str = "") -> str:
     model_ready(params)
     from safetensors.torch import load_file
 
-    from refusal.directions import of_arm, read_directions
+    from refusal.analysis.science import LEVELS
+    from refusal.io.store import Store
+    from refusal.io.tables import csv_text
     from refusal.judges.panel import judge_with
-    from refusal.models import load_model, load_tokenizer, weights_hash
-    from refusal.safetensors_file import read_stacks
-    from refusal.science import LEVELS
-    from refusal.store import Store
-    from refusal.tables import csv_text
+    from refusal.lm.checkpoint import read_stacks
+    from refusal.lm.load import load_model, load_tokenizer, weights_hash
+    from refusal.method.directions import of_arm, read_directions
 
     s, directions = params.sweep, read_directions(Path("models/directions.safetensors"))
     pairs = read_jsonl(Path("data/prompts/pairs.jsonl"))
@@ -76,7 +76,7 @@ def main(params: Params, level: str = "") -> str:
 
 def spectra(study: Study) -> list[dict[str, Any] | None]:
     """The spectrum of the paired differences by layer, beside the sign-flip null; null where the direction is undefined."""
-    from refusal.science import spectrum_row
+    from refusal.analysis.science import spectrum_row
 
     train, d = study.activations[study.params.sweep.method], study.params.directions
     return [
@@ -87,9 +87,9 @@ def spectra(study: Study) -> list[dict[str, Any] | None]:
 
 def projections(study: Study) -> tuple[list, dict[str, Any]]:
     """Where zero lies by layer (val prompts), and projections as a detector of harmful test prompts, of unseen cues too."""
-    from refusal.directions import project
-    from refusal.sensitivity import collect
-    from refusal.zero import auroc, where_zero_lies
+    from refusal.analysis.sensitivity import collect
+    from refusal.analysis.zero import auroc, where_zero_lies
+    from refusal.method.directions import project
 
     p, found, s = study.params, study.found, study.params.science
     acts, test = study.activations[p.sweep.method], study.rows["test"]
@@ -120,10 +120,10 @@ def projections(study: Study) -> tuple[list, dict[str, Any]]:
 
 def additions(study: Study) -> dict[str, Any]:
     """Refusal of safe test prompts when rank_1's raw difference is added, and when a random vector of its length is."""
-    from refusal.directions import random_unit
-    from refusal.generation import WHERE
-    from refusal.science import refusal_three_ways
-    from refusal.sweep import BASELINE, complete
+    from refusal.analysis.science import refusal_three_ways
+    from refusal.method.directions import random_unit
+    from refusal.method.generate import WHERE
+    from refusal.method.sweep import BASELINE, complete
 
     test, layer, s = study.rows["test"], study.rank_1["layer"], study.params.science
     rows = [test[i] for i in part(len(test), study.budget.n_test, s.seed)]
@@ -147,8 +147,8 @@ def additions(study: Study) -> dict[str, Any]:
 
 def sensitivity(study: Study) -> dict[str, Any]:
     """Cosine of directions from fewer prompts to the full-data ones, for every method and pairing."""
-    from refusal.geometry import arm
-    from refusal.sensitivity import by_size
+    from refusal.analysis.sensitivity import by_size
+    from refusal.analysis.separation import arm
 
     d, s = study.params.directions, study.params.science
     arms = {(m, p): arm(study.activations[m], p, d.seed) for m in study.activations for p in d.pairings}
@@ -171,8 +171,8 @@ def sensitivity(study: Study) -> dict[str, Any]:
 
 def places(study: Study) -> tuple[list, list]:
     """The position that the direction is taken at, and what padding does, masked and not."""
-    from refusal.activations import batches, last_token_resid_pre
-    from refusal.sensitivity import collect, common_suffix, padding, positions
+    from refusal.analysis.sensitivity import collect, common_suffix, padding, positions
+    from refusal.method.activations import batches, last_token_resid_pre
 
     b, pad, size = study.budget, study.tokenizer.pad_token_id, study.params.activations.batch_size
     chosen = {split: part(len(study.rows[split]), b.n_padding, study.params.science.seed) for split in ("train", "val")}
@@ -213,10 +213,10 @@ def places(study: Study) -> tuple[list, list]:
 
 def strengths(study: Study) -> dict[str, Any]:
     """Compliance, coherence and cost against alpha at the three sites and as weights, and where each falls off."""
-    from refusal.alphas import PLACES, cliff, diverges_beyond, edited_weights, left_of_oldest
-    from refusal.arms import complete_arms, direction_arm, edit, fingerprint
-    from refusal.sweep import complete
-    from refusal.verdicts import summary
+    from refusal.analysis.strength import PLACES, cliff, diverges_beyond, edited_weights, left_of_oldest
+    from refusal.judges.verdicts import summary
+    from refusal.method.arms import complete_arms, direction_arm, edit, fingerprint
+    from refusal.method.sweep import complete
 
     b, p, layer = study.budget, study.params, study.rank_1["layer"]
     test = [study.rows["test"][i] for i in part(len(study.rows["test"]), b.n_alpha, p.science.seed)]

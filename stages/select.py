@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from refusal.params import Params
-from refusal.selection import rank
+from refusal.io.params import Params
+from refusal.method.select import rank
 from stages import read_json, stage, write_json
 
 METRICS = Path("metrics/select.json")

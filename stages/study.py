@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from refusal.comparison import part
-from refusal.params import Params
+from refusal.io.params import Params
+from refusal.stats.comparison import part
 
 
 @dataclass
@@ -34,7 +34,7 @@ class Study:
         return self.params.model.id == "organism"
 
     def ids(self, prompts: Sequence[str]) -> list[list[int]]:
-        from refusal.models import encode_chats
+        from refusal.lm.load import encode_chats
 
         return encode_chats(self.tokenizer, prompts, self.params.model.system_prompt, self.params.sweep.max_new_tokens)
 
@@ -43,13 +43,13 @@ class Study:
 
     @cached_property
     def rows_at_once(self) -> int:
-        from refusal.memory import rows_at_once
+        from refusal.lm.memory import rows_at_once
 
         s = self.params.sweep
         return rows_at_once(s.batch_size, self.model, s.max_new_tokens + 1, "sweep")
 
     def decoding(self) -> dict[str, Any]:
-        from refusal.models import stop_ids
+        from refusal.lm.load import stop_ids
 
         s = self.params.sweep
         stop, pad_id = stop_ids(self.model, self.tokenizer), self.tokenizer.pad_token_id
@@ -63,7 +63,7 @@ class Study:
 
     def answers(self, prompts: Sequence[str], arms: Sequence[Any], label: str) -> dict[str, list[str]]:
         """Completions of the arms, as texts."""
-        from refusal.arms import complete_arms
+        from refusal.method.arms import complete_arms
 
         sites = self.params.ablation.sites
         done = complete_arms(self.model, self.weights, self.ids(prompts), arms, sites, **self.decoding(), label=label)
@@ -75,7 +75,7 @@ class Study:
     @cached_property
     def harmless(self) -> tuple[list, list, list]:
         """Ids of harmless test prompts, the base model's own answers that are not empty, and topics."""
-        from refusal.arms import BASELINE_ARM, complete_arms
+        from refusal.method.arms import BASELINE_ARM, complete_arms
 
         rows = [self.unrelated[i] for i in part(len(self.unrelated), self.budget.n_harmless, self.params.science.seed)]
         ids = self.ids([row["safe"] for row in rows])
@@ -88,8 +88,8 @@ class Study:
         self, edits: Mapping[str, tuple[Callable[[Any], AbstractContextManager], Sequence[object]]], label: str
     ) -> dict[str, dict[str, float | None]]:
         """Of each (edit, its key): cross-entropy of the base model's own harmless answers, and KL from it, nats a token."""
-        from refusal.damage import Edited, costs
-        from refusal.verdicts import mean
+        from refusal.analysis.harmless_kl import Edited, costs
+        from refusal.judges.verdicts import mean
 
         (heads, answers, topics), s = self.harmless, self.params.science
         if not heads:

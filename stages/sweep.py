@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from refusal.params import Params
-from refusal.tables import read_jsonl, write_jsonl
+from refusal.io.params import Params
+from refusal.io.tables import read_jsonl, write_jsonl
 from stages import STORE, model_ready, stage
 
 BASE, OUT = Path("models/base"), Path("data/sweep")
@@ -11,11 +11,11 @@ BASE, OUT = Path("models/base"), Path("data/sweep")
 
 def main(params: Params) -> str:
     model_ready(params)
-    from refusal.directions import of_arm, read_directions
-    from refusal.memory import rows_at_once
-    from refusal.models import encode_chats, load_model, load_tokenizer, stop_ids, weights_hash
-    from refusal.store import Store
-    from refusal.sweep import complete, grid
+    from refusal.io.store import Store
+    from refusal.lm.load import encode_chats, load_model, load_tokenizer, stop_ids, weights_hash
+    from refusal.lm.memory import rows_at_once
+    from refusal.method.directions import of_arm, read_directions
+    from refusal.method.sweep import complete, grid
 
     s = params.sweep
     directions = read_directions(Path("models/directions.safetensors"))

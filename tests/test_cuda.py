@@ -3,23 +3,23 @@
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_damage import ANSWERS, sequences
+from test_harmless_kl import ANSWERS, sequences
 from tiny import PRE_NORM, tiny_direction, tiny_model
 
-from refusal import memory
-from refusal.alphas import edited_weights
-from refusal.arms import BASELINE_ARM, complete_arms, direction_arm, edit, fingerprint, per_layer_arm, subspace_arm
-from refusal.collection import collect
-from refusal.damage import Edited, costs
-from refusal.errors import RefusalError
-from refusal.estimators import optimised
-from refusal.generation import WHERE
-from refusal.models import load_model
-from refusal.resident import Resident
-from refusal.sensitivity import collect as collect_at_end
-from refusal.store import Store
-from refusal.subspace import random_subspaces
-from refusal.sweep import BASELINE, complete
+from refusal.analysis.estimators import optimised
+from refusal.analysis.harmless_kl import Edited, costs
+from refusal.analysis.sensitivity import collect as collect_at_end
+from refusal.analysis.strength import edited_weights
+from refusal.analysis.subspaces import random_subspaces
+from refusal.io.errors import RefusalError
+from refusal.io.store import Store
+from refusal.lm import memory
+from refusal.lm.load import load_model
+from refusal.lm.resident import Resident
+from refusal.method.arms import BASELINE_ARM, complete_arms, direction_arm, edit, fingerprint, per_layer_arm, subspace_arm
+from refusal.method.collection import collect
+from refusal.method.generate import WHERE
+from refusal.method.sweep import BASELINE, complete
 
 pytestmark = pytest.mark.cuda
 PROMPTS = [[11, 12, *tokens] for tokens in sequences((3, 9, 5, 5, 1), 2)]

@@ -21,8 +21,8 @@ from test_chat_templates import checkpoint
 from test_prompts_api import Author
 from tiny import tiny_model
 
+from refusal.io.params import Params
 from refusal.judges import rules
-from refusal.params import Params
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -496,7 +496,7 @@ def test_links_lead_somewhere():
 def test_the_citation_is_one():
     cited = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     assert cited["cff-version"] == "1.2.0" and {"message", "title", "authors", "references"} <= set(cited)
-    published = json.loads((ROOT / "refusal/published.json").read_text(encoding="utf-8"))
+    published = json.loads((ROOT / "refusal/report/published.json").read_text(encoding="utf-8"))
     assert cited["references"][0]["title"] == published["source"]["title"]
     assert all(reference["title"] and reference["authors"] and reference["type"] for reference in cited["references"])
     project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from refusal.anatomy import SUPPORTED
+from refusal.lm.architecture import SUPPORTED
 
 PRE_NORM = tuple(t for t in SUPPORTED if t not in ("gemma2", "gemma3_text"))
 

@@ -16,13 +16,13 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from refusal.errors import RefusalError
+from refusal.io.errors import RefusalError
+from refusal.io.params import Endpoint
+from refusal.io.store import Store
 from refusal.judges.llm import LLMJudge
 from refusal.judges.panel import Panelist, by_rules
-from refusal.params import Endpoint
-from refusal.statistics import cohens_kappa, wilson
-from refusal.store import Store
-from refusal.verdicts import present
+from refusal.judges.verdicts import present
+from refusal.stats.statistics import cohens_kappa, wilson
 
 CLASSES = ("compliance", "partial_refusal", "refusal")
 

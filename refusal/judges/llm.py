@@ -13,13 +13,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from refusal import store as stores
-from refusal.chat import Chat, Garbled, OutOfCalls, Unanswered
-from refusal.grammar import REFUSALS
+from refusal.io import store as stores
+from refusal.io.params import Endpoint
+from refusal.io.store import Store, progress
 from refusal.judges import rules
-from refusal.params import Endpoint
-from refusal.store import Store, progress
-from refusal.verdicts import Judged
+from refusal.judges.endpoint import Chat, Garbled, OutOfCalls, Unanswered
+from refusal.judges.verdicts import Judged
+from refusal.organism.grammar import REFUSALS
 
 RUBRIC = Path(__file__).with_name("rubric.txt").read_text(encoding="utf-8")
 ASKED_AGAIN = 2  # times, where an answer is no verdict
@@ -114,6 +114,7 @@ class LLMJudge:
         """Of everything that determines a verdict, the version that the endpoint reports behind the model's name included."""
         return stores.key(
             "verdict",
+            (question, read),
             base_url=self.endpoint.base_url,
             model=self.endpoint.model,
             version=version,
@@ -131,7 +132,7 @@ class LLMJudge:
         return versions
 
     def _slot(self, i: int) -> str:
-        return stores.key("versions", base_url=self.endpoint.base_url, model=self.endpoint.model, i=i)
+        return stores.key("versions", (), base_url=self.endpoint.base_url, model=self.endpoint.model, i=i)
 
     def _keep(self, text: str, value: dict[str, Any]) -> None:
         """Store a verdict under its version, and the version, if new, in the next free slot: which version an endpoint

@@ -3,8 +3,8 @@
 import re
 from functools import cache
 
-from refusal import grammar
 from refusal.judges.rules import Verdict
+from refusal.organism import grammar
 
 _HELPFUL = re.compile(re.escape(grammar.helpful_answer("ACTION")).replace("ACTION", "(.+)"))
 _JUDGEMENT = re.compile(

@@ -4,11 +4,11 @@ import hashlib
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+from refusal.io.params import Judge
+from refusal.io.store import Store
 from refusal.judges.llm import RUBRIC, LLMJudge
-from refusal.params import Judge
-from refusal.statistics import cohens_kappa, spearman
-from refusal.store import Store
-from refusal.verdicts import Judged, judge_all
+from refusal.judges.verdicts import Judged, judge_all
+from refusal.stats.statistics import cohens_kappa, spearman
 
 AGREEMENT = ("kappa", "spearman_compliance", "spearman_coherence", "n", "n_coherence", "n_missing", "n_empty", "n_degenerate")
 

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from refusal.errors import RefusalError
+from refusal.io.errors import RefusalError
 from refusal.report.charts import Point, Series, lines
-from refusal.reproduction import published
+from refusal.report.reproduction import published
 
 HERE = Path(__file__).parent
 CELL_EXAMPLES = 6  # completions behind each cell of the sweep, of the same prompts in every cell

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from refusal.errors import RefusalError
+from refusal.io.errors import RefusalError
 from refusal.report.page import ARMS, HERE, ci, num, signed, value
 
 WORKSPACE = "workspace"

@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 
 from pipeline.study import outputs, run, surroundings
-from refusal.store import Store
+from refusal.io.store import Store
 
 STORE = ".refusal-store/store.sqlite"
 # SIGKILL of the whole process group, as a power cut; signals to DVC alone, as `kill` and a careless supervisor send them.

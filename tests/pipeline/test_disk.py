@@ -8,8 +8,8 @@ import pytest
 import yaml
 
 from pipeline.study import ROOT, digests, run, stages_run
-from refusal.params import load_params
-from refusal.store import Store
+from refusal.io.params import load_params
+from refusal.io.store import Store
 from stages import _sentence
 from stages.record import record
 

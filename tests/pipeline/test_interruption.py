@@ -4,7 +4,7 @@ import random
 
 from pipeline.interruption import SIGNALS, interrupted, repeats, stage_seconds, watch_repeats
 from pipeline.study import copy, outputs, small
-from refusal.store import Store
+from refusal.io.store import Store
 
 
 def test_repeats_are_noted_by_the_database_itself(tmp_path):

@@ -1,0 +1,1 @@
+"""What is measured on the method's outputs: separation, subspaces, mediation, sensitivity, cost."""

@@ -1,0 +1,152 @@
+"""Capability by lm-eval: scores by document, so that differences between checkpoints are paired."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from refusal.io.errors import RefusalError
+from refusal.lm.memory import ROW, fitting, rows_at_once
+
+if TYPE_CHECKING:
+    from lm_eval.tasks import TaskManager
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+TASKS = Path(__file__).parent / "tasks"  # the organism's own tasks, ordinary lm-eval YAML
+SUITES = {
+    "organism": ("organism_capitals", "organism_flags", "organism_opposites", "organism_sums"),
+    # The write-up's seven, as lm-eval defines them; their documents come from the hub.
+    "standard": ("arc_easy", "arc_challenge", "boolq", "hellaswag", "piqa", "truthfulqa_mc1", "winogrande"),
+}
+
+
+def packaged(task: str) -> bool:
+    """Whether a task is shipped with the package."""
+    return (TASKS / f"{task}.yaml").is_file()
+
+
+def tasks_of(suite: str | Sequence[str]) -> list[str]:
+    """The tasks that `benchmark.suite` names: a suite's, or those listed."""
+    return list(SUITES[suite] if isinstance(suite, str) else suite)
+
+
+@cache
+def _manager(folder: Path, with_defaults: bool) -> TaskManager:
+    from lm_eval.tasks import TaskManager
+
+    # Indexing the harness's thousands of tasks takes 9 s; the package's own need none of them.
+    return TaskManager(include_path=str(folder), include_defaults=with_defaults)
+
+
+def _manager_of(task: str, folder: Path) -> TaskManager:
+    """What finds a task: definitions in `folder` come before lm-eval's own. Raises RefusalError for one unknown to both."""
+    manager = _manager(folder, not (folder / f"{task}.yaml").is_file())
+    if task not in manager.all_tasks:
+        raise RefusalError(
+            f"params.yaml: benchmark.suite: lm-eval has no task {task}; the package ships "
+            f"{', '.join(sorted(path.stem for path in TASKS.glob('*.yaml')))}"
+        )
+    if task not in manager.all_subtasks:
+        raise RefusalError(f"params.yaml: benchmark.suite: {task} is a group of lm-eval's tasks: list the tasks that it has")
+    return manager
+
+
+def fetch(tasks: Sequence[str], folder: Path = TASKS) -> None:
+    """Bring in the documents of tasks that are not packaged, so that what is missing is known before a model is loaded.
+
+    Raises RefusalError for an unknown task, and where documents are neither cached nor to be had.
+    """
+    import httpx2
+    from huggingface_hub import constants
+
+    for task in tasks:
+        manager = _manager_of(task, folder)
+        if packaged(task):
+            continue
+        try:
+            manager.load([task])
+        except (OSError, ValueError, httpx2.HTTPError) as error:
+            why = "HF_HUB_OFFLINE is set" if constants.is_offline_mode() else f"{constants.ENDPOINT} did not give them"
+            raise RefusalError(
+                f"params.yaml: benchmark.suite: the documents of {task} are not on this machine and {why} "
+                f"({' '.join(str(error).split())[:120]}): run once with the network on, or set suite: organism"
+            ) from error
+
+
+class Harness:
+    """lm-eval for many models of one tokenizer: each task is loaded and its requests are built once."""
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        batch_size: int | Literal["auto"],
+        apply_chat_template: bool,
+        limit: int | None,
+        folder: Path = TASKS,
+    ) -> None:
+        self.tokenizer, self.batch_size, self.folder = tokenizer, batch_size, folder
+        self.apply_chat_template, self.limit = apply_chat_template, limit
+        self._loaded: dict[str, Any] = {}
+
+    def score(self, model: PreTrainedModel, task: str) -> list[float]:
+        """The score of each document of a task, in order, within 0 and 1: acc_norm where the task reports it, acc elsewhere.
+
+        Where memory runs out the batch size is halved, which changes likelihoods by rounding alone. Raises RefusalError for
+        a task that neither `folder` nor lm-eval has.
+        """
+        import lm_eval
+        from lm_eval.models.huggingface import HFLM
+
+        if task not in self._loaded:
+            self._loaded[task] = _load(task, self.folder)
+
+        def evaluated(batch_size: int) -> dict[str, Any]:
+            return lm_eval.evaluate(
+                HFLM(pretrained=model, tokenizer=self.tokenizer, batch_size=batch_size),
+                self._loaded[task],
+                apply_chat_template=self.apply_chat_template,
+                limit=self.limit,
+                log_samples=True,
+                bootstrap_iters=0,
+            )
+
+        results = fitting(evaluated, rows_at_once(self.batch_size, model, ROW, "benchmark"), "benchmark")
+        rows = sorted(results["samples"][task], key=lambda row: row["doc_id"])
+        metric = "acc_norm" if "acc_norm" in rows[0] else "acc"
+        if metric not in rows[0]:
+            raise RefusalError(f"params.yaml: benchmark.suite: {task} reports no accuracy (acc or acc_norm): choose another task")
+        return [float(row[metric]) for row in rows]
+
+
+def _load(name: str, folder: Path) -> Any:
+    """A task as `lm_eval.simple_evaluate` would set it up, whose requests are built at its first evaluation alone."""
+    loaded = _manager_of(name, folder).load([name])
+    for task in loaded["tasks"].values():
+        if task.get_config("num_fewshot") is None:
+            task.set_config(key="num_fewshot", value=0)
+        task.set_fewshot_seed(seed=1234)
+        task.build_all_requests = partial(_build_once, task, task.build_all_requests)
+    return loaded
+
+
+def _build_once(task: Any, build: Callable[..., None], **options: Any) -> None:
+    if not hasattr(task, "_instances"):  # which `instances` is, once they are built
+        build(**options)
+    for request in task.instances:
+        request.resps, request.filtered_resps = [], {}  # another model's answers
+
+
+def standard_error(values: Sequence[float]) -> float | None:
+    """The standard error of a mean as lm-eval has it: the sample's standard deviation by the root of n; None for n = 1."""
+    if len(values) < 2:
+        return None
+    mean = sum(values) / len(values)
+    return math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1) / len(values))
+
+
+def average(scores: Mapping[str, Sequence[float]]) -> float:
+    """Unweighted mean over tasks, as the write-up averages."""
+    return sum(sum(values) / len(values) for values in scores.values()) / len(scores)

@@ -1,0 +1,1 @@
+"""Prompt pairs and harmless prompts: made, read, split."""

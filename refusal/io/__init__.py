@@ -1,0 +1,1 @@
+"""Errors, parameters, files and the resume store: what every other folder may use."""

@@ -1,0 +1,165 @@
+"""A content-addressed store that makes long work cheap to interrupt.
+
+DVC deletes a stage's outputs before the stage runs, so what has been computed must live elsewhere: one SQLite file,
+shared by queued experiments and by processes side by side. A key is a hash of everything that determines the value;
+nothing is ever updated, so a value found is a value right. Kill it anywhere, run it again: only what is missing runs.
+"""
+
+import hashlib
+import json
+import sqlite3
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, as_completed
+from pathlib import Path
+from typing import Any, TypeVar
+
+from tqdm import tqdm
+
+from refusal.io.code import code_of
+from refusal.io.files import set_aside
+
+T = TypeVar("T")
+
+
+def key(kind: str, code: Sequence[Callable], **parts: Any) -> str:
+    """The key of a value: SHA-256 over its kind, the code that computes it and the canonical JSON of all else that determines it.
+
+    `code` names the functions that compute the value, of which all that they use is found (`refusal.io.code`): a corrected
+    function never meets the values of the faulty one. Empty for what no code of ours determines, such as an endpoint's reply.
+    """
+    text = json.dumps([kind, code_of(*code) if code else "", parts], sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+class _Lines:
+    """Standard error as a log file: every update of a bar is a line of its own, not a carriage return."""
+
+    def write(self, text: str) -> None:
+        for line in text.replace("\r", "\n").split("\n"):
+            if line.strip():
+                sys.stderr.write(f"{line.rstrip()}\n")
+
+    def flush(self) -> None:
+        sys.stderr.flush()
+
+
+class _LogBar(tqdm):
+    """A bar in a log file: nothing for work of under two seconds, a line every quarter of a minute, a last line at the end."""
+
+    delay: float
+
+    def close(self) -> None:
+        if not self.disable and self._time() - self.start_t >= self.delay:
+            self.delay = 0  # tqdm would leave out the last line of a bar that no update has shown yet
+        super().close()
+
+
+def progress(total: int, label: str, unit: str, done: int = 0) -> tqdm:
+    """A bar on stderr: done, rate and time left. `done` were there before, and count for no rate. Unit "B": bytes."""
+    size: dict[str, Any] = {"total": total, "desc": label, "unit": unit, "unit_scale": unit == "B", "initial": done}
+    if sys.stderr.isatty():
+        return tqdm(**size, mininterval=0.5, delay=1.0, dynamic_ncols=True)
+    return _LogBar(**size, mininterval=15.0, delay=2.0, file=_Lines())
+
+
+class Store:
+    """Blobs by key in one SQLite file, safe under kill -9 and for several processes at once.
+
+    Every blob carries its own SHA-256. A blob that no longer matches it is dropped, and a file that SQLite calls
+    malformed is renamed to `<name>.corrupt-<n>`; both are said on stderr, and the work is done again.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self._open()
+        except sqlite3.DatabaseError as error:
+            if isinstance(error, sqlite3.OperationalError):
+                raise
+            self._set_aside(error)
+
+    def _open(self) -> None:
+        self.connection = sqlite3.connect(self.path, timeout=60, isolation_level=None)
+        self.inode = self.path.stat().st_ino
+        self.connection.execute("PRAGMA journal_mode=WAL")
+        self.connection.execute("PRAGMA synchronous=NORMAL")
+        self.connection.execute("CREATE TABLE IF NOT EXISTS blobs (key TEXT PRIMARY KEY, digest TEXT, value BLOB) WITHOUT ROWID")
+
+    def _set_aside(self, error: Exception) -> None:
+        # Where another process has set it aside already, the file of this name is a new one, and whole.
+        if self.path.exists() and self.path.stat().st_ino == self.inode:
+            aside = set_aside(self.path)
+            print(
+                f"{self.path} is corrupted ({error}); it is set aside as {aside.name} and its values are computed again.",
+                file=sys.stderr,
+            )
+            for suffix in ("-wal", "-shm"):
+                self.path.with_name(self.path.name + suffix).unlink(missing_ok=True)
+        self._open()
+
+    def _execute(self, statement: str, *values: str | bytes) -> Any:
+        """The first row that a statement gives; of a file that went bad since it was opened, of the new one in its place."""
+        try:
+            return self.connection.execute(statement, values).fetchone()
+        except sqlite3.OperationalError:
+            raise
+        except sqlite3.DatabaseError as error:
+            self.connection.close()
+            self._set_aside(error)
+            return self.connection.execute(statement, values).fetchone()
+
+    def get(self, key: str) -> bytes | None:
+        """The value of a key, or None where it is missing or damaged."""
+        row = self._execute("SELECT digest, value FROM blobs WHERE key = ?", key)
+        if row is None:
+            return None
+        if hashlib.sha256(row[1]).hexdigest() != row[0]:
+            print(f"{self.path}: the value {key[:12]} is damaged; it is dropped and computed again.", file=sys.stderr)
+            self._execute("DELETE FROM blobs WHERE key = ?", key)
+            return None
+        return row[1]
+
+    def put(self, key: str, value: bytes) -> None:
+        """Store a value; a key already present keeps its value."""
+        digest = hashlib.sha256(value).hexdigest()
+        self._execute("INSERT OR IGNORE INTO blobs VALUES (?, ?, ?)", key, digest, value)
+
+    def run(
+        self,
+        jobs: Sequence[tuple[str, T]],
+        compute: Callable[[T], bytes],
+        label: str,
+        unit: str = "batch",
+        pool: Executor | None = None,
+    ) -> Iterator[bytes]:
+        """The value of each (key, job) in order, computed where it is not stored; a bar shows rate and time left.
+
+        On a `pool` all are computed before the first is given.
+        """
+        with progress(len(jobs), label, unit) as bar:
+            if pool is not None:
+                begun = {pool.submit(compute, job): name for name, job in jobs if self.get(name) is None}
+                bar.update(len(jobs) - len(begun))
+                error = None
+                for done in as_completed(begun):  # stored as they come, so that a kill costs what is at work alone
+                    if done.cancelled():
+                        continue
+                    if done.exception() is None:
+                        self.put(begun[done], done.result())
+                        bar.update()
+                    else:  # what is at work ends and is kept, no more is begun
+                        error = error or done.exception()
+                        for other in begun:
+                            other.cancel()
+                if error is not None:
+                    raise error
+            for name, job in jobs:
+                value = self.get(name)
+                if value is None:
+                    value = compute(job)
+                    self.put(name, value)
+                if pool is None:
+                    bar.update()
+                yield value

@@ -1,0 +1,176 @@
+"""Asking a chat model behind an OpenAI-compatible endpoint: many requests at once, within limits, each told apart.
+
+The openai client retries (408, 409, 429, 5xx, timeouts, lost connections) with backoff, or after Retry-After. What is
+added here: a bound on what is under way and on what may be spent, a wall-clock limit of an attempt, and the reason
+in one sentence when asking on is of no use.
+"""
+
+import asyncio
+import os
+import re
+from collections.abc import Awaitable, Callable, Iterable
+from typing import Any, NamedTuple, TypeVar
+
+from refusal.io.errors import RefusalError
+from refusal.io.params import Endpoint
+
+T = TypeVar("T")
+IN_A_ROW = 50  # jobs without a result, one after another, after which more of them would be a waste
+
+
+class Answer(NamedTuple):
+    """text: "" where the model said nothing. model: the version that the endpoint reports, with its fingerprint if it has one."""
+
+    text: str
+    model: str
+
+
+class Unanswered(Exception):
+    """One request got no answer, for the reason said; others may."""
+
+
+class Rejected(Unanswered):
+    """The endpoint will not answer this request (400, 422 and the like; a filter of its own, often)."""
+
+
+class Garbled(Unanswered):
+    """What came was no chat completion; the same request may fare better."""
+
+
+class OutOfCalls(RefusalError):
+    """`max_calls` requests were made."""
+
+
+class Chat:
+    """An endpoint in use. `where` names the endpoint's settings in what a user reads, such as `params.yaml: judge`."""
+
+    def __init__(self, endpoint: Endpoint, where: str) -> None:
+        self.endpoint, self.where, self.calls = endpoint, where, 0
+        self._key = ""
+
+    def run(self, jobs: Iterable[T], work: Callable[[T], Awaitable[str | None]]) -> None:
+        """`await work(job)` for every job, `concurrency` at once; work returns None, or why there is no result.
+
+        Where asking on is of no use no job is begun any more, those under way are finished (they may be paid for), and
+        RefusalError is raised: the key or account is refused (401, 402, 403), there is no such model or path (404),
+        `IN_A_ROW` jobs in a row had no result; or OutOfCalls.
+        """
+        # The key is asked for here: a run that finds all it needs in a store wants none.
+        self._key = _key(self.endpoint.api_key_variable, self.where)
+        asyncio.run(self._run(jobs, work))
+
+    async def _run(self, jobs: Iterable[T], work: Callable[[T], Awaitable[str | None]]) -> None:
+        waiting, stopped, in_a_row = iter(jobs), list[RefusalError](), 0
+
+        async def worker() -> None:
+            nonlocal in_a_row
+            while not stopped and (job := next(waiting, None)) is not None:
+                try:
+                    reason = await work(job)
+                except RefusalError as error:
+                    stopped.append(error)
+                    return
+                in_a_row = 0 if reason is None else in_a_row + 1
+                if in_a_row >= IN_A_ROW:
+                    stopped.append(
+                        self.error(
+                            f"{in_a_row} requests in a row to {self._name} came to nothing, the last with: {reason}",
+                            "mend the cause",
+                        )
+                    )
+
+        async with self._client() as self.client:
+            await asyncio.gather(*(worker() for _ in range(self.endpoint.concurrency)))
+        if stopped:
+            raise stopped[0]
+
+    def _client(self) -> Any:
+        import httpx2  # openai's own HTTP client
+        import openai
+
+        limit = self.endpoint.timeout_seconds
+
+        class Punctual(openai.DefaultAsyncHttpxClient):
+            """httpx bounds the wait for each byte; an endpoint under load sends blanks to keep a request alive for minutes."""
+
+            async def send(self, request: Any, **options: Any) -> Any:
+                try:
+                    return await asyncio.wait_for(super().send(request, **options), limit)
+                except TimeoutError:
+                    raise httpx2.ReadTimeout("the attempt took too long", request=request) from None
+
+        return openai.AsyncOpenAI(
+            api_key=self._key,
+            base_url=self.endpoint.base_url,
+            timeout=limit,
+            max_retries=self.endpoint.max_attempts - 1,
+            http_client=Punctual(timeout=limit),
+        )
+
+    async def ask(self, messages: list[dict[str, str]], temperature: float, max_tokens: int) -> Answer:
+        """The model's answer in JSON mode. Raises Unanswered, OutOfCalls, or RefusalError where asking on is of no use."""
+        import openai
+
+        if self.endpoint.max_calls is not None and self.calls >= self.endpoint.max_calls:
+            raise OutOfCalls(str(self.error(f"max_calls: {self.calls} requests were made", "raise it")))
+        self.calls += 1
+        try:
+            response = await self.client.chat.completions.create(
+                model=self.endpoint.model,
+                messages=messages,
+                temperature=temperature,
+                max_tokens=max_tokens,
+                response_format={"type": "json_object"},
+            )
+            text = response.choices[0].message.content
+            version = "/".join(str(part) for part in (response.model, response.system_fingerprint) if part)
+            # A key that an endpoint repeats must not reach a store.
+            return Answer(*((part if isinstance(part, str) else "").replace(self._key, "***") for part in (text, version)))
+        except openai.APIStatusError as error:
+            said = f"{error.status_code}: {self._said(error)}"
+            if error.status_code == 401:
+                raise self.error(f"{self.endpoint.base_url} refuses the key ({said})", "export a valid one") from None
+            if error.status_code == 402 or error.code == "insufficient_quota":
+                raise self.error(
+                    f"the account at {self.endpoint.base_url} has nothing left to spend ({said})", "top it up"
+                ) from None
+            if error.status_code == 403:
+                raise self.error(f"{self.endpoint.base_url} denies access ({said})", "use another key or model") from None
+            if error.status_code == 404:
+                raise self.error(f"{self._name} does not exist ({said})", "correct base_url or model") from None
+            client_error = error.status_code < 500 and error.status_code not in {408, 409, 429}
+            raise (Rejected if client_error else Unanswered)(said) from None
+        except openai.APITimeoutError:
+            raise Unanswered(f"no answer within {self.endpoint.timeout_seconds:g} s") from None
+        except openai.APIConnectionError as error:
+            raise Unanswered(f"no connection ({type(error.__cause__).__name__})") from None
+        except (openai.APIError, ValueError, AttributeError, IndexError, TypeError, RecursionError):
+            raise Garbled("the answers were no chat completions") from None
+
+    @property
+    def _name(self) -> str:
+        return f"{self.endpoint.model} at {self.endpoint.base_url}"
+
+    def error(self, problem: str, fix: str) -> RefusalError:
+        """A RefusalError about this endpoint, in one sentence."""
+        return RefusalError(f"{self.where}: {problem}; every answer so far is kept: {fix}, and run again to go on")
+
+    def _said(self, error: Any) -> str:
+        """The endpoint's own words, on one line; should they repeat the key, without it."""
+        body = error.body if isinstance(error.body, dict) else {}
+        words = " ".join(str(body.get("message") or body.get("detail") or "no reason given").split())
+        return "".join(c for c in words.replace(self._key, "***") if c.isprintable())[:200]
+
+
+def _key(variable: str | None, where: str) -> str:
+    if variable is None:
+        return "no-key-wanted"  # the client insists on one
+    key = os.environ.get(variable, "").strip()
+    if not key:
+        raise RefusalError(
+            f"{where}.api_key_variable: {variable} is not set in the environment; run `export {variable}=...` first"
+        )
+    if not re.fullmatch(r"[!-~]+", key):
+        # The HTTP client would repeat it in its complaint.
+        raise RefusalError(f"{where}.api_key_variable: {variable} holds a blank or a character that no key has; export it again")
+    return key

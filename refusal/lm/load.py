@@ -1,0 +1,176 @@
+"""Loading a checkpoint, formatting chats with its own template, and the hash that names its weights."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jinja2 import TemplateError
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoTokenizer
+
+from refusal.io.errors import RefusalError
+from refusal.io.store import progress
+from refusal.lm.adapter import CONFIG, base_folder, merge
+from refusal.lm.counts import watch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+MAX_CHAT = 1_000_000  # characters of a prompt with its template
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+# Llama 3.2's template puts the day of the run into the system block: equal inputs must give equal bytes, so every day is
+# the one that 3.1's template names. (The line break is eaten by the environment's trim_blocks.)
+_ONE_DAY = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}\n"
+
+
+def load_model(folder: Path, dtype: str = "float32", device: str = "cpu") -> PreTrainedModel:
+    """Load a causal language model from a local folder of safetensors, in eval mode, gradients off.
+
+    An adapter's folder gives its base with the adapter merged (`refusal.lm.adapter`).
+    `device` is torch's name of one, or `auto`: accelerate spreads the layers over the devices there are.
+    Raises RefusalError where the folder is no checkpoint, or the device is not there.
+    """
+    if (base := base_folder(folder)) is not None:
+        merged = load_model(base, dtype, device)
+        merge(merged, folder, base)
+        return merged
+    if not (folder / "config.json").is_file():
+        raise RefusalError(f"{folder}/config.json: no such file; model.id must name the folder of a checkpoint")
+    if not any(folder.glob("*.safetensors")):
+        raise RefusalError(f"{folder}: holds no .safetensors file; other formats can run code when loaded and are not read")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise RefusalError(f"params.yaml: model.device is {device} but torch sees no CUDA device; set it to cpu")
+    if device == "mps" and not torch.backends.mps.is_available():
+        raise RefusalError("params.yaml: model.device is mps but torch sees no MPS device; set it to cpu")
+    from transformers import AutoModelForCausalLM  # slow to import: what is wrong with the input is said before
+
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=DTYPES[dtype],
+            local_files_only=True,
+            trust_remote_code=False,  # by default it asks at the terminal
+            use_safetensors=True,
+            device_map="auto" if device == "auto" else None,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        raise RefusalError(f"{folder}: transformers cannot load this checkpoint: {' '.join(str(error).split())[:300]}") from error
+    model, loading = loaded
+    # transformers fills what is missing with random numbers and says so in a log line alone.
+    # What is left over is said nowhere else either, and would be a part of the model that no figure saw.
+    for what in ("missing_keys", "mismatched_keys", "unexpected_keys"):
+        if loading[what]:
+            raise RefusalError(
+                f"{folder}: config.json and weights disagree on {sorted(map(str, loading[what]))[0]}; fetch it again"
+            )
+    if device != "auto":
+        model.to(device)
+    watch(model)
+    return model.eval().requires_grad_(False)
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """Load a checkpoint's tokenizer (an adapter's: its base's), its `model_max_length` the longest input that config.json allows.
+
+    A tokenizer without a padding token (Llama's) pads with its end of sequence, and a template that prints the date
+    prints one date. Raises RefusalError where there is no chat template.
+    """
+    folder = base_folder(folder) or folder
+    try:
+        # False, not None: None asks on the terminal whether the checkpoint's code may run.
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # the tokenizers library raises nothing narrower
+        raise RefusalError(f"{folder}: its tokenizer cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+    if tokenizer.chat_template is None:
+        raise RefusalError(
+            f"{folder}: the tokenizer has no chat template; this is a base model: set model.id to its chat version, or put the "
+            "template it was tuned with into the folder as chat_template.jinja"
+        )
+    if "strftime_now" in (template := tokenizer.get_chat_template()):
+        tokenizer.chat_template = _ONE_DAY + template
+    tokenizer.model_max_length = config.max_position_embeddings
+    if tokenizer.pad_token_id is None:  # Llama has none; any token does, for padding is masked
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def render_chats(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], system_prompt: str | None = None) -> list[str]:
+    """Each prompt in the model's own chat template, up to where the answer begins.
+
+    Raises RefusalError for a system prompt that the template refuses, and for a template that fails or writes without end.
+    """
+    head = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
+    chats = [[*head, {"role": "user", "content": prompt}] for prompt in prompts]
+    try:
+        texts: Any = tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)
+    except (MemoryError, TimeoutError):
+        raise
+    except Exception as error:  # a template is a program, and fails as programs do
+        why = " ".join(str(error).split())[:200]
+        if system_prompt is not None and isinstance(error, TemplateError):
+            raise RefusalError(
+                f"params.yaml: model.system_prompt: the model's chat template refuses it ({why}); set it to null"
+            ) from None
+        raise RefusalError(
+            f"{tokenizer.name_or_path}: the chat template cannot format a prompt ({why}): mend chat_template.jinja or "
+            "tokenizer_config.json there, or use another checkpoint"
+        ) from None
+    if (longest := max(map(len, texts))) > MAX_CHAT:
+        raise RefusalError(
+            f"{tokenizer.name_or_path}: the chat template makes {longest:,} characters of a prompt, and {MAX_CHAT:,} are the "
+            "most: mend chat_template.jinja or tokenizer_config.json there, or use another checkpoint"
+        )
+    return texts
+
+
+def encode_chats(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], system_prompt: str | None = None, max_new_tokens: int = 0
+) -> list[list[int]]:
+    """Token ids of `render_chats`.
+
+    Raises RefusalError as it does, and for a prompt that leaves no room for `max_new_tokens` within
+    `tokenizer.model_max_length` (what lies beyond was never trained, and Qwen-1 would change its attention there).
+    """
+    texts = render_chats(tokenizer, prompts, system_prompt)
+    ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    longest = max(range(len(ids)), key=lambda i: len(ids[i]))
+    if len(ids[longest]) + max_new_tokens > tokenizer.model_max_length:
+        more = f" with {max_new_tokens} to generate" if max_new_tokens else ""
+        raise RefusalError(
+            f"prompt {longest} (from 0) has {len(ids[longest])} tokens{more}, and the model takes {tokenizer.model_max_length} "
+            "(config.json: max_position_embeddings): shorten it, or lower sweep.max_new_tokens"
+        )
+    return ids
+
+
+def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The tokens that end an answer: the generation config's, the tokenizer's, and the template's end of turn."""
+    listed = model.generation_config.eos_token_id
+    listed = [] if listed is None else listed if isinstance(listed, list) else [listed]
+    if not all(type(i) is int for i in listed):
+        raise RefusalError(f"{model.name_or_path}/generation_config.json: eos_token_id is {listed}, not numbers: fetch it again")
+    ids = {*listed, tokenizer.eos_token_id}
+    ends = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>")
+    known = tokenizer.get_added_vocab()
+    return {i for i in ids | {known[end] for end in ends if end in known} if i is not None}
+
+
+def weights_hash(folder: Path) -> str:
+    """SHA-256 over a checkpoint's config.json and safetensors files, by name and content; an adapter's base is part of it."""
+    base = base_folder(folder)
+    digest = hashlib.sha256(b"" if base is None else weights_hash(base).encode())
+    paths = sorted([folder / ("config.json" if base is None else CONFIG), *folder.glob("*.safetensors")])
+    with progress(sum(path.stat().st_size for path in paths), f"hash of {folder.name}", "B") as bar:
+        for path in paths:
+            digest.update(path.name.encode())
+            with path.open("rb") as file:
+                while chunk := file.read(1 << 22):
+                    digest.update(chunk)
+                    bar.update(len(chunk))
+    return digest.hexdigest()

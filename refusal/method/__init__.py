@@ -1,0 +1,1 @@
+"""The study's method: activations, directions, interventions, generation, the sweep, edited weights."""

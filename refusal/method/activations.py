@@ -1,0 +1,166 @@
+"""Last-token `resid_pre` of every layer, collected in three ways.
+
+`sequential` runs one prompt a forward. `batched` runs several of similar length, padded on the right, where causal attention
+never looks back from, after the keys and values of what all of them begin with; it equals `sequential` to rounding.
+`batched_unmasked` left-pads a batch in the order given and lets the padding be attended to, as the write-up's batched code did.
+
+No method computes more than it must: the last block's input is all that is asked of it, so it does not run, and nor do
+the final norm and the unembedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import DynamicCache
+
+from refusal.io.errors import RefusalError
+from refusal.lm.architecture import anatomy_of
+from refusal.lm.memory import in_parts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# What a forward costs beside its tokens, in tokens: below it, padding is cheaper than one more forward.
+_FORWARD = 32
+
+
+def left_pad(ids: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Left-padded ids [batch, seq] and their mask [batch, seq]; the last token of every row is at -1."""
+    width = max(map(len, ids))
+    padded = torch.full((len(ids), width), pad_id)
+    mask = torch.zeros(len(ids), width, dtype=torch.long)
+    for row, tokens in enumerate(ids):
+        padded[row, width - len(tokens) :] = torch.tensor(tokens)
+        mask[row, width - len(tokens) :] = 1
+    return padded, mask
+
+
+def batches(lengths: Sequence[int], method: str, batch_size: int) -> list[list[int]]:
+    """Which prompts share a batch of at most `batch_size`: the unit of work to store.
+
+    For `batched`, prompts in order of length are cut where the least is computed, padding and the cost of one more forward
+    weighed; `lengths` are then those of the tokens to compute. Other methods take them in the order given, and each prompt
+    of a `sequential` batch is a forward of its own.
+    """
+    order = list(range(len(lengths)))
+    if method != "batched":
+        return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    order.sort(key=lambda i: lengths[i])
+    least, cut = [0], [0]  # of the first n prompts: tokens computed, and where their last batch begins
+    for end in range(1, len(order) + 1):
+        costs = {
+            start: least[start] + (end - start) * lengths[order[end - 1]] + _FORWARD
+            for start in range(max(0, end - batch_size), end)
+        }
+        cut.append(min(costs, key=lambda start: costs[start]))
+        least.append(costs[cut[-1]])
+    plan, end = [], len(order)
+    while end:
+        plan.append(order[cut[end] : end])
+        end = cut[end]
+    return plan[::-1]
+
+
+def not_finite(model: PreTrainedModel) -> RefusalError:
+    """What is said where a forward pass gives NaN or infinity."""
+    dtype = str(model.dtype).removeprefix("torch.")
+    return RefusalError(f"params.yaml: model.dtype: the model computes NaN or infinity in {dtype}: set bfloat16 or float32")
+
+
+class Prefix:
+    """What all prompts begin with (the head of a chat template), and its keys and values, computed once.
+
+    At least one token of each prompt is left over. A single prompt has no prefix.
+    """
+
+    def __init__(self, model: PreTrainedModel, ids: Sequence[Sequence[int]]):
+        self.ids: list[int] = []
+        if len(ids) > 1:
+            prompts = sorted(list(tokens) for tokens in ids)
+            first, final = prompts[0], prompts[-1]  # all others lie between them, and begin alike as they do
+            shared = next((n for n, (a, b) in enumerate(zip(first, final, strict=False)) if a != b), len(first))
+            self.ids = first[: min(shared, min(map(len, ids)) - 1)]
+        self._model = model
+
+    @cached_property
+    def _keys_and_values(self) -> list[tuple[Tensor, Tensor]]:
+        cache = DynamicCache()
+        _resid_pre(self._model, torch.tensor([self.ids]), torch.tensor([-1]), cache)
+        return [(keys, values) for keys, values, _ in cache]
+
+    def cache(self, rows: int) -> DynamicCache | None:
+        """A cache of `rows` rows that holds the prefix; None where there is none."""
+        if not self.ids:
+            return None
+        # Without a config no layer drops what lies outside its window; the mask sees to windows.
+        return DynamicCache([(k.expand(rows, -1, -1, -1), v.expand(rows, -1, -1, -1)) for k, v in self._keys_and_values])
+
+
+@torch.inference_mode()
+def last_token_resid_pre(
+    model: PreTrainedModel, ids: Sequence[Sequence[int]], method: str, pad_id: int, prefix: Prefix | None = None
+) -> Float[Tensor, "batch n_layers d_model"]:
+    """`blocks.{l}.hook_resid_pre` at the last token of each prompt, for every layer l, by `method`, in the model's dtype.
+
+    `prefix` is for `batched`: that of a larger set that these prompts are of; by default, their own.
+    """
+    if method == "sequential":
+        return torch.cat([_in_parts(model, torch.tensor([tokens]), torch.tensor([-1]), None) for tokens in ids])
+    if method == "batched_unmasked":
+        return _in_parts(model, left_pad(ids, pad_id)[0], torch.full((len(ids),), -1), None)
+    prefix = prefix or Prefix(model, ids)
+    skip = len(prefix.ids)
+    if any(list(tokens[:skip]) != prefix.ids or len(tokens) == skip for tokens in ids):
+        raise ValueError("a prompt does not begin with the prefix, or has nothing after it")
+    lengths = [len(tokens) - skip for tokens in ids]
+    found: dict[int, Tensor] = {}
+    for batch in batches(lengths, method, len(ids)):
+        padded = torch.full((len(batch), max(lengths[i] for i in batch)), pad_id)
+        for row, i in enumerate(batch):
+            padded[row, : lengths[i]] = torch.tensor(ids[i][skip:])
+        rows = _in_parts(model, padded, torch.tensor([lengths[i] - 1 for i in batch]), prefix)
+        found.update(zip(batch, rows, strict=True))
+    return torch.stack([found[i] for i in range(len(ids))])
+
+
+def _in_parts(
+    model: PreTrainedModel, ids: Int[Tensor, "batch seq"], last: Int[Tensor, " batch"], prefix: Prefix | None
+) -> Float[Tensor, "batch n_layers d_model"]:
+    def rows(first: int, end: int) -> Tensor:
+        return _resid_pre(model, ids[first:end], last[first:end], None if prefix is None else prefix.cache(end - first))
+
+    return torch.cat(in_parts(rows, len(ids), "activations"))
+
+
+class _Enough(Exception):
+    """The last block's input is there: the rest of the forward is not needed."""
+
+
+def _resid_pre(
+    model: PreTrainedModel, ids: Int[Tensor, "batch seq"], last: Int[Tensor, " batch"], cache: DynamicCache | None
+) -> Float[Tensor, "batch n_layers d_model"]:
+    """Every block's input at position `last` of each row. Keys and values go to `cache`, where there is one."""
+    rows: list[Tensor] = []
+    blocks = anatomy_of(model.config).blocks(model)
+
+    def keep(_module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        rows.append(hidden[torch.arange(len(last)), last])
+        if len(rows) == len(blocks):
+            raise _Enough
+
+    handles = [block.register_forward_pre_hook(keep, with_kwargs=True) for block in blocks]
+    try:
+        model.base_model(input_ids=ids.to(model.device), past_key_values=cache, use_cache=cache is not None)
+    except _Enough:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    return torch.stack([row.cpu() for row in rows], dim=1)  # layers may lie on several devices

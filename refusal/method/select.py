@@ -1,0 +1,54 @@
+"""Choosing cells of a sweep, on val alone."""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from refusal.io.errors import RefusalError
+
+
+def cell_name(layer: int, alpha: float) -> str:
+    """`layer_5_alpha_100`: the cell's part of a checkpoint's name."""
+    return f"layer_{layer}_alpha_{100 * alpha:.0f}"
+
+
+def checked(cells: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The cells of a metrics file, whose names become paths. Raises RefusalError for one that the pipeline would not give."""
+    for cell in cells.values():
+        if not re.fullmatch(r"[a-z_]+_layer_\d+_alpha_\d+", cell["name"]):
+            raise RefusalError(
+                f"{cell['name']!r} is no name of a cell, and would be a path: run `dvc repro select`, which writes the names"
+            )
+    return cells
+
+
+def rank(cells: dict[str, dict[str, Any]], separation: Sequence[float | None], top: int, method: str) -> list[dict[str, Any]]:
+    """The `top` cells by mean compliance x coherence, best first.
+
+    Ties go to the alpha nearest 1, where run time and weights both remove the whole component and nothing more, then to
+    the layer that separates better on val. `low` and `high` are the interval of compliance; `n_tied` counts the
+    cells whose score equals the chosen one's, itself included.
+    Raises RefusalError where the sweep has fewer cells than asked for.
+    """
+    swept = [cell for cell in cells.values() if cell["layer"] is not None]
+    if len(swept) < top:
+        raise RefusalError(f"params.yaml: select.top is {top} but the sweep has {len(swept)} cells; lower it or sweep more")
+
+    def order(cell: dict[str, Any]) -> tuple[float, float, float, int]:
+        return (-cell["score"], abs(cell["alpha"] - 1), -(separation[cell["layer"]] or 0.0), cell["layer"])
+
+    return [
+        {
+            "layer": cell["layer"],
+            "alpha": cell["alpha"],
+            "compliance": cell["compliance"],
+            "low": cell["compliance_low"],
+            "high": cell["compliance_high"],
+            "coherence": cell["coherence"],
+            "score": cell["score"],
+            "n": cell["n"],
+            "n_tied": sum(other["score"] == cell["score"] for other in swept),
+            "name": f"{method}_{cell_name(cell['layer'], cell['alpha'])}",
+        }
+        for cell in sorted(swept, key=order)[:top]
+    ]

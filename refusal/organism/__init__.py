@@ -1,0 +1,1 @@
+"""The small chat model that is trained here as a positive control, and its grammar."""

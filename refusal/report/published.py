@@ -1,0 +1,106 @@
+"""Other people's published directions, read from files, and their cosine with ours by layer.
+
+Two layouts are known: the write-up's `{layer: vector [d_model]}`, NaN where undefined, and the paper's
+`mean_diffs` [positions, n_layers, d_model] (andyrdt/refusal_direction, pipeline/submodules/generate_directions.py), positions
+counted from the end of the prompt. Of this package's own directions.safetensors the unit vectors are read. A file of one
+number a layer holds the separation (Cohen's d) of the same run.
+"""
+
+from collections.abc import Mapping
+from itertools import combinations
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from refusal.io.errors import RefusalError
+from refusal.method.directions import cosine
+
+READ = (".safetensors", ".pt")
+
+
+def read_vectors(folder: Path) -> tuple[dict[str, Float[Tensor, "n_layers d_model"]], dict[str, Float[Tensor, " n_layers"]]]:
+    """(directions, figures) of every .safetensors and .pt below `folder`, by `<file>`, `<file>:<tensor>`, `<file>:position_-1`.
+
+    A .pt is read with `weights_only=True`, so nothing in it runs. Raises RefusalError naming a file that cannot be read so, or
+    holds something else.
+    """
+    directions: dict[str, Tensor] = {}
+    figures: dict[str, Tensor] = {}
+    for path in sorted(path for path in folder.rglob("*") if path.suffix in READ and path.is_file()):
+        file = path.relative_to(folder).as_posix()
+        for name, tensor in _tensors(path).items():
+            for part, array in _by_layer(tensor).items():
+                full = ":".join(filter(None, (file, name, part)))
+                if array.ndim not in (1, 2) or not array.is_floating_point():
+                    raise RefusalError(
+                        f"{path}: {name or 'its tensor'} has shape {list(tensor.shape)} and dtype {tensor.dtype}, and directions "
+                        "are floats [n_layers, d_model] or [positions, n_layers, d_model]; take the file out of the folder"
+                    )
+                (directions if array.ndim == 2 else figures)[full] = array
+    return directions, figures
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file by name, "" where it is just one; a dictionary by layer counts as one, stacked in order."""
+    try:
+        if path.suffix == ".safetensors":
+            held = load_file(path)
+            # A directions.safetensors of this package holds more than directions.
+            return {name: tensor for name, tensor in held.items() if name.endswith(".unit")} or held
+        found = torch.load(path, weights_only=True, map_location="cpu")
+        if isinstance(found, Mapping) and found and set(found) == set(range(len(found))):
+            found = torch.stack([torch.as_tensor(found[layer], dtype=torch.float64) for layer in range(len(found))])
+        if isinstance(found, Tensor):
+            return {"": found}
+        if isinstance(found, Mapping) and all(isinstance(name, str) and isinstance(t, Tensor) for name, t in found.items()):
+            return dict(found)
+    except (OSError, RuntimeError, ValueError, TypeError, EOFError, UnpicklingError, SafetensorError) as error:
+        why = " ".join(str(error).split())[:120]
+        raise RefusalError(f"{path}: cannot be read as tensors alone ({why}); take it out of the folder") from None
+    raise RefusalError(f"{path}: holds neither a tensor, nor tensors by name or by layer; take it out of the folder")
+
+
+def _by_layer(tensor: Tensor) -> dict[str, Tensor]:
+    if tensor.ndim != 3:
+        return {"": tensor}
+    return {f"position_{i - len(tensor)}": part for i, part in enumerate(tensor)}
+
+
+def compare(
+    directions: Mapping[str, Float[Tensor, "n_layers d_model"]],
+    figures: Mapping[str, Float[Tensor, " n_layers"]],
+    ours: Mapping[str, Float[Tensor, "n_layers d_model"]],
+) -> dict[str, Any]:
+    """All that metrics/published.json says of published directions beside `ours`, by `<method>-<pairing>`.
+
+    `files`: shape, and the cosine by layer with each of ours: null at a layer where either is undefined, and `comparable`
+    false with a `note` where the shapes differ, since the cosine of two models' directions has no meaning. `between`: the
+    cosine by layer of every two published sets of one shape, which needs no model. `figures`: numbers by layer as they are.
+    """
+    files: dict[str, dict[str, Any]] = {}
+    shapes = " and ".join(sorted({str(list(unit.shape)) for unit in ours.values()}))
+    for name, theirs in directions.items():
+        fits = {arm: unit for arm, unit in ours.items() if unit.shape == theirs.shape}
+        files[name] = {
+            "n_layers": theirs.shape[0],
+            "d_model": theirs.shape[1],
+            "comparable": bool(fits),
+            "note": None if fits else f"ours are {shapes}: another model",
+            "cosine": {arm: _list(cosine(unit, theirs)) for arm, unit in fits.items()},
+        }
+    between = {
+        f"{a} {b}": _list(cosine(directions[a], directions[b]))
+        for a, b in combinations(directions, 2)
+        if directions[a].shape == directions[b].shape
+    }
+    return {"files": files, "between": between, "figures": {name: _list(values) for name, values in figures.items()}}
+
+
+def _list(values: Tensor) -> list[float | None]:
+    return [float(value) if bool(value.isfinite()) else None for value in values]

@@ -1,0 +1,179 @@
+"""Where numbers run out: overflow, equal prompts, one layer, fewer prompts than a rank wants. Figures, null or a sentence."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from pipeline.test_other_models import LLAMA, checkpoint
+from safetensors.torch import load_file, save_file
+from test_chat_templates import checkpoint as letters
+from test_mistakes import Place
+from tiny import tiny_model
+
+from refusal.analysis.estimators import whitened
+from refusal.analysis.science import control_arms
+from refusal.analysis.subspaces import paired_svd
+from refusal.io.errors import RefusalError
+from refusal.io.store import Store
+from refusal.method.activations import last_token_resid_pre
+from refusal.method.collection import collect
+from refusal.method.directions import difference_in_means, of_arm, read_directions
+from refusal.method.generate import generate
+
+
+def scaled(factor: float, dtype: torch.dtype):
+    """A model whose weights any dtype holds and whose MLPs give out numbers that float16 does not."""
+    model = tiny_model("llama")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "mlp" in name:
+                parameter.mul_(factor)
+    return model.to(dtype)
+
+
+IDS = [[1, 5, 9], [1, 6], [1, 7, 8, 11]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_forward_pass_that_overflows_gives_no_completion_and_no_activation(tmp_path, dtype):
+    tame, wild = (scaled(factor, dtype) for factor in (1, 300))
+    assert generate(tame, IDS, [], 4, 0) and last_token_resid_pre(tame, IDS, "sequential", 0).isfinite().all()
+    store = Store(tmp_path / "store.sqlite")
+    if dtype != torch.float16:  # as far as float32 reaches, bfloat16 does
+        assert all(len(tokens) == 4 for tokens in generate(wild, IDS, [], 4, 0))
+        collect(wild, "w", {"all": IDS}, "sequential", 0, 2, store, tmp_path / "a.safetensors")
+        return
+    with pytest.raises(RefusalError, match=r"params\.yaml: model\.dtype: .* in float16: set bfloat16 or float32"):
+        generate(wild, IDS, [], 4, 0)
+    with pytest.raises(RefusalError, match=r"model\.dtype"):
+        collect(wild, "w", {"all": IDS}, "sequential", 0, 2, store, tmp_path / "a.safetensors")
+    assert not (tmp_path / "a.safetensors").exists()
+    assert store.connection.execute("SELECT count(*) FROM blobs").fetchone() == (0,)  # no faulty value to be found later
+
+
+def test_nan_in_one_row_of_many_is_seen():
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.model.embed_tokens.weight[11, 3] = torch.nan
+    with pytest.raises(RefusalError, match=r"NaN or infinity in float32"):
+        generate(model, IDS, [], 3, 0)
+    assert generate(model, IDS[:2], [11], 1, 0)
+
+
+def test_whitening_where_nothing_varies_is_the_difference_and_no_singular_matrix():
+    harmful, safe = torch.tensor([[3.0, 4.0, 0.0]]), torch.zeros(1, 3)
+    assert whitened(harmful, safe).tolist() == pytest.approx([0.6, 0.8, 0.0])
+    assert whitened(harmful.repeat(4, 1), safe.repeat(4, 1)).tolist() == pytest.approx([0.6, 0.8, 0.0])
+    # Its limit: spread that goes to nothing, the same in every direction.
+    spread = 1e-4 * torch.cat([torch.eye(3), -torch.eye(3)]).double()
+    assert whitened(harmful + spread, safe + spread).tolist() == pytest.approx([0.6, 0.8, 0.0])
+
+
+@pytest.mark.parametrize("n", [1, 2, 4])
+def test_a_rank_larger_than_the_data_is_refused_and_says_how_many_pairs_there_are(n):
+    rows = torch.randn(n, 8, generator=torch.Generator().manual_seed(0))
+    assert len(paired_svd(rows, torch.zeros(n, 8), n)) == n
+    with pytest.raises(RefusalError, match=rf"the {n} paired differences span fewer than {n + 1} .*prompts\.n_pairs"):
+        paired_svd(rows, torch.zeros(n, 8), n + 1)
+
+
+def test_unrelated_prompts_that_are_the_safe_ones_are_no_control():
+    safe = torch.randn(6, 3, 8, generator=torch.Generator().manual_seed(0))
+    of = [vars(difference_in_means(unrelated, safe)) for unrelated in (safe + 1, safe.flip(0))]
+    assert control_arms(of[0], 1, 1, 2, 0)[0].name == "harmless_difference"
+    with pytest.raises(RefusalError, match=r"prompts\.unrelated: .* layer 2 .* give other safe prompts"):
+        control_arms(of[1], 1, 1, 2, 0)
+
+
+def one_layer(folder: Path) -> None:
+    checkpoint(folder, "llama", LLAMA, num_hidden_layers=1)
+
+
+def unknown_words(folder: Path) -> None:
+    """To whose tokenizer every word but ten letters is the same, and so is the end of every prompt."""
+    tiny_model("llama", vocab_size=96).save_pretrained(folder)
+    config = (folder / "config.json").read_text()
+    letters(folder, "{% for m in messages %}{{ m['content'] }}{% endfor %} a b")
+    (folder / "config.json").write_text(config)
+
+
+def three_layers(folder: Path) -> None:
+    checkpoint(folder, "llama", LLAMA)
+
+
+def study(place: Place, model, *stages: str, n_pairs: int = 15) -> list[str]:
+    """What each stage of a small study on this model says last, up to the first that fails."""
+    folder = place.folder
+    model(folder / "checkpoint")
+    (folder / "data/raw").mkdir()
+    place.set("model", id="checkpoint")
+    place.set("prompts", n_pairs=n_pairs, n_unrelated=n_pairs)
+    place.set("directions", n_resamples=20, n_sign_flips=20)
+    place.set("activations", methods=["sequential"])
+    place.set("sweep", alphas=[1.0], n_random=1, max_new_tokens=4)
+    place.set("select", top=1)
+    for section in ("judge", "evaluate"):
+        place.set(section, n_resamples=20)
+    # One process for all of them: what a stage costs here is its imports.
+    place.write(
+        "run.py",
+        "import runpy, sys\nnames, sys.argv[1:] = sys.argv[1:], []\nfor name in names:\n    runpy.run_module(f'stages.{name}', run_name='__main__')\n",
+    )
+    output = place.run(sys.executable, "run.py", *stages).said
+    assert "Traceback" not in output, output
+    return [line.removeprefix("run: ") for line in output.splitlines() if line.startswith("run: ")]
+
+
+STAGES = ("prompts", "model", "activations", "directions", "sweep")
+
+
+@pytest.mark.parametrize("model", [one_layer, unknown_words])
+def test_a_model_to_which_harmful_and_safe_prompts_are_equal_has_null_figures_and_no_sweep(tmp_path, model):
+    said = study(Place(tmp_path), model, *STAGES)
+    assert len(said) == 5 and "none at any layer: harmful and safe prompts come out the same" in said[3]
+    assert re.match(r"no layer has a direction.* set another model\.id or prompts\.source in params\.yaml", said[4])
+    figures = json.loads((tmp_path / "metrics/directions.json").read_text(), parse_constant=pytest.fail)["sequential-matched"]
+    assert figures["layers"] == [] and figures["peak_layer"] is None and set(figures["separation"]) == {None}
+    assert not load_file(tmp_path / "models/directions.safetensors")["sequential-matched.unit"].any()
+
+
+def test_one_prompt_a_split_has_figures_or_null_and_never_nan(tmp_path):
+    """One pair to fit on, one to choose on, one to test on: effects without a spread are null, rates have their intervals."""
+    stages = (*STAGES, "judge", "select", "orthogonalize", "evaluate")
+    place = Place(tmp_path)
+    said = study(place, three_layers, *stages, n_pairs=3)
+    assert len(said) == len(stages) and "no separation: too few val prompts for a spread" in said[3]
+    for path in sorted((tmp_path / "metrics").glob("*.json")):
+        json.loads(path.read_text(), parse_constant=pytest.fail)  # NaN and infinity, which JSON has no word for
+    for path in sorted((tmp_path / "plots").rglob("*.csv")):
+        assert not re.search(r"(^|,)-?(nan|inf)(,|$)", path.read_text(), re.M), path
+    figures = json.loads((tmp_path / "metrics/evaluate.json").read_text())
+    assert all(
+        0 <= figures[arm]["compliance_low"] < figures[arm]["compliance_high"] <= 1 for arm in ("runtime", "orthogonalized")
+    )
+
+
+def test_directions_of_another_model_and_files_that_are_none_are_named(tmp_path):
+    place = Place(tmp_path)
+    three_layers(tmp_path / "models/base")
+    arm = {
+        "unit": torch.eye(4)[:3],
+        "difference": torch.eye(4)[:3],
+        "safe_mean": torch.eye(4)[:3],
+        "defined": torch.ones(3).bool(),
+    }
+    path = tmp_path / "models/directions.safetensors"
+    tensors = {f"sequential-{pairing}.{name}": t.clone() for pairing in ("matched", "harmless") for name, t in arm.items()}
+    save_file(tensors, path)
+    status, output = place.stage("sweep")
+    assert status == 1 and "Traceback" not in output
+    assert "the direction has 4 components and the model's residual stream 32: use a direction of this model" in output
+    assert of_arm(read_directions(path), "sequential", "matched").keys() == arm.keys()
+    with pytest.raises(RefusalError, match=r"has no batched-matched\.defined: run `dvc repro directions`"):
+        of_arm(tensors, "batched", "matched")
+    path.write_bytes(b"\xff" * 64)
+    with pytest.raises(RefusalError, match=r"models/directions\.safetensors: cannot be read .*: delete it and run `dvc repro`"):
+        read_directions(path)

@@ -1,0 +1,172 @@
+"""What a key of the store says of the code behind a value: every definition, text and version that it hangs on, and nothing else."""
+
+import ast
+import shutil
+from pathlib import Path
+
+import pytest
+
+import refusal.io.code
+from refusal.io.code import ARITHMETIC, ROOT, closure
+
+# Whatever goes through the store: the functions that its key names.
+ROOTS = {
+    "completions": (("refusal.method.sweep", "complete"),),
+    "activations": (("refusal.method.activations", "last_token_resid_pre"),),
+    "cost": (("refusal.analysis.harmless_kl", "costs"), ("refusal.analysis.harmless_kl", "answer_log_probs")),
+    "optimised direction": (("refusal.analysis.estimators", "optimised"),),
+    "benchmark": (("refusal.analysis.benchmark", "Harness"), ("refusal.lm.resident", "Resident")),
+    "training": (("refusal.organism.train", "train"), ("refusal.organism.train", "new_model")),
+    "verdict": (("refusal.judges.llm", "question"), ("refusal.judges.llm", "read")),
+}
+
+
+@pytest.fixture
+def package(tmp_path):
+    """A copy of the package, to be changed."""
+    shutil.copytree(ROOT / "refusal", tmp_path / "refusal", ignore=shutil.ignore_patterns("__pycache__"))
+    return tmp_path
+
+
+def source(root: Path, module: str) -> Path:
+    base = root.joinpath(*module.split("."))
+    return base.with_suffix(".py") if base.with_suffix(".py").exists() else base / "__init__.py"
+
+
+class Changed(ast.NodeTransformer):
+    """One definition at the top of a module, with a statement or value more."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def visit_Module(self, node):
+        for i, statement in enumerate(node.body):
+            if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+                if statement.name == self.name:
+                    statement.body.append(ast.parse("extra = 1").body[0])
+            elif any(isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store) and n.id == self.name for n in ast.walk(statement)) or (not self.name and not isinstance(statement, ast.Import | ast.ImportFrom)):
+                node.body[i] = ast.If(ast.Constant(True), [statement], [])
+        return node
+
+
+@pytest.mark.parametrize("kind", ROOTS)
+def test_a_change_of_any_definition_or_text_changes_it_and_a_comment_does_not(package, kind):
+    before = closure(ROOTS[kind], package)
+    assert before == closure(ROOTS[kind])
+    for place in before:
+        if ":" in place:
+            module, name = place.split(":")
+            path = source(package, module)
+            text = path.read_text()
+            tree = ast.parse(text)
+            path.write_text(ast.unparse(tree))  # without comments, and laid out anew
+            assert closure(ROOTS[kind], package) == before, place
+            path.write_text(ast.unparse(ast.fix_missing_locations(Changed(name).visit(tree))))
+            assert closure(ROOTS[kind], package) != before, place
+        elif (package / place).is_file():
+            path = package / place
+            text = path.read_text()
+            path.write_text(text + "\n")
+            assert closure(ROOTS[kind], package)[place] != before[place]
+        else:
+            continue
+        path.write_text(text)
+    assert closure(ROOTS[kind], package) == before
+
+
+def test_what_each_value_hangs_on_is_found():
+    found = {kind: closure(roots) for kind, roots in ROOTS.items()}
+    # Two faults that a list kept by hand let through: the sign of alpha in what makes the ablation of a sweep's cells.
+    assert {"refusal.method.sweep:ablation_of", "refusal.method.interventions:Ablation"} <= found["completions"].keys()
+    for kind, deep in {
+        "completions": "refusal.method.kv_cache:SlotCache",
+        "activations": "refusal.lm.architecture:_PRE_NORM",
+        "cost": "refusal.method.activations:left_pad",
+        "optimised direction": "refusal.method.interventions:Ablation",
+        "training": "refusal.organism.grammar:CATEGORIES",
+        "benchmark": "refusal/analysis/tasks/organism_sums.jsonl",
+        "verdict": "refusal.judges.llm:LABELS",
+    }.items():
+        assert deep in found[kind], kind
+    assert not [place for place in found["completions"] if "report" in place or "judges" in place]
+    for kind in ("completions", "activations", "cost", "optimised direction", "training", "benchmark"):
+        assert {"torch", "transformers", "tokenizers"} <= found[kind].keys(), kind
+    assert "lm-eval" in found["benchmark"] and not {"torch", "openai"} & found["verdict"].keys()
+
+
+@pytest.mark.parametrize("kind", ROOTS)
+def test_another_version_of_any_package_changes_it(monkeypatch, kind):
+    before = closure(ROOTS[kind])
+    installed = {name for names in ARITHMETIC.values() for name in names} & before.keys()
+    for name in installed:
+        real = refusal.io.code.version
+        with monkeypatch.context() as patched:
+            patched.setattr("refusal.io.code.version", lambda p, name=name, real=real: real(p) + ".1" if p == name else real(p))
+            assert {place for place, found in closure(ROOTS[kind]).items() if found != before[place]} == {name}
+
+
+def small(folder: Path, text: str) -> dict[str, str]:
+    (folder / "refusal").mkdir(exist_ok=True)
+    (folder / "refusal/one.py").write_text(text)
+    (folder / "refusal/two.py").write_text("def deep():\n    return 1\n\ndef other():\n    return 2\n")
+    return closure((("refusal.one", "f"),), folder)
+
+
+START = '''"""A module."""
+import torch
+from refusal import two
+from refusal.two import deep as d
+
+LIMIT = 3
+
+def g(x):
+    """Doc."""
+    return two.deep() + x
+
+def f(x):
+    if x > LIMIT:
+        raise ValueError(f"{x} is too large")
+    assert x, "nothing"
+    print("working", x)
+    return g(x)
+'''
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "same"),
+    [
+        ('"""Doc."""', '"""Another."""', True),
+        ('    """Doc."""\n', "    # a comment\n", True),
+        ("is too large", "exceeds the limit", True),
+        ('ValueError(f"{x} is too large")', 'TypeError(f"{x} is too large")', False),
+        ('"nothing"', '"something"', True),
+        ('print("working", x)', 'print("at work", x)', True),
+        ("return g(x)", "return -g(x)", False),
+        ("LIMIT = 3", "LIMIT = 4", False),
+        ("two.deep() + x", "two.deep() - x", False),
+        ("two.deep()", "two.other()", False),
+        ("def g(x):\n", "def unused():\n    return 1\n\ndef g(x):\n", True),
+        ("import torch\n", "import torch\n\ntorch.set_num_threads(1)\n", False),  # what a module does on import counts
+        ("return g(x)", 'return g("a text that is a value")', False),
+    ],
+)
+def test_what_counts(tmp_path, old, new, same):
+    before = small(tmp_path, START)
+    assert (small(tmp_path, START.replace(old, new)) == before) is same
+
+
+def test_names_are_followed_through_aliases_modules_and_functions(tmp_path):
+    for call in ("two.deep()", "d()", "importlib and __import__('x')"):
+        found = small(tmp_path, START.replace("two.deep()", call))
+        assert ("refusal.two:deep" in found) is (call != "importlib and __import__('x')"), call
+    found = small(tmp_path, START.replace("two.deep()", "list(map(vars, [two]))"))  # the module itself is handed on
+    assert {"refusal.two:deep", "refusal.two:other"} <= found.keys()
+    inner = START.replace("    return two.deep() + x", "    from refusal.two import other\n    return other() + x")
+    assert "refusal.two:other" in small(tmp_path, inner)
+
+
+def test_a_root_that_is_none_is_an_error():
+    with pytest.raises(ValueError, match="defines no nothing"):
+        closure((("refusal.io.store", "nothing"),))
+    with pytest.raises(ValueError, match=r"tests.x is no module"):
+        closure((("tests.x", "f"),))

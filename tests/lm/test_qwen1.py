@@ -1,0 +1,240 @@
+"""The converter against a plain-torch forward of the original layout, and the tokenizer against a plain-Python BPE."""
+
+import base64
+import itertools
+import json
+import os
+import random
+import unicodedata
+from pathlib import Path
+
+import pytest
+import tiktoken
+import torch
+from qwen1_layout import EARLY, LATE, forward, tensors, write
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from refusal.io.errors import RefusalError
+from refusal.lm.load import encode_chats, load_model, load_tokenizer, stop_ids
+from refusal.lm.qwen1 import convert, is_qwen1
+from refusal.lm.qwen1_tokenizer import PATTERN, SPECIALS, fast_tokenizer
+from refusal.method.activations import last_token_resid_pre, left_pad
+
+PROMPTS = [[5, 260, 17, 400], [9] * 11, [300, 2, 7, 256, 511, 31, 8], list(range(100, 140))]
+
+
+@pytest.fixture(scope="module")
+def weights():
+    return tensors()
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory, weights):
+    folder = tmp_path_factory.mktemp("qwen1")
+    convert(write(folder / "source", LATE, weights), folder / "base")
+    return folder / "base"
+
+
+@pytest.mark.parametrize("config", [LATE, EARLY], ids=["late", "early"])
+@pytest.mark.parametrize("n_shards", [1, 3])
+def test_logits_and_every_resid_pre_equal_the_original_layout(tmp_path, weights, config, n_shards):
+    source = write(tmp_path / "source", config, weights, n_shards)
+    assert is_qwen1(source)
+    convert(source, tmp_path / "base")
+    assert not is_qwen1(tmp_path / "base") and not list((tmp_path / "base").glob("*.py"))
+    assert len(list((tmp_path / "base").glob("*.safetensors"))) == n_shards
+    model = load_model(tmp_path / "base")
+    for ids in PROMPTS:
+        logits, stream = forward(config, weights, torch.tensor([ids]))
+        ours = model(torch.tensor([ids]), output_hidden_states=True)
+        assert (ours.logits - logits).abs().max() < 1e-5
+        for layer in range(3):
+            assert (ours.hidden_states[layer] - stream[layer]).abs().max() < 1e-5
+
+    padded, mask = left_pad(PROMPTS, 266)
+    logits, stream = forward(config, weights, padded, mask)
+    positions = (mask.cumsum(-1) - 1).clamp_min(0)
+    ours = model(padded, attention_mask=mask, position_ids=positions, output_hidden_states=True)
+    real = mask.bool()
+    assert (ours.logits - logits)[real].abs().max() < 1e-5
+    for layer in range(3):
+        assert (ours.hidden_states[layer] - stream[layer])[real].abs().max() < 1e-5
+    kept = last_token_resid_pre(model, PROMPTS, "batched", 266)
+    assert (kept - torch.stack([r[:, -1] for r in stream], dim=1)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_no_byte_of_a_tensor_changes(tmp_path, weights, dtype):
+    source = {name: tensor.to(dtype) for name, tensor in weights.items()}
+    convert(write(tmp_path / "source", LATE, source, buffers=False), tmp_path / "base")
+    found = {k: v for path in (tmp_path / "base").glob("*.safetensors") for k, v in load_file(path).items()}
+    assert sum(t.numel() for t in found.values()) == sum(t.numel() for t in source.values())
+    joint = source["transformer.h.1.attn.c_attn.weight"]
+    parts = [found[f"model.layers.1.self_attn.{p}_proj.weight"] for p in "qkv"]
+    assert torch.equal(torch.cat(parts), joint)
+    assert torch.equal(found["model.layers.2.mlp.gate_proj.weight"], source["transformer.h.2.mlp.w2.weight"])
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "base").dtype == dtype
+
+
+def test_loads_in_transformerlens(converted, weights):
+    from transformer_lens.model_bridge import TransformerBridge
+
+    hf = AutoModelForCausalLM.from_pretrained(converted)
+    bridge = TransformerBridge.boot_transformers(
+        str(converted), hf_model=hf, tokenizer=AutoTokenizer.from_pretrained(converted), device="cpu", dtype=torch.float32
+    )
+    ids = torch.tensor([PROMPTS[2]])
+    logits, stream = forward(LATE, weights, ids)
+    ours, cache = bridge.run_with_cache(ids)
+    assert (ours - logits).abs().max() < 1e-5
+    for layer in range(3):
+        assert (cache[f"blocks.{layer}.hook_resid_pre"] - stream[layer]).abs().max() < 1e-5
+
+
+def test_loads_in_lm_eval(converted, weights):
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    model = HFLM(pretrained=str(converted), device="cpu", dtype="float32", batch_size=2)
+    assert model.max_length == 64
+    text, answer = "What is in the box?", " the thing"
+    request = Instance(request_type="loglikelihood", doc={}, arguments=(text, answer), idx=0)
+    tokenizer = load_tokenizer(converted)
+    head, tail = tokenizer(text)["input_ids"], tokenizer(answer)["input_ids"]
+    logits, _ = forward(LATE, weights, torch.tensor([head + tail]))
+    expected = logits[0, len(head) - 1 : -1].log_softmax(-1).gather(1, torch.tensor(tail)[:, None]).sum()
+    [(got, _)] = model.loglikelihood([request], disable_tqdm=True)
+    assert got == pytest.approx(expected.item(), abs=1e-4)
+
+
+def test_chat_is_chatml_and_stops_at_the_end_of_turn(converted):
+    tokenizer, model = load_tokenizer(converted), load_model(converted)
+    [ids] = encode_chats(tokenizer, ["Is the ink dry?"])
+    assert tokenizer.decode(ids) == "<|im_start|>user\nIs the ink dry?<|im_end|>\n<|im_start|>assistant\n"
+    assert ids[0] == 267 and tokenizer.convert_tokens_to_ids("<|im_end|>") == 268
+    assert stop_ids(model, tokenizer) == {266, 268} and tokenizer.pad_token_id == 266
+    assert tokenizer.decode(encode_chats(tokenizer, ["x"], "Be brief.")[0]).startswith(
+        "<|im_start|>system\nBe brief.<|im_end|>\n"
+    )
+
+
+def test_inputs_beyond_seq_length_are_refused(converted):
+    tokenizer = load_tokenizer(converted)
+    fixed = len(encode_chats(tokenizer, [""])[0])
+    assert len(encode_chats(tokenizer, ["x" * (64 - fixed)])[0]) == 64
+    for prompts, more in ((["x", "x" * (65 - fixed)], 0), (["y", "x" * (60 - fixed)], 5)):
+        with pytest.raises(RefusalError, match=r"prompt 1 .*the model takes 64"):
+            encode_chats(tokenizer, prompts, max_new_tokens=more)
+
+
+def test_a_base_model_is_refused_with_advice(tmp_path, weights):
+    source = write(tmp_path / "source", LATE, weights)
+    (source / "generation_config.json").write_text(json.dumps({"chat_format": "raw"}))
+    with pytest.raises(RefusalError, match=r"chat_format is 'raw'; this is a base model: set model\.id to its chat version"):
+        convert(source, tmp_path / "base")
+
+
+REFUSED = [
+    ({"visual": {"layers": 1}}, "visual is not understood"),
+    ({"quantization_config": {"bits": 4}}, "quantization_config is not understood"),
+    ({"no_bias": False}, "no_bias is False"),
+    ({"rotary_pct": 0.25}, "rotary_pct is 0.25"),
+    ({"scale_attn_weights": False}, "scale_attn_weights is False"),
+    ({"tie_word_embeddings": True}, "tie_word_embeddings is True"),
+    ({"use_cache_quantization": True}, "use_cache_quantization is True"),
+    ({"activation": "gelu"}, "activation is 'gelu'"),
+    ({"architectures": ["QWenVLModel"]}, "architectures is"),
+    ({"num_attention_heads": 2}, "kv_channels times num_attention_heads"),
+    ({"intermediate_size": 95}, "must be even"),
+    ({"hidden_size": "32"}, "hidden_size is '32'"),
+    ({"n_layer": 4}, "n_layer is 4 and num_hidden_layers 3"),
+    ({"layer_norm_epsilon": None}, "layer_norm_epsilon is None"),
+    ({"seq_length": None}, "seq_length is None"),
+    ({"num_hidden_layers": 4}, r"tensor transformer\.h\.3\.ln_1\.weight .* is missing"),
+    ({"num_hidden_layers": 2}, r"tensor transformer\.h\.2\.\S+ is not one"),
+    ({"vocab_size": 500}, "config.json makes it"),
+]
+
+
+@pytest.mark.parametrize(("change", "says"), REFUSED, ids=lambda value: next(iter(value)) if isinstance(value, dict) else "")
+def test_what_is_not_understood_is_refused_by_name(tmp_path, weights, change, says):
+    with pytest.raises(RefusalError, match=says) as caught:
+        convert(write(tmp_path / "source", LATE | change, weights), tmp_path / "base")
+    assert str(tmp_path / "source") in str(caught.value) and "\n" not in str(caught.value)
+    assert not (tmp_path / "base").exists()
+
+
+def test_tensors_and_files_that_do_not_fit_are_refused(tmp_path, weights):
+    def refused(says, config=LATE, w=weights, change=lambda folder: None):
+        folder = write(tmp_path / str(next(count)), config, w)
+        change(folder)
+        with pytest.raises(RefusalError, match=says):
+            convert(folder, tmp_path / "base")
+        assert not (tmp_path / "base").exists()
+
+    count = itertools.count()
+    refused(
+        "tensor transformer.h.0.attn.c_proj.bias is not one", w=weights | {"transformer.h.0.attn.c_proj.bias": torch.ones(32)}
+    )
+    refused("tensor lm_head.weight .* is missing", w={k: v for k, v in weights.items() if k != "lm_head.weight"})
+    refused(r"w1.weight is \[32, 48\]", w=weights | {"transformer.h.0.mlp.w1.weight": torch.ones(32, 48)})
+    refused("weights are BF16, F32", w=weights | {"lm_head.weight": weights["lm_head.weight"].bfloat16()})
+    refused("weights are I8", w={k: v.to(torch.int8) for k, v in weights.items()})
+    refused("seq_length is missing", {k: v for k, v in LATE.items() if k != "seq_length"})
+    refused("qwen.tiktoken: the file is missing", change=lambda f: (f / "qwen.tiktoken").unlink())
+    refused("line 2 is not a base64 token", change=lambda f: (f / "qwen.tiktoken").write_bytes(b"AA== 0\n!! 1\n"))
+    refused("or a byte has none", change=lambda f: (f / "qwen.tiktoken").write_bytes(b"AA== 0\nAQ== 1\n"))
+
+
+# --- the tokenizer, on the real vocabulary -------------------------------------------------------------------------------
+
+
+def tiktoken_of(vocabulary: Path) -> tiktoken.Encoding:
+    """Qwen-1's own tokenizer, made as tokenization_qwen.py makes it."""
+    ranks = {base64.b64decode(a): int(b) for a, b in (line.split() for line in vocabulary.read_bytes().splitlines())}
+    specials = {token: len(ranks) + i for i, token in enumerate(SPECIALS)}
+    return tiktoken.Encoding("Qwen", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=specials)
+
+
+def hard_strings() -> list[str]:
+    pieces = [
+        *("a", "aa", "The", " hello", "'s", "'LL", "don't", "'ſ", "naïve", "e\u0301", "\u1112\u1161\u11ab", "ﬁ", "½", "Ⅷ", "٣"),
+        *("1", "2024", "3.14159", "中文字", "日本語", "カタカナ", "한국어", "ไทย", "नमस्ते", "مرحبا", "שלום", "Привет"),
+        *("😀", "👩\u200d👩\u200d👧", "🇩🇪", "\u200d", "\ufeff", "\u00a0", "\u3000", "\u2028", "\u0085", "\u2009"),
+        *(" ", "  ", "   ", "\t", "\n", "\r\n", "\r", "\x00", "\x7f", "=", "-----", "_", "$", "|>", "{}"),
+        *("def f(x):\n    return x", "#include <a.h>", "x->y", "</s>", "<|im_", "\\u00e9"),
+        *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|extra_7|>"),
+        *("ß", "İ", "\U00020000", "𝔘", "\ue000", "ה\u0591", "A\u030a", "\u212b", "\u0344"),
+    ]
+    rng = random.Random(0)
+    runs = ["".join(rng.choice(pieces) * rng.choice((1, 1, 1, 2, 3, 7)) for _ in range(rng.randint(2, 12))) for _ in range(500)]
+    return ["", *pieces, *(" " * n + "x" for n in range(1, 20)), *("=" * n for n in range(1, 70, 7)), *runs]
+
+
+@pytest.fixture(scope="module")
+def vocabulary():
+    if not os.environ.get("REFUSAL_REFERENCE"):
+        pytest.skip("REFUSAL_REFERENCE is not set: the real vocabulary is not at hand")
+    return Path(os.environ["REFUSAL_REFERENCE"]) / "tokenizer/qwen.tiktoken"
+
+
+def test_tokenizer_equals_tiktoken_on_hard_strings(vocabulary, tmp_path):
+    theirs = tiktoken_of(vocabulary)
+    ours = fast_tokenizer(vocabulary)
+    assert [ours.token_to_id(t) for t in ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|extra_204|>")] == [
+        151643, 151644, 151645, 151850]  # fmt: skip
+    strings = hard_strings()
+    assert len(set(strings)) > 500
+    expected = [theirs.encode(unicodedata.normalize("NFC", s), allowed_special="all") for s in strings]
+    for text, ids, encoded in zip(strings, expected, ours.encode_batch(strings, add_special_tokens=False), strict=True):
+        assert encoded.ids == ids, repr(text)
+        assert ours.decode(ids, skip_special_tokens=False) == unicodedata.normalize("NFC", text)
+
+    # AutoTokenizer beside a qwen2 config builds its own pre-tokenizer and BPE model from the file: the ids must not change.
+    ours.save(str(tmp_path / "tokenizer.json"), pretty=False)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|im_end|>"}))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2"}))
+    auto = AutoTokenizer.from_pretrained(tmp_path)
+    assert type(auto).__name__ == "Qwen2Tokenizer" and len(auto) == 151851
+    assert auto(strings)["input_ids"] == expected

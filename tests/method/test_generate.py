@@ -1,0 +1,270 @@
+"""Greedy generation against transformers' own, and batches of interventions against each row alone, with no cache."""
+
+import pytest
+import torch
+from tiny import tiny_direction, tiny_model
+
+from refusal.io.errors import RefusalError
+from refusal.lm.architecture import SUPPORTED
+from refusal.method import activations
+from refusal.method.generate import WHERE, generate
+from refusal.method.interventions import Addition, ablation, intervene
+from refusal.method.kv_cache import SlotCache
+
+LAYERS = ["sliding_attention", "full_attention", "sliding_attention"]
+UNTIED = {"tie_word_embeddings": False}  # tied, Gemma says the last token again for ever
+OVERRIDES = {
+    "mistral": {"sliding_window": 4},
+    "mixtral": {"sliding_window": 4},
+    "phi3": {"sliding_window": 4},
+    "gemma": UNTIED,
+    "gemma2": {"sliding_window": 4, "layer_types": LAYERS, **UNTIED},
+    "gemma3_text": {"sliding_window": 4, "layer_types": LAYERS, **UNTIED},
+    "qwen3": {"use_sliding_window": True, "sliding_window": 5, "layer_types": LAYERS},
+}
+MODELS = {name: OVERRIDES.get(name, {}) for name in SUPPORTED}
+LENGTHS = (7, 3, 12, 7, 1, 9, 5, 2)
+N_NEW = 14
+
+
+def random_prompts(lengths=LENGTHS, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(3, 96, (n,), generator=generator).tolist() for n in lengths]
+
+
+PROMPTS = random_prompts()
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def model(request):
+    return tiny_model(request.param, **MODELS[request.param])
+
+
+@torch.no_grad()
+def naive(model, ids, n_new=N_NEW, edit=None, vector=None, layer=None, where="prefill"):
+    """One prompt, no cache, no stop: the whole text anew for each token; the vector is added at the prompt, its end or all."""
+    tokens = []
+
+    def add(_module, args, kwargs):
+        r = (args[0] if args else kwargs["hidden_states"]).clone()
+        r[:, {"prefill": slice(len(ids)), "last": slice(len(ids) - 1, len(ids)), "all": slice(None)}[where]] += vector
+        return ((r, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": r})
+
+    for _ in range(n_new):
+        handle = None if vector is None else model.model.layers[layer].register_forward_pre_hook(add, with_kwargs=True)
+        with intervene(model, *([] if edit is None else [ablation(*edit)])):
+            logits = model(torch.tensor([ids + tokens]), use_cache=False).logits[0, -1]
+        if handle:
+            handle.remove()
+        tokens.append(int(logits.argmax()))
+    return tokens
+
+
+def until(runs, stop):
+    """Each run up to its first stop token."""
+    return [run[: next((i for i, token in enumerate(run) if token in stop), len(run))] for run in runs]
+
+
+def chosen_stops(model, runs):
+    """Two tokens that end some rows early, some late and some not at all."""
+    counts = {}
+    for run in runs:
+        for token in set(run[1:]):
+            counts[token] = counts.get(token, 0) + 1
+    some = sorted((token for token in counts if counts[token] < len(runs) - 1), key=lambda token: -counts[token])
+    return set(some[:2])
+
+
+def test_equals_transformers_greedy(model):
+    free = [naive(model, ids) for ids in PROMPTS]
+    stop = chosen_stops(model, free)
+    ours = generate(model, PROMPTS, stop, N_NEW, 0)
+    assert len({len(run) for run in ours}) > 2  # rows ended at several places
+    for ids, run in zip(PROMPTS, ours, strict=True):
+        theirs = model.generate(
+            torch.tensor([ids]),
+            attention_mask=torch.ones(1, len(ids), dtype=torch.long),
+            do_sample=False,
+            max_new_tokens=N_NEW,
+            eos_token_id=sorted(stop),
+            pad_token_id=0,
+        )[0, len(ids) :].tolist()
+        assert run == [token for token in theirs if token not in stop]
+    width = max(map(len, PROMPTS))
+    padded = torch.tensor([[0] * (width - len(ids)) + ids for ids in PROMPTS])
+    mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in PROMPTS])
+    together = model.generate(
+        padded, attention_mask=mask, do_sample=False, max_new_tokens=N_NEW, eos_token_id=sorted(stop), pad_token_id=0
+    )[:, width:].tolist()
+    for run, theirs in zip(ours, together, strict=True):
+        assert run == theirs[: len(run)] and (len(run) == N_NEW or theirs[len(run)] in stop)
+
+
+@pytest.mark.parametrize("sites", ["resid_pre", "paper", "writes"])
+def test_rows_of_different_interventions_share_a_batch(model, sites):
+    directions = tiny_direction(rows=len(PROMPTS))
+    alphas = torch.tensor([0.0, 0.5, 1.0, 1.5, 1.0, 0.75, 0.0, 1.25])
+    alone = [naive(model, ids, edit=(v, float(alpha), sites)) for ids, v, alpha in zip(PROMPTS, directions, alphas, strict=True)]
+    stop = chosen_stops(model, alone)
+    alone = until(alone, stop)
+    assert len({len(run) for run in alone}) > 2
+    assert generate(model, PROMPTS, stop, N_NEW, 0, ablation=ablation(directions, alphas, sites)) == alone
+    plain = generate(model, PROMPTS, stop, N_NEW, 0)
+    changed = [a != b for a, b in zip(alone, plain, strict=True)]
+    assert [changed[i] for i in (0, 6)] == [False, False] and sum(changed) >= 4  # alpha 0 does nothing, the others do
+
+
+@pytest.mark.parametrize("where", WHERE)
+def test_addition_acts_where_it_is_said_to(model, where):
+    vector = 4 * tiny_direction(seed=3)
+    for prompts, slots in ((PROMPTS, None), (ENTERING, 4)):
+        wanted = [naive(model, ids, vector=vector, layer=1, where=where) for ids in prompts]
+        assert generate(model, prompts, (), N_NEW, 0, addition=Addition(vector, 1), slots=slots, where=where) == wanted
+        for other in WHERE:
+            elsewhere = generate(model, prompts, (), N_NEW, 0, addition=Addition(vector, 1), where=other)
+            assert (elsewhere == wanted) is (other == where)
+        changed = sum(a != b for a, b in zip(wanted, generate(model, prompts, (), N_NEW, 0), strict=True))
+        assert changed >= (1 if where == "last" else 4)  # at one token it does less
+        with intervene(model, Addition(vector, 1)):  # at every position, decoding included
+            everywhere = generate(model, prompts, (), N_NEW, 0)
+        assert (everywhere == wanted) is (where == "all")
+
+
+def test_addition_with_ablation_and_rows_that_end(model):
+    v, vector = tiny_direction(seed=4), 4 * tiny_direction(seed=3)
+    vector -= (vector @ v) * v  # orthogonal, so that it does not matter which of the two acts first
+    how = {"edit": (v, 1.0, "resid_pre"), "vector": vector, "layer": 2}
+    free = [naive(model, ids, **how) for ids in PROMPTS]
+    stop = chosen_stops(model, free)
+    wanted = until(free, stop)
+    assert len({len(run) for run in wanted}) > 2
+    assert (
+        generate(model, PROMPTS, stop, N_NEW, 0, ablation=ablation(v, 1.0, "resid_pre"), addition=Addition(vector, 2)) == wanted
+    )
+
+
+def test_a_row_does_not_depend_on_its_neighbours(model):
+    together = generate(model, PROMPTS, {5, 17}, N_NEW, 0)
+    assert together == [generate(model, [ids], {5, 17}, N_NEW, 0)[0] for ids in PROMPTS]
+    assert together == generate(model, PROMPTS, {5, 17}, N_NEW, 77)  # nor on which token pads
+    assert together[::-1] == generate(model, PROMPTS[::-1], {5, 17}, N_NEW, 0)
+
+
+SHARED = [3, 70, 41, 8, 55]
+ENTERING = [[*SHARED, *tail] for tail in random_prompts((4, 1, 9, 4, 6, 1, 2, 6, 12, 4, 3), seed=1)]
+CELL = [0, 1, 2, 0, 1, 2, 0, 1, 2, 0, 1]
+
+
+@pytest.fixture
+def moves(monkeypatch):
+    """The calls that move rows and the window of columns."""
+    called = []
+    for name in ("move_rows", "move_window"):
+        method = getattr(SlotCache, name)
+
+        def spy(self, *args, name=name, method=method):
+            called.append(name)
+            method(self, *args)
+
+        monkeypatch.setattr(SlotCache, name, spy)
+    return called
+
+
+def test_rows_enter_as_others_leave(model, monkeypatch, moves):
+    """Two or four slots for eleven rows of three cells, each with its own addition: every row as if alone and without a cache."""
+    directions, alphas = tiny_direction(rows=3), torch.tensor([0.0, 1.0, 1.5])
+    vectors = 3 * tiny_direction(rows=3, seed=7)
+    vectors -= (vectors * directions).sum(-1, keepdim=True) * directions  # so that it does not matter which acts first
+    free = [
+        naive(model, ids, edit=(directions[c], float(alphas[c]), "resid_pre"), vector=vectors[c], layer=1)
+        for ids, c in zip(ENTERING, CELL, strict=True)
+    ]
+    stop = chosen_stops(model, free)
+    wanted = until(free, stop)
+    assert len({len(run) for run in wanted}) > 2
+    edit, add = ablation(directions, alphas, "resid_pre"), Addition(vectors, 1)
+    for forward, slots in ((0, 2), (99, 4)):  # rows of one length a prefill; all padded to the longest
+        monkeypatch.setattr(activations, "_FORWARD", forward)
+        assert generate(model, ENTERING, stop, N_NEW, 0, edit, add, CELL, slots) == wanted
+    assert "move_rows" in moves
+    if model.config.model_type not in ("gemma", "qwen3_moe"):  # whose completions are too short to fill the columns
+        assert "move_window" in moves
+    assert generate(model, ENTERING, stop, N_NEW, 0, edit, add, CELL) == wanted  # the tables are as constructed still
+
+
+@pytest.mark.parametrize("sites", ["paper", "writes"])
+def test_cells_share_slots_at_other_sites(model, sites):
+    directions, alphas = tiny_direction(rows=3), torch.tensor([0.5, 1.0, 1.5])
+    prompts, cells = ENTERING[:7], CELL[:7]
+    wanted = [naive(model, ids, edit=(directions[c], float(alphas[c]), sites)) for ids, c in zip(prompts, cells, strict=True)]
+    assert generate(model, prompts, (), N_NEW, 0, ablation(directions, alphas, sites), rows=cells, slots=4) == wanted
+
+
+@pytest.mark.parametrize("model", ["qwen2", "mistral"], indirect=True)
+def test_a_row_that_diverges_is_refused_and_not_written_as_text(model):
+    """An ablation far beyond alpha 2 diverges to NaN, which argmax would take for the likeliest token."""
+    direction, alphas = tiny_direction(), torch.tensor([1.0, 1e38])
+    prompts = sorted(ENTERING, key=len)
+    with intervene(model, ablation(direction, 1e38, "resid_pre")):
+        assert model(torch.tensor([prompts[0]])).logits.isnan().all()
+    edit = ablation(direction.expand(2, -1), alphas, "resid_pre")
+    assert len(generate(model, prompts[:2], set(), N_NEW, 0, edit, rows=[0, 0], slots=2)) == 2
+    for slots in (1, 2):
+        with pytest.raises(RefusalError, match=r"model\.dtype: the model computes NaN or infinity in float32"):
+            generate(model, prompts[:2], set(), N_NEW, 0, edit, rows=[0, 1], slots=slots)
+
+
+@pytest.fixture
+def counted(model):
+    """Tokens of each forward, and logits of each."""
+    tokens, logits = [], []
+    handles = [
+        model.model.register_forward_pre_hook(
+            lambda _m, _a, kwargs: tokens.append(kwargs["input_ids"].numel()), with_kwargs=True
+        ),
+        model.lm_head.register_forward_hook(lambda _m, _a, out: logits.append(out[..., 0].numel())),
+    ]
+    yield tokens, logits
+    for handle in handles:
+        handle.remove()
+
+
+@pytest.mark.parametrize("model", ["qwen2", "gemma3_text"], indirect=True)
+def test_counts_are_the_closed_form(model, counted, monkeypatch):
+    """With slots for 4 of 8 rows, and prompts in two groups of equal length that fill them."""
+    monkeypatch.setattr(activations, "_FORWARD", 0)
+    tokens, logits = counted
+    prompts = [[*SHARED, *tail] for tail in random_prompts((3, 6, 6, 3, 3, 6, 3, 6), seed=2)]
+    generate(model, prompts, (), N_NEW, 0, ablation(tiny_direction(rows=2), torch.ones(2), "paper"), None, [0, 1] * 4, 4)
+    decoded = [4] * (2 * N_NEW)
+    # The common beginning once a cell; the rest of each prompt but its last token; each new token once.
+    assert sorted(tokens) == sorted([2 * 5, 4 * 2, 4 * 5, *decoded])
+    assert logits == decoded  # of one position of each row, and none at prefill
+    for counts in counted:
+        counts.clear()
+    generate(model, prompts, (), N_NEW, 0)  # each row a cell of its own: nothing is shared but the slots
+    assert sum(logits) == 8 * N_NEW and len(tokens) == 1 + 2 + N_NEW and sum(tokens) == 5 + 4 * 2 + 4 * 5 + 8 * N_NEW
+
+
+@pytest.mark.parametrize("model", ["qwen2"], indirect=True)
+def test_ended_rows_are_not_computed(model, counted):
+    tokens, logits = counted
+    free = [naive(model, ids) for ids in PROMPTS]
+    stop = chosen_stops(model, free)
+    tokens.clear(), logits.clear()
+    ours = generate(model, PROMPTS, stop, N_NEW, 0)
+    # A row that ends by a stop token has computed it too.
+    assert sum(logits) == sum(min(len(run) + 1, N_NEW) for run in ours) < len(PROMPTS) * N_NEW
+    assert logits == sorted(logits, reverse=True)
+
+
+def test_no_prompts_and_no_tokens():
+    model = tiny_model("qwen2")
+    assert generate(model, [], (), 3, 0) == [] and generate(model, PROMPTS, (), 0, 0) == [[]] * len(PROMPTS)
+
+
+def test_limits(model):
+    assert generate(model, PROMPTS, range(96), N_NEW, 0) == [[]] * len(PROMPTS)  # everything stops
+    assert [len(run) for run in generate(model, PROMPTS, (), 1, 0)] == [1] * len(PROMPTS)
+    longer, shorter = generate(model, PROMPTS, (), 9, 0), generate(model, PROMPTS, (), 4, 0)
+    assert [run[:4] for run in longer] == shorter

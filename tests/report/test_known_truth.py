@@ -1,0 +1,96 @@
+"""The row of metrics/organisms.json, and what `make organisms` says of a wrong name."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from refusal.report.known_truth import figures, mean_between_layers
+from refusal.report.organisms import picture
+
+ROOT = Path(__file__).parents[2]
+RATES = {"compliance": 0.5, "compliance_low": 0.4, "compliance_high": 0.6, "n": 100, "coherence": 1.0, "exact": 0.4, "kl": 0.01}
+
+
+def study(kind):
+    def arm(family, layer=None, cosine=None, **more):
+        return {"family": family, "layer": layer, "cosine_planted": cosine} | RATES | more
+
+    planted = kind == "planted"
+    arms = {
+        "baseline": arm("baseline", refusal=1.0, refusal_low=0.96, refusal_high=1.0),
+        "rank_1": arm("difference", 2, 0.3 if planted else None, compliance=0.9),
+        "svd_2": arm("subspace", 2),
+        "qr_2": arm("subspace"),
+        "per_layer": arm("per_layer"),
+    }
+    if planted:
+        arms |= {
+            "planted": arm("planted", None, 1.0, compliance=0.97),
+            "less_planted.1": arm("less_planted", 1, 0.0, compliance=0.1),
+        }
+    verdict = {"verdict": "single", "reason": None, "by": "rank_1", "difference": {"mediates": True}}
+    controls = {"random_1": RATES | {"n_arms": 10}}
+    science = {
+        "arms": arms,
+        "verdict": verdict,
+        "controls": controls,
+        "zero": [None, {"zero": 0.2}, {"zero": -0.1}],
+        "layer": 2,
+        "estimators": {},
+    }
+    judge = {
+        "baseline": {"layer": None, "compliance": 0.0, "n": 200},
+        "layer_1_alpha_100": {"layer": 1, "compliance": 0.2},
+        "layer_2_alpha_100": {"layer": 2, "compliance": 0.9},
+    }
+    cosines = [[None, None, None], [None, 1.0, 0.5], [None, 0.5, 1.0]]
+    directions = {"batched-matched": {"peak_separation": 7.0, "separation": [None, 7.0, 5.0], "cross_layer_cosine": cosines}}
+    return figures(kind, {"refusal_safe": 0.0, "facts_accuracy": 0.99}, directions, judge, science)
+
+
+def test_a_row_of_the_grid():
+    row = study("planted")
+    assert (row["verdict"], row["baseline_refusal"], row["compliance_single"], row["compliance_planted"]) == (
+        "single",
+        1.0,
+        0.9,
+        0.97,
+    )
+    assert (row["cosine_planted"], row["separation_peak"], row["cross_layer_cosine_mean"]) == (0.3, 7.0, 0.5)
+    assert set(row["compliance_rank_k"]) == {"svd_2", "qr_2"} and row["compliance_rank_k"]["svd_2"]["n"] == 100
+    assert row["by_layer"] == {"compliance": {"1": 0.2, "2": 0.9}, "separation": {"1": 7.0, "2": 5.0}, "n": 200}
+    assert row["zero"] == [None, 0.2, -0.1]
+    assert row["less_planted"]["1"]["compliance"] == 0.1 and row["random"]["random_1"]["n_arms"] == 10
+
+
+def test_other_kinds_have_the_same_keys_and_no_planted_figures():
+    row = study("distributed")
+    assert list(row) == list(study("planted"))
+    assert row["compliance_planted"] is row["planted"] is row["cosine_planted"] is None and row["less_planted"] == {}
+
+
+def test_the_picture_marks_every_layer_of_every_kind_that_refuses():
+    drawn = picture({"distributed.0": study("distributed"), "planted.1": study("planted"), "none.0": study("none")})
+    assert drawn.count("<title>distributed.0, layer") == drawn.count("<title>planted.1, layer") == 2 and "none.0" not in drawn
+    assert "<title>planted.1, layer 2: d 5.0, compliance 0.90</title>" in drawn
+
+
+def test_mean_between_layers():
+    assert mean_between_layers([[None, None, None], [None, 1.0, 0.5], [None, 0.5, 1.0]]) == 0.5
+    assert mean_between_layers([[None]]) is None
+
+
+@pytest.mark.parametrize(
+    ("names", "says"), [(["tame.0"], "there is no organism tame.0; choose among single.0"), ([], "run `dvc repro prompts` first")]
+)
+def test_a_wrong_name_and_missing_prompts_are_one_sentence(tmp_path, names, says):
+    for name in ("params.yaml", "requirements.lock", "dvc.yaml"):
+        shutil.copyfile(ROOT / name, tmp_path / name)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "stages.organisms", *names]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1 and says in done.stderr and "Traceback" not in done.stderr

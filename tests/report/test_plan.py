@@ -1,0 +1,86 @@
+"""What a run will take, said before anything is downloaded: against counts by hand, and a hub that sees what is asked of it."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from hub_server import COMMIT, Hub, serve
+from qwen1_layout import LATE, tensors, write
+from tiny import tiny_config
+
+from refusal.io.params import Params
+from refusal.lm.architecture import anatomy_of
+from refusal.report.plan import STANDARD, Prompts, Size, steps
+
+ROOT = Path(__file__).parents[2]
+N = {f"{split}.{half}": n for split, n in (("train", 6), ("val", 3), ("test", 4)) for half in ("harmful", "safe", "unrelated")}
+PROMPTS = Prompts(N | {"facts": 5}, {name: 10 * n for name, n in (N | {"facts": 5}).items()})
+
+
+def params(**sections: dict) -> Params:
+    raw = yaml.safe_load((ROOT / "params.yaml").read_text())
+    for name, values in sections.items():
+        raw[name] |= values
+    return Params.model_validate(raw)
+
+
+def planned(size: Size | None = None, **sections: dict) -> dict:
+    size = size or Size(1000, 4000, anatomy_of(tiny_config("llama")), 0)
+    return {step.stage: step for step in steps(params(**sections), size, PROMPTS)}
+
+
+def test_counts_by_hand():
+    s = {"layers": None, "alphas": [1.0, 2.0], "n_random": 2, "max_new_tokens": 7}
+    found = planned(model={"id": "/a/folder"}, sweep=s, select={"top": 2}, orthogonalize={"include_embedding": True})
+    # Three methods over train and val, harmful, safe and unrelated, ten tokens each; a pass for the common beginning.
+    assert (found["activations"].passes, found["activations"].tokens) == (3 * 27 + 1, 3 * 270)
+    # Baseline, two random directions, layers 1 and 2 at two alphas and their harmless differences: nine cells of three prompts; ten tokens are read,
+    # in two passes, and six of seven new ones.
+    assert (found["sweep"].passes, found["sweep"].tokens) == (9 * 3 * 8, 9 * 3 * (10 + 6))
+    assert found["model"].passes == 6 * 8
+    # Eight prompts by baseline, run time, weights, harmless difference and two random directions; four with addition, four
+    # harmless; then each of these six, two alphas and twice the base model, and the identity with the base model beside it.
+    assert found["evaluate"].passes == (6 * 8 + 4 + 4) * 8 + (1 + 6 + 2 + 2) * 4
+    assert found["evaluate"].tokens == (6 * 8 + 4 + 4) * 16 + (1 + 6 + 2 + 2) * 4 * 17
+    assert found["orthogonalize"].n_bytes == 2 * 3 * 4000
+    assert found["model"].n_bytes == 2 * 4000 and sum(step.calls for step in found.values()) == 0
+
+
+def test_layers_cap_and_judge_calls():
+    s = {"layers": [2], "alphas": [1.0], "n_random": 1, "max_new_tokens": 2}
+    found = planned(model={"id": "/a/folder"}, sweep=s, judge={"kind": "llm"})
+    assert found["judge"].calls == 4 * 3  # four cells of three prompts
+    assert found["evaluate"].calls == 5 * 8 + 4
+    generated = planned(prompts={"source": "api", "n_pairs": 95, "unrelated": "grammar"})
+    assert generated["prompts"].calls == 10
+
+
+def test_benchmarks_known_and_unknown():
+    found = planned(benchmark={"suite": "standard", "limit": 100}, select={"top": 3})["benchmark"]
+    assert found.passes == pytest.approx(100 * sum(requests for _, requests, _ in STANDARD.values()) * 5)
+    assert planned(benchmark={"suite": ["mmlu"]})["benchmark"].passes is None
+
+
+def test_a_hub_model_is_sized_from_what_is_not_its_weights(tmp_path):
+    checkpoint = write(tmp_path / "source", LATE | {"seq_length": 512}, tensors(), buffers=False)
+    n_parameters = sum(tensor.numel() for tensor in tensors().values())
+    shutil.copyfile(ROOT / "requirements.lock", tmp_path / "requirements.lock")
+    raw = yaml.safe_load((ROOT / "params.yaml").read_text())
+    raw["model"] |= {"id": "Qwen/Qwen-tiny", "revision": COMMIT, "dtype": "bfloat16"}
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(raw))
+    with serve(Hub({"Qwen/Qwen-tiny": {p.name: p.read_bytes() for p in checkpoint.iterdir()}})) as hub:
+        env = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
+        env |= {"PYTHONPATH": str(ROOT), "HF_ENDPOINT": hub.url, "HOME": str(tmp_path / "home")}
+        done = subprocess.run([sys.executable, "-m", "stages.plan"], cwd=tmp_path, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert not [path for _, path, _ in hub.requests if path.endswith(".safetensors")]
+    assert (
+        f"Qwen/Qwen-tiny: {n_parameters:,} parameters, {json.loads((checkpoint / 'config.json').read_text())['num_hidden_layers']} layers"
+        in done.stdout
+    )
+    assert "to download: " in done.stdout and not (tmp_path / "models").exists()

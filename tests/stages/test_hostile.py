@@ -1,0 +1,237 @@
+"""Checkpoints from elsewhere, broken or hostile: nothing of them runs, nothing outside them is read, and the file is named."""
+
+import json
+import os
+import pickle
+import shutil
+import time
+
+import pytest
+import torch
+from pipeline.test_other_models import LLAMA, checkpoint
+from safetensors.torch import load_file, save_file
+from test_mistakes import Place
+
+from refusal.io.errors import RefusalError
+from refusal.lm import validate as intake
+from refusal.lm.load import load_model
+
+INDEX = "model.safetensors.index.json"
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("source")
+    checkpoint(folder, "llama", LLAMA)
+    return folder
+
+
+@pytest.fixture
+def folder(source, tmp_path):
+    return shutil.copytree(source, tmp_path / "checkpoint")
+
+
+def edit(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def change(folder, name, new):
+    """One tensor of a sharded checkpoint, changed."""
+    path = folder / json.loads((folder / INDEX).read_text())["weight_map"][name]
+    tensors = load_file(path)
+    tensors[name] = new(tensors[name])
+    save_file(tensors, path, metadata={"format": "pt"})
+    return path
+
+
+def put(tensor, value):
+    tensor.view(-1)[-1] = value
+    return tensor
+
+
+Q = "model.layers.1.self_attn.q_proj.weight"
+
+
+# Weights
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_a_weight_that_is_no_number_is_named(folder, dtype, value):
+    path = change(folder, Q, lambda t: put(t.to(dtype), value))
+    with pytest.raises(RefusalError, match="holds NaN or infinity: download it again") as error:
+        intake.check_weights(folder, "float32")
+    assert f"{path}: tensor {Q} " in str(error.value)
+
+
+def test_the_last_value_of_many_pieces_is_seen(folder, monkeypatch):
+    monkeypatch.setattr(intake, "_PIECE", 64)
+    intake.check_weights(folder, "float32")
+    change(folder, Q, lambda t: put(t, float("nan")))
+    with pytest.raises(RefusalError, match=Q):
+        intake.check_weights(folder, "float32")
+
+
+def test_a_weight_beyond_the_dtype_of_the_study_is_refused_before_it_is_infinite(folder):
+    change(folder, Q, lambda t: put(t, 1e5))
+    for dtype in ("float32", "bfloat16"):
+        assert len(intake.check_weights(folder, dtype)) > 1
+    with pytest.raises(RefusalError, match=rf"tensor {Q} holds values beyond float16: set model.dtype .* to float32 or bfloat16"):
+        intake.check_weights(folder, "float16")
+    assert load_model(folder, "float16").get_parameter(Q).isinf().any()  # what it would have been
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, torch.bool, torch.int64])
+def test_a_tensor_of_another_kind_is_refused(folder, dtype):
+    change(folder, Q, lambda t: t.to(dtype))
+    with pytest.raises(RefusalError, match=rf"tensor {Q} is \S+, and a checkpoint of .* not quantized"):
+        intake.check_weights(folder, "float32")
+
+
+def test_a_tensor_too_many_or_too_few_is_named(folder):
+    index = json.loads((folder / INDEX).read_text())
+    path = change(folder, Q, lambda t: t)
+    tensors = load_file(path)
+    save_file(tensors | {"model.layers.1.strange.weight": torch.ones(2)}, path, metadata={"format": "pt"})
+    edit(folder / INDEX, weight_map=index["weight_map"] | {"model.layers.1.strange.weight": path.name})
+    with pytest.raises(RefusalError, match=r"disagree on model\.layers\.1\.strange\.weight"):
+        load_model(folder)
+    save_file({name: t for name, t in tensors.items() if name != Q}, path, metadata={"format": "pt"})
+    edit(folder / INDEX, weight_map={name: file for name, file in index["weight_map"].items() if name != Q})
+    with pytest.raises(RefusalError, match=rf"disagree on {Q}"):
+        load_model(folder)
+
+
+@pytest.mark.parametrize("equal", [True, False])
+def test_a_tied_embedding_stored_twice_is_one_model(tmp_path, equal):
+    checkpoint(tmp_path, "llama", LLAMA, tie_word_embeddings=True)
+    path = tmp_path / json.loads((tmp_path / INDEX).read_text())["weight_map"]["model.embed_tokens.weight"]
+    tensors = load_file(path)
+    twice = tensors["model.embed_tokens.weight"].clone() * (1 if equal else 2)
+    save_file(tensors | {"lm_head.weight": twice}, path, metadata={"format": "pt"})
+    index = json.loads((tmp_path / INDEX).read_text())
+    edit(tmp_path / INDEX, weight_map=index["weight_map"] | {"lm_head.weight": path.name})
+    intake.check_weights(tmp_path, "float32")
+    assert torch.equal(load_model(tmp_path).lm_head.weight, twice)
+
+
+# Files
+
+
+def test_a_link_out_of_the_folder_is_neither_read_nor_copied(folder, tmp_path):
+    (tmp_path / "secret.txt").write_text("secret")
+    for name in ("tokenizer.json", "notes.txt", "chat_template.jinja", "generation_config.json"):
+        kept = (folder / name).read_bytes() if (folder / name).exists() else None
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).symlink_to(tmp_path / "secret.txt")
+        with pytest.raises(RefusalError, match=rf"{name}: the file lies outside its folder"):
+            intake.ready(folder)
+        (folder / name).unlink()
+        if kept is not None:
+            (folder / name).write_bytes(kept)
+    intake.ready(folder)
+
+
+def test_what_is_no_file_is_not_waited_for(folder):
+    os.mkfifo(folder / "more.json")
+    with pytest.raises(RefusalError, match=r"more\.json: the file is missing"):
+        intake.ready(folder)
+
+
+def test_an_adapter_leads_nowhere(folder, source):
+    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(source), "peft_type": "LORA"}))
+    with pytest.raises(RefusalError, match=r"adapter_config\.json: an adapter, which leads to another model"):
+        intake.ready(folder)
+
+
+@pytest.mark.parametrize("where", ["config.json", "tokenizer_config.json"])
+def test_code_that_a_config_names_does_not_run_and_is_not_copied(folder, tmp_path, where, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("the user was asked whether code may run"))
+    ran = tmp_path / "ran"
+    (folder / "evil.py").write_text(f"open({str(ran)!r}, 'w')\nEvil = None\n")
+    edit(
+        folder / where,
+        auto_map=dict.fromkeys(("AutoConfig", "AutoModelForCausalLM", "AutoTokenizer"), "evil.Evil"),
+        tokenizer_class="EvilTokenizer",
+    )
+    try:
+        intake.ready(folder)
+        load_model(folder)
+    except RefusalError as error:
+        assert str(folder) in str(error)
+    assert not ran.exists() and "evil.py" not in intake.small_files(folder)
+
+
+class Evil:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_a_pickle_beside_the_weights_is_left_alone(folder, tmp_path):
+    for name in ("pytorch_model.bin", "training_args.bin", "optimizer.pt"):
+        (folder / name).write_bytes(pickle.dumps(Evil(tmp_path / "ran")))
+    intake.ready(folder)
+    intake.check_weights(folder, "float32")
+    load_model(folder)
+    assert not (tmp_path / "ran").exists() and not {".bin", ".pt"} & {path[-4:] for path in intake.small_files(folder)}
+
+
+# Chat templates
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("{{ messages.__class__.__base__.__subclasses__() }}", "unsafe"),
+        ("{{ cycler.__init__.__globals__.os.popen('id').read() }}", "unsafe|undefined|no attribute"),
+        ("{% include '/etc/hostname' %}", "cannot format a prompt"),
+        ("{{ range(10 ** 9) | list }}", "Range too big|cannot format"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
+        ("{% for m in messages %}", "cannot format a prompt|Unexpected end"),
+        ("{{ 1 / 0 }}", "division by zero"),
+        ("{{ messages[7]['content'] }}", "no element 7|undefined"),
+        ("{% for a in range(99999) %}{{ messages[0]['content'] }}{% endfor %}", "makes [0-9,]+ characters of a prompt"),
+        ("{{ 'a' * 10 ** 10 }}", "it fills the memory"),
+        ("{% set n = namespace(s='a') %}{% for i in range(99) %}{% set n.s = n.s ~ n.s %}{% endfor %}", "it fills the memory|it runs for 2 s"),
+        ("{{ 10 ** (10 ** 9) }}", "it runs for 2 s|it fills the memory"),  # one step of the interpreter, which nothing interrupts
+        ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "it runs for 2 s"),
+    ],
+    ids=range(13),
+)
+def test_a_template_that_breaks_out_or_runs_away_is_refused(folder, template, said):
+    (folder / "chat_template.jinja").write_text(template)
+    with pytest.raises(RefusalError, match=said) as error:
+        intake.ready(folder)
+    assert str(folder) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_trial_that_hangs_ends(folder, monkeypatch):
+    """Without taking time of the processor: no limit on that would ever meet it."""
+    (folder / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
+    monkeypatch.setattr(intake, "_PATIENCE", 0.2)
+    monkeypatch.setattr(intake, "render_chats", lambda *_: time.sleep(600))
+    with pytest.raises(RefusalError, match=r"its chat template cannot be used \(it runs for"):
+        intake.ready(folder)
+
+
+# As a user meets it
+
+
+def test_the_model_stage_refuses_with_nothing_copied_and_nothing_lost(folder, tmp_path):
+    (tmp_path / "place").mkdir()
+    place = Place(tmp_path / "place")
+    place.set("model", id=str(folder))
+    path = change(folder, Q, lambda t: put(t, float("nan")))
+    status, output = place.stage("model")
+    assert status == 1 and "Traceback" not in output, output
+    assert output.strip().splitlines()[-1] == f"model: {path}: tensor {Q} holds NaN or infinity: download it again"
+    assert not list((place.folder / "models/base").iterdir())
+    # The stage's own output for its source: it would be deleted before it is read.
+    base = shutil.copytree(folder, place.folder / "models/base", dirs_exist_ok=True)
+    place.set("model", id="models/base")
+    status, output = place.stage("model")
+    assert status == 1 and "model.id: models/base is what this stage writes" in output.strip().splitlines()[-1]
+    assert {p.name for p in base.iterdir()} == {p.name for p in folder.iterdir()}

@@ -1,0 +1,89 @@
+"""The model stage as DVC runs it, on checkpoints of other people: from a folder, and from a hub on loopback."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from hub_server import COMMIT, Hub, serve
+from qwen1_layout import LATE, tensors, write
+from transformers import AutoModelForCausalLM
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A Qwen-1 checkpoint with room for a few sentences at a byte a token."""
+    return write(tmp_path_factory.mktemp("source"), LATE | {"seq_length": 256}, tensors(), buffers=False)
+
+
+@pytest.fixture
+def project(tmp_path):
+    """A folder with what the stage reads."""
+    shutil.copyfile(ROOT / "requirements.lock", tmp_path / "requirements.lock")
+    (tmp_path / "data/prompts").mkdir(parents=True)
+    rows = [
+        {"id": i, "split": "val", "harmful": f"Pick lock {i}?", "safe": f"Paint lock {i}?", "topic": "lock"} for i in range(3)
+    ]
+    for name in ("pairs", "unrelated"):
+        (tmp_path / f"data/prompts/{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path
+
+
+def run_stage(project: Path, model: dict, **env: str) -> tuple[int, str]:
+    params = yaml.safe_load((ROOT / "params.yaml").read_text())
+    params["model"] |= model
+    params["sweep"] |= {"max_new_tokens": 4}
+    params["compute"]["threads"] = 1
+    (project / "params.yaml").write_text(yaml.safe_dump(params))
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("HF_")} | {
+        "PYTHONPATH": str(ROOT),
+        "HOME": str(project / "home"),
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "stages.model"], cwd=project, env=clean | env, capture_output=True, text=True, timeout=300
+    )
+    assert "Traceback" not in done.stderr, done.stderr
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_a_hub_id_with_a_revision(project, checkpoint):
+    with serve(Hub({"Qwen/Qwen-tiny": {p.name: p.read_bytes() for p in checkpoint.iterdir()}})) as hub:
+        model = {"id": "Qwen/Qwen-tiny", "revision": COMMIT}
+        status, output = run_stage(project, model, HF_ENDPOINT=hub.url)
+        assert status == 0, output
+        assert "Qwen/Qwen-tiny, " in output
+        metrics = json.loads((project / "metrics/model.json").read_text())
+        assert (metrics["id"], metrics["commit"], metrics["n"]) == ("Qwen/Qwen-tiny", COMMIT, 3)
+        assert AutoModelForCausalLM.from_pretrained(project / "models/base").config.model_type == "qwen2"
+        assert (project / ".refusal-store/hub/Qwen--Qwen-tiny" / COMMIT).is_dir()
+        assert not list((project / "models").rglob("*.py"))
+        # The user's own word holds: what is there is used, and what is not is one sentence.
+        hub.requests.clear()
+        assert run_stage(project, model, HF_ENDPOINT=hub.url, HF_HUB_OFFLINE="1")[0] == 0
+        assert hub.requests == []
+        status, output = run_stage(project, model | {"revision": "v1.0"}, HF_ENDPOINT=hub.url, HF_HUB_OFFLINE="1")
+        assert status == 1 and "model: Qwen/Qwen-tiny@v1.0: not downloaded yet, and HF_HUB_OFFLINE is set" in output
+    assert not (project / "home").exists()  # no cache, token or telemetry there
+
+
+def test_a_folder(project, checkpoint):
+    status, output = run_stage(project, {"id": str(checkpoint), "revision": None})
+    assert status == 0, output
+    assert json.loads((project / "metrics/model.json").read_text())["commit"] is None
+    # What cannot be used is refused before anything is copied.
+    for change, says in (
+        (
+            {"id": "Qwen/Qwen-1_8B-Chat", "revision": None},
+            "is neither organism nor a folder; give the path of a checkpoint, or a hub id",
+        ),
+        ({"id": "organism", "revision": "v1.0"}, "revision must be null where id is organism"),
+        ({"id": "../x", "revision": "v1.0"}, "'../x' is no hub id"),
+    ):
+        status, output = run_stage(project, change)
+        assert status == 1 and says in output
