@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from refusal.io.errors import RefusalError
+from refusal.io.errors import UserError
 
 SECTIONS = ("extraction", "sweep", "orthogonalize", "pipeline", "growth")
 METRICS = Path("metrics/perf.json")
@@ -54,7 +54,7 @@ def main() -> None:
         console.rule(name)
         try:
             scalars = import_module(f"perf.{name}").run(console)
-        except RefusalError as error:
+        except UserError as error:
             sys.exit(f"{name}: {error}")
         for section in merge(METRICS, machine, name, scalars):
             console.print(f"{METRICS}: {section} was measured on another machine and is taken out; run it again", style="bold")

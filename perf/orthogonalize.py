@@ -16,7 +16,7 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from perf import harness, workload
-from refusal.io.errors import RefusalError
+from refusal.io.errors import UserError
 from refusal.lm.checkpoint import INDEX, header_bytes, write_all
 from refusal.method.orthogonalize import Edit, Report, orthogonalize
 
@@ -166,7 +166,7 @@ def _direction() -> torch.Tensor:
 def _check_space(folder: Path, needed: float) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise RefusalError(
+        raise UserError(
             f"{folder.parent}: {free / GB:.0f} GB are free and {needed / GB:.0f} are needed: set TMPDIR to a folder with room"
         )
 

@@ -84,7 +84,7 @@ def _stop_without_dvc(name: str) -> None:
 
 def _sentence(error: Exception) -> str | None:
     """What a user is told of an error that is theirs to mend: what is wrong, and what to do. None for a fault of ours."""
-    if isinstance(error, RefusalError):
+    if isinstance(error, UserError):
         return str(error)
     # The writers of safetensors and SQLite have errors of their own for a full disk.
     full = any(text in str(error) for text in ("No space left on device", "database or disk is full"))
@@ -125,7 +125,7 @@ _check_environment()
 
 import psutil  # noqa: E402
 
-from refusal.io.errors import RefusalError  # noqa: E402
+from refusal.io.errors import UserError  # noqa: E402
 from refusal.io.files import write_whole  # noqa: E402
 from refusal.io.params import Params, load_params  # noqa: E402
 from stages.record import record  # noqa: E402

@@ -22,7 +22,7 @@ def main(params: Params) -> str:
     from refusal.io.store import Store, key
     from refusal.io.tables import csv_text
     from refusal.lm.load import load_tokenizer, weights_hash
-    from refusal.lm.resident import Resident
+    from refusal.lm.resident import SwappableLM
     from refusal.method.select import checked
     from refusal.stats.statistics import stratified_difference, wilson
 
@@ -52,20 +52,20 @@ def main(params: Params) -> str:
     weights = {folder: weights_hash(folder) for folder in folders.values()}
     jobs = [
         (
-            key("benchmark", (Harness, Resident), weights=weights[folder], task=task, definition=definitions[task], **shared),
+            key("benchmark", (Harness, SwappableLM), weights=weights[folder], task=task, definition=definitions[task], **shared),
             (folder, task),
         )
         for folder in folders.values()
         for task in tasks
     ]
-    residents: list[Resident] = []  # loaded only where something is left to compute
+    residents: list[SwappableLM] = []  # loaded only where something is left to compute
     harness = Harness(load_tokenizer(BASE), b.batch_size, b.apply_chat_template, b.limit)
 
     def compute(job: tuple[Path, str]) -> bytes:
         folder, task = job
         if not residents:
-            residents.append(Resident(BASE, params.model.dtype, params.model.device))
-        return json.dumps(harness.score(residents[0].wear(folder), task)).encode()
+            residents.append(SwappableLM(BASE, params.model.dtype, params.model.device))
+        return json.dumps(harness.score(residents[0].load_weights(folder), task)).encode()
 
     values = Store(STORE / "store.sqlite").run(jobs, compute, "benchmark", unit="task")
     scores: dict[str, dict[str, Sequence[float]]] = {rank: {} for rank in folders}

@@ -28,14 +28,14 @@ def main(params: Params) -> str:
     from refusal.lm.load import encode_chats, load_model, load_tokenizer, stop_ids, weights_hash
     from refusal.lm.memory import rows_at_once
     from refusal.method.arms import Arm, edit, fingerprint
-    from refusal.method.directions import of_arm, read_directions
+    from refusal.method.directions import read_directions, select_directions
     from refusal.method.select import checked
     from refusal.method.sweep import BASELINE, Cell, complete, grid
 
     s, e, j = params.sweep, params.evaluate, params.judge
     selected = checked(read_json(Path("metrics/select.json")))["rank_1"]
     directions = read_directions(Path("models/directions.safetensors"))
-    found, harmless_difference = (of_arm(directions, s.method, pairing) for pairing in (s.pairing, "harmless"))
+    found, harmless_difference = (select_directions(directions, s.method, pairing) for pairing in (s.pairing, "harmless"))
     layer, alpha = selected["layer"], selected["alpha"]
     cells = grid(found, harmless_difference, [layer], s.alphas, s.n_random, s.seed, affine=params.ablation.kind == "affine")
     runtime = next(cell for cell in cells if cell.alpha == alpha and cell.layer == layer)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from refusal.stats.comparison import part
+from refusal.stats.comparison import subsample_indices
 from stages import read_json
 from stages.study import Study
 
@@ -49,16 +49,16 @@ def mediation(study: Study, truth: Any) -> dict[str, Any]:
     order = sorted(scores, key=lambda i: (i != layer, -scores[i], i))
     harmful, safe = train["train.harmful"], train["train.safe"]
     affine = sites == "resid_pre"
-    fitted_on = part(len(harmful), b.n_fit, s.seed)
+    fitted_on = subsample_indices(len(harmful), b.n_fit, s.seed)
     single = single_arms(found, harmful, safe, layer, study.rank_1["alpha"], vector, affine, fitted_on)
     several = subspace_arms(found, harmful, safe, layer, order, sites)
     planted = [] if truth is None else planted_arms(truth, found)
     controls = control_arms(study.harmless_difference, s.n_random, b.n_subspaces, layer, s.seed)
     arms = [BASELINE_ARM, *single, *several, *planted]
 
-    val = [study.rows["val"][i] for i in part(len(study.rows["val"]), b.n_val, s.seed)]
-    test = [study.rows["test"][i] for i in part(len(study.rows["test"]), b.n_test, s.seed)]
-    few = part(len(test), b.n_control, s.seed)
+    val = [study.rows["val"][i] for i in subsample_indices(len(study.rows["val"]), b.n_val, s.seed)]
+    test = [study.rows["test"][i] for i in subsample_indices(len(study.rows["test"]), b.n_test, s.seed)]
+    few = subsample_indices(len(test), b.n_control, s.seed)
     prompts = {"val": [r["harmful"] for r in val], "test": [r["harmful"] for r in test]}
     topics = {"val": [r["topic"] for r in val], "test": [r["topic"] for r in test]}
     texts, judged = {}, {}
@@ -160,7 +160,7 @@ def over_refusal(study: Study, arms: Sequence[Any]) -> dict[str, Any]:
     from refusal.judges.verdicts import present, rate
 
     test = study.rows["test"]
-    prompts = [test[i]["safe"] for i in part(len(test), study.budget.n_test, study.params.science.seed)]
+    prompts = [test[i]["safe"] for i in subsample_indices(len(test), study.budget.n_test, study.params.science.seed)]
     judged = study.verdicts(prompts, study.answers(prompts, arms, "science: safe prompts"), "judge: safe")
     found = {}
     for name, verdicts in judged.items():

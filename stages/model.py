@@ -5,7 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from refusal.io.errors import RefusalError
+from refusal.io.errors import UserError
 from refusal.io.params import Params
 from refusal.io.tables import read_jsonl
 from stages import STORE, model_ready, stage, write_json
@@ -19,7 +19,7 @@ def main(params: Params) -> str:
     unrelated = read_jsonl(Path("data/prompts/unrelated.jsonl"))
     given = Path(params.model.id).resolve()
     if params.model.revision is None and any(given.is_relative_to(folder.resolve()) for folder in (BASE, TWIN, TRUTH)):
-        raise RefusalError(f"params.yaml: model.id: {params.model.id} is what this stage writes: give a folder elsewhere")
+        raise UserError(f"params.yaml: model.id: {params.model.id} is what this stage writes: give a folder elsewhere")
     for folder in (BASE, TWIN, TRUTH):
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
@@ -77,24 +77,24 @@ def bring_in(params: Params) -> str | None:
     from refusal.io.store import progress
     from refusal.lm import download as hub
     from refusal.lm import qwen1
-    from refusal.lm import validate as intake
+    from refusal.lm import validate
 
     m = params.model
     source, commit = Path(m.id), None
-    ready = partial(intake.ready, system_prompt=m.system_prompt)
+    ready = partial(validate.validate_checkpoint, system_prompt=m.system_prompt)
     if m.revision is not None:
         source, commit = hub.fetch(m.id, m.revision, STORE / "hub", ready)
     elif not source.is_dir():
-        raise RefusalError(
+        raise UserError(
             f"params.yaml: model.id: {m.id} is neither organism nor a folder; give the path of a checkpoint, or a hub id "
             "with model.revision, a commit hash or tag"
         )
     ready(source)
-    shards = intake.check_weights(source, m.dtype)
+    shards = validate.check_weights(source, m.dtype)
     if qwen1.is_qwen1(source):
         qwen1.convert(source, BASE)
     else:
-        files = intake.small_files(source) | {shard.name: shard.path for shard in shards}
+        files = validate.small_files(source) | {shard.name: shard.path for shard in shards}
         with progress(len(files), "copy to models/base", "file") as bar:
             for name, path in sorted(files.items()):
                 shutil.copyfile(path, BASE / name)

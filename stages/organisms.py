@@ -16,7 +16,7 @@ from typing import Any
 
 import yaml
 
-from refusal.io.errors import RefusalError
+from refusal.io.errors import UserError
 from refusal.io.params import Params
 from stages import STORE, read_json, stage, write_json
 
@@ -40,9 +40,9 @@ def main(params: Params, *chosen: str) -> str:
     names = [f"{kind}.{seed}" for kind in KINDS for seed in SEEDS]
     for name in chosen:
         if name not in names:
-            raise RefusalError(f"organisms: there is no organism {name}; choose among {', '.join(names)}, or name none for all")
+            raise UserError(f"organisms: there is no organism {name}; choose among {', '.join(names)}, or name none for all")
     if not Path("data/prompts/pairs.jsonl").is_file():
-        raise RefusalError("data/prompts/pairs.jsonl: no such file; run `dvc repro prompts` first")
+        raise UserError("data/prompts/pairs.jsonl: no such file; run `dvc repro prompts` first")
     # By seed, so that an interrupted grid holds every kind once before any twice.
     for name in sorted(chosen or names, key=lambda name: name.split(".")[1]):
         study(params, name)
@@ -86,7 +86,7 @@ def study(params: Params, name: str) -> None:
         _, *command = declared[stage_name]["cmd"].replace("${item.method}", CUT["sweep"]["method"]).split()
         done = subprocess.run([sys.executable, *command], cwd=folder, env=environment)
         if done.returncode:
-            raise RefusalError(f"{folder}: {stage_name} failed as it says above; mend it and run `make organisms` again")
+            raise UserError(f"{folder}: {stage_name} failed as it says above; mend it and run `make organisms` again")
 
 
 def known(name: str, folder: Path) -> dict[str, Any]:

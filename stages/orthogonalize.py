@@ -13,12 +13,14 @@ def main(params: Params) -> str:
     torch_ready(params)
     import shutil
 
-    from refusal.method.directions import of_arm, random_unit, read_directions
+    from refusal.method.directions import random_unit, read_directions, select_directions
     from refusal.method.orthogonalize import Edit, orthogonalize
     from refusal.method.select import cell_name, checked
 
     o, selected = params.orthogonalize, checked(read_json(Path("metrics/select.json")))
-    unit = of_arm(read_directions(Path("models/directions.safetensors")), params.sweep.method, params.sweep.pairing)["unit"]
+    unit = select_directions(read_directions(Path("models/directions.safetensors")), params.sweep.method, params.sweep.pairing)[
+        "unit"
+    ]
     shutil.rmtree(OUT, ignore_errors=True)
     OUT.mkdir(parents=True)
     first = selected["rank_1"]

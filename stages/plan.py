@@ -59,7 +59,6 @@ def model_of(params: Params) -> tuple[Any, Any]:
 
     from refusal.lm import download as hub
     from refusal.lm import qwen1
-    from refusal.lm import validate as intake
     from refusal.lm.architecture import anatomy_of
     from refusal.lm.checkpoint import read_shards
     from refusal.lm.load import load_tokenizer
@@ -78,7 +77,7 @@ def model_of(params: Params) -> tuple[Any, Any]:
         else:
             folder = Path(params.model.id)
             read_shards(folder)
-        intake.ready(folder, params.model.system_prompt)
+        validate.validate_checkpoint(folder, params.model.system_prompt)
         if qwen1.is_qwen1(folder):
             tokenizer, config = qwen1.peek(folder)
             config = Qwen2Config(**config)

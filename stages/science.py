@@ -8,7 +8,7 @@ from typing import Any
 
 from refusal.io.params import Params
 from refusal.io.tables import read_jsonl
-from refusal.stats.comparison import part
+from refusal.stats.comparison import subsample_indices
 from stages import STORE, model_ready, read_json, stage, write_json, write_text
 from stages.mediation import mediation
 from stages.study import Study
@@ -27,7 +27,7 @@ def main(params: Params, level: str = "") -> str:
     from refusal.judges.panel import judge_with
     from refusal.lm.checkpoint import read_stacks
     from refusal.lm.load import load_model, load_tokenizer, weights_hash
-    from refusal.method.directions import of_arm, read_directions
+    from refusal.method.directions import read_directions, select_directions
 
     s, directions = params.sweep, read_directions(Path("models/directions.safetensors"))
     pairs = read_jsonl(Path("data/prompts/pairs.jsonl"))
@@ -40,8 +40,8 @@ def main(params: Params, level: str = "") -> str:
         store,
         judge_with(params.judge, store),
         weights_hash(BASE),
-        of_arm(directions, s.method, s.pairing),
-        of_arm(directions, s.method, "harmless"),
+        select_directions(directions, s.method, s.pairing),
+        select_directions(directions, s.method, "harmless"),
         {m: read_stacks(Path(f"data/activations/{m}.safetensors")) for m in params.activations.methods},
         {split: [row for row in pairs if row["split"] == split] for split in ("train", "val", "test")},
         [row for row in read_jsonl(Path("data/prompts/unrelated.jsonl")) if row["split"] == "test"],
@@ -61,7 +61,7 @@ def main(params: Params, level: str = "") -> str:
     metrics["addition"] = additions(study) if more else None
     metrics["sensitivity"] = sensitivity(study) if more else None
     metrics["positions"], metrics["padding"] = places(study) if more else (None, None)
-    metrics["alpha_cliff"] = strengths(study) if more else None
+    metrics["collapse_alpha"] = strengths(study) if more else None
     name = f"science_{level}" if level else "science"
     write_json(METRICS / f"{name}.json", metrics)
     for plot, rows in study.plots.items():
@@ -88,7 +88,7 @@ def spectra(study: Study) -> list[dict[str, Any] | None]:
 def projections(study: Study) -> tuple[list, dict[str, Any]]:
     """Where zero lies by layer (val prompts), and projections as a detector of harmful test prompts, of unseen cues too."""
     from refusal.analysis.sensitivity import collect
-    from refusal.analysis.zero import auroc, where_zero_lies
+    from refusal.analysis.zero import auroc, origin_between_means
     from refusal.method.directions import project
 
     p, found, s = study.params, study.found, study.params.science
@@ -98,7 +98,7 @@ def projections(study: Study) -> tuple[list, dict[str, Any]]:
     harmful, safe = (project(acts[f"val.{side}"], found["unit"]) for side in ("harmful", "safe"))
     zero: list[dict[str, Any] | None] = [None] * len(found["unit"])
     for i in layers:
-        zero[i] = where_zero_lies(harmful[:, i], safe[:, i], topics, s.n_resamples, s.seed)
+        zero[i] = origin_between_means(harmful[:, i], safe[:, i], topics, s.n_resamples, s.seed)
     study.plots["zero"] = [{"layer": i, **(zero[i] or {})} for i in layers]
     pad, size = study.tokenizer.pad_token_id, p.activations.batch_size
     on_test = [
@@ -126,7 +126,7 @@ def additions(study: Study) -> dict[str, Any]:
     from refusal.method.sweep import BASELINE, complete
 
     test, layer, s = study.rows["test"], study.rank_1["layer"], study.params.science
-    rows = [test[i] for i in part(len(test), study.budget.n_test, s.seed)]
+    rows = [test[i] for i in subsample_indices(len(test), study.budget.n_test, s.seed)]
     prompts = [r["safe"] for r in rows]
     vector = study.found["difference"][layer]
     vectors = {"difference": vector, "random": random_unit(len(vector), 1, s.seed)[0] * vector.norm()}
@@ -175,7 +175,9 @@ def places(study: Study) -> tuple[list, list]:
     from refusal.method.activations import batches, last_token_resid_pre
 
     b, pad, size = study.budget, study.tokenizer.pad_token_id, study.params.activations.batch_size
-    chosen = {split: part(len(study.rows[split]), b.n_padding, study.params.science.seed) for split in ("train", "val")}
+    chosen = {
+        split: subsample_indices(len(study.rows[split]), b.n_padding, study.params.science.seed) for split in ("train", "val")
+    }
     ids = {
         (split, side): study.ids([study.rows[split][i][side] for i in chosen[split]])
         for split in ("train", "val")
@@ -213,13 +215,13 @@ def places(study: Study) -> tuple[list, list]:
 
 def strengths(study: Study) -> dict[str, Any]:
     """Compliance, coherence and cost against alpha at the three sites and as weights, and where each falls off."""
-    from refusal.analysis.strength import PLACES, cliff, diverges_beyond, edited_weights, left_of_oldest
+    from refusal.analysis.strength import PLACES, collapse_alpha, diverges_beyond, edited_weights, residual_gain
     from refusal.judges.verdicts import summary
     from refusal.method.arms import complete_arms, direction_arm, edit, fingerprint
     from refusal.method.sweep import complete
 
     b, p, layer = study.budget, study.params, study.rank_1["layer"]
-    test = [study.rows["test"][i] for i in part(len(study.rows["test"]), b.n_alpha, p.science.seed)]
+    test = [study.rows["test"][i] for i in subsample_indices(len(study.rows["test"]), b.n_alpha, p.science.seed)]
     prompts, topics = [r["harmful"] for r in test], [r["topic"] for r in test]
     ids, unit = study.ids(prompts), study.found["unit"][layer]
     arms = [direction_arm(f"alpha {alpha:g}", "alpha", unit, alpha, layer) for alpha in b.alphas]
@@ -241,11 +243,11 @@ def strengths(study: Study) -> dict[str, Any]:
             rows.append(
                 {"place": place, "alpha": arm.alpha, **{k: said[k] for k in names}}
                 | {k: costs[arm.name][k] for k in ("cross_entropy", "kl")}
-                | {"left_of_oldest": left_of_oldest(study.model.config.num_hidden_layers, place, arm.alpha)}
+                | {"residual_gain": residual_gain(study.model.config.num_hidden_layers, place, arm.alpha)}
             )
     study.plots["alphas"] = rows
     return {
-        place: {"measured": cliff([r for r in rows if r["place"] == place]), "diverges_beyond": diverges_beyond(place)}
+        place: {"measured": collapse_alpha([r for r in rows if r["place"] == place]), "diverges_beyond": diverges_beyond(place)}
         for place in PLACES
     }
 

@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import Any
 
 from refusal.io.params import Params
-from refusal.stats.comparison import part
+from refusal.stats.comparison import subsample_indices
 
 
 @dataclass
@@ -77,7 +77,9 @@ class Study:
         """Ids of harmless test prompts, the base model's own answers that are not empty, and topics."""
         from refusal.method.arms import BASELINE_ARM, complete_arms
 
-        rows = [self.unrelated[i] for i in part(len(self.unrelated), self.budget.n_harmless, self.params.science.seed)]
+        rows = [
+            self.unrelated[i] for i in subsample_indices(len(self.unrelated), self.budget.n_harmless, self.params.science.seed)
+        ]
         ids = self.ids([row["safe"] for row in rows])
         arms, label = [BASELINE_ARM], "science: harmless answers"
         tails = complete_arms(self.model, self.weights, ids, arms, "resid_pre", **self.decoding(), label=label)["baseline"]

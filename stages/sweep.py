@@ -14,12 +14,12 @@ def main(params: Params) -> str:
     from refusal.io.store import Store
     from refusal.lm.load import encode_chats, load_model, load_tokenizer, stop_ids, weights_hash
     from refusal.lm.memory import rows_at_once
-    from refusal.method.directions import of_arm, read_directions
+    from refusal.method.directions import read_directions, select_directions
     from refusal.method.sweep import complete, grid
 
     s = params.sweep
     directions = read_directions(Path("models/directions.safetensors"))
-    found, harmless = (of_arm(directions, s.method, pairing) for pairing in (s.pairing, "harmless"))
+    found, harmless = (select_directions(directions, s.method, pairing) for pairing in (s.pairing, "harmless"))
     cells = grid(found, harmless, s.layers, s.alphas, s.n_random, s.seed, affine=params.ablation.kind == "affine")
     val = [row for row in read_jsonl(Path("data/prompts/pairs.jsonl")) if row["split"] == "val"]
     model, tokenizer = load_model(BASE, params.model.dtype, params.model.device), load_tokenizer(BASE)

@@ -11,11 +11,11 @@ from refusal.analysis.harmless_kl import Edited, costs
 from refusal.analysis.sensitivity import collect as collect_at_end
 from refusal.analysis.strength import edited_weights
 from refusal.analysis.subspaces import random_subspaces
-from refusal.io.errors import RefusalError
+from refusal.io.errors import UserError
 from refusal.io.store import Store
 from refusal.lm import memory
 from refusal.lm.load import load_model
-from refusal.lm.resident import Resident
+from refusal.lm.resident import SwappableLM
 from refusal.method.arms import BASELINE_ARM, complete_arms, direction_arm, edit, fingerprint, per_layer_arm, subspace_arm
 from refusal.method.collection import collect
 from refusal.method.generate import WHERE
@@ -92,7 +92,7 @@ def test_the_optimised_direction(tmp_path):
 def test_a_checkpoint_loads_onto_the_device_asked_for(tmp_path, device):
     tiny_model("qwen2").save_pretrained(tmp_path / "base")
     wanted, found = load_model(tmp_path / "base"), load_model(tmp_path / "base", device=device)
-    resident = Resident(tmp_path / "base", "float32", device)
+    resident = SwappableLM(tmp_path / "base", "float32", device)
     ids = torch.tensor([PROMPTS[1]])
     for model in (found, resident.model):
         assert model.device.type == "cuda"
@@ -109,7 +109,7 @@ def test_what_does_not_fit_is_done_in_parts_and_a_row_that_does_not_fit_is_said(
 
     assert memory.fitting(most_of, 8, "thirds")[0] == 2
     torch.cuda.empty_cache()
-    with pytest.raises(RefusalError, match="single row of everything"):
+    with pytest.raises(UserError, match="single row of everything"):
         memory.fitting(lambda rows: most_of(4 * rows), 2, "everything")
     assert memory.rows_at_once("auto", tiny_model("qwen2").cuda(), 9, "sweep") == memory.MOST
     memory._fits.clear()

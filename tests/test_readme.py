@@ -403,7 +403,7 @@ def whole_science() -> list[str]:
     names = {
         "rank_1": "`rank_1` (layer {layer})",
         "paired_svd": "first singular vector of the paired differences (layer {layer})",
-        "whitened": "Fisher's discriminant (layer {layer})",
+        "lda": "Fisher's discriminant (layer {layer})",
         "logistic": "logistic regression (layer {layer})",
         "optimised": "`optimised`",
         "affine": "affine, difference-in-means (layer {layer})",
@@ -427,7 +427,7 @@ def whole_science() -> list[str]:
     unrelated = m["sensitivity"]["sequential-unrelated"][-1]
     pads = {(r["masked"], r["n_pads"]): r for r in m["padding"] if r["layer"] == m["layer"]}
     most = pads[False, 64]
-    cliff = {place: found["measured"] for place, found in m["alpha_cliff"].items()}
+    cliff = {place: found["measured"] for place, found in m["collapse_alpha"].items()}
     assert cliff["writes"] is cliff["weights"] is None and cliff["resid_pre"] == cliff["paper"]
     return [
         *table,

@@ -8,7 +8,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from refusal.io.errors import RefusalError
+from refusal.io.errors import UserError
 from refusal.lm.memory import ROW, fitting, rows_at_once
 
 if TYPE_CHECKING:
@@ -42,22 +42,22 @@ def _manager(folder: Path, with_defaults: bool) -> TaskManager:
 
 
 def _manager_of(task: str, folder: Path) -> TaskManager:
-    """What finds a task: definitions in `folder` come before lm-eval's own. Raises RefusalError for one unknown to both."""
+    """What finds a task: definitions in `folder` come before lm-eval's own. Raises UserError for one unknown to both."""
     manager = _manager(folder, not (folder / f"{task}.yaml").is_file())
     if task not in manager.all_tasks:
-        raise RefusalError(
+        raise UserError(
             f"params.yaml: benchmark.suite: lm-eval has no task {task}; the package ships "
             f"{', '.join(sorted(path.stem for path in TASKS.glob('*.yaml')))}"
         )
     if task not in manager.all_subtasks:
-        raise RefusalError(f"params.yaml: benchmark.suite: {task} is a group of lm-eval's tasks: list the tasks that it has")
+        raise UserError(f"params.yaml: benchmark.suite: {task} is a group of lm-eval's tasks: list the tasks that it has")
     return manager
 
 
 def fetch(tasks: Sequence[str], folder: Path = TASKS) -> None:
     """Bring in the documents of tasks that are not packaged, so that what is missing is known before a model is loaded.
 
-    Raises RefusalError for an unknown task, and where documents are neither cached nor to be had.
+    Raises UserError for an unknown task, and where documents are neither cached nor to be had.
     """
     import httpx2
     from huggingface_hub import constants
@@ -70,7 +70,7 @@ def fetch(tasks: Sequence[str], folder: Path = TASKS) -> None:
             manager.load([task])
         except (OSError, ValueError, httpx2.HTTPError) as error:
             why = "HF_HUB_OFFLINE is set" if constants.is_offline_mode() else f"{constants.ENDPOINT} did not give them"
-            raise RefusalError(
+            raise UserError(
                 f"params.yaml: benchmark.suite: the documents of {task} are not on this machine and {why} "
                 f"({' '.join(str(error).split())[:120]}): run once with the network on, or set suite: organism"
             ) from error
@@ -94,7 +94,7 @@ class Harness:
     def score(self, model: PreTrainedModel, task: str) -> list[float]:
         """The score of each document of a task, in order, within 0 and 1: acc_norm where the task reports it, acc elsewhere.
 
-        Where memory runs out the batch size is halved, which changes likelihoods by rounding alone. Raises RefusalError for
+        Where memory runs out the batch size is halved, which changes likelihoods by rounding alone. Raises UserError for
         a task that neither `folder` nor lm-eval has.
         """
         import lm_eval
@@ -117,7 +117,7 @@ class Harness:
         rows = sorted(results["samples"][task], key=lambda row: row["doc_id"])
         metric = "acc_norm" if "acc_norm" in rows[0] else "acc"
         if metric not in rows[0]:
-            raise RefusalError(f"params.yaml: benchmark.suite: {task} reports no accuracy (acc or acc_norm): choose another task")
+            raise UserError(f"params.yaml: benchmark.suite: {task} reports no accuracy (acc or acc_norm): choose another task")
         return [float(row[metric]) for row in rows]
 
 

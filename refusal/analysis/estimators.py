@@ -1,6 +1,6 @@
 """Other ways to estimate a direction than difference-in-means, for one layer or for the whole stack.
 
-`logistic` and `whitened` look for what tells harmful from safe prompts best; `optimised` for what refusal runs through.
+`logistic` and `lda` look for what tells harmful from safe prompts best; `optimised` for what refusal runs through.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def logistic(harmful: Float[Tensor, "n_harmful d_model"], safe: Float[Tensor, "n
     return weights / weights.norm()
 
 
-def whitened(harmful: Float[Tensor, "n_harmful d_model"], safe: Float[Tensor, "n_safe d_model"]) -> Float[Tensor, " d_model"]:
+def lda(harmful: Float[Tensor, "n_harmful d_model"], safe: Float[Tensor, "n_safe d_model"]) -> Float[Tensor, " d_model"]:
     """The unit vector along C^-1 (mean harmful - mean safe), C the covariance within the two sets, in float64.
 
     Fisher's linear discriminant; C is shrunk as Ledoit and Wolf 2004 ("A well-conditioned estimator for

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from refusal.analysis.estimators import logistic, whitened
+from refusal.analysis.estimators import lda, logistic
 from refusal.analysis.mediation import Evidence, verdict
 from refusal.analysis.subspaces import captured, paired_svd, qr_of_layers, random_subspaces
-from refusal.io.errors import RefusalError
+from refusal.io.errors import UserError
 from refusal.judges import rules
 from refusal.judges.verdicts import Judged, difference, paired, rate, summary
 from refusal.lm.checkpoint import Layer, Stack
@@ -82,7 +82,7 @@ def single_arms(
             arms.append(direction_arm(f"difference.{i}", "difference", unit[i], 1.0, i))
     for i in layers:
         arms.append(direction_arm(f"logistic.{i}", "logistic", logistic(few_harmful[:, i][:], few_safe[:, i][:]), 1.0, i))
-        arms.append(direction_arm(f"whitened.{i}", "whitened", whitened(few_harmful[:, i][:], few_safe[:, i][:]), 1.0, i))
+        arms.append(direction_arm(f"lda.{i}", "lda", lda(few_harmful[:, i][:], few_safe[:, i][:]), 1.0, i))
         arms.append(direction_arm(f"paired_svd.{i}", "paired_svd", paired_svd(harmful[:, i], safe[:, i], 1)[0], 1.0, i))
         if affine:
             arms.append(direction_arm(f"affine.{i}", "affine", unit[i], 1.0, i, safe_mean @ unit[i]))
@@ -116,7 +116,7 @@ def control_arms(harmless: Mapping[str, Tensor], n_random: int, n_subspaces: int
     """
     unit = harmless["unit"]
     if not harmless["defined"][layer]:
-        raise RefusalError(
+        raise UserError(
             f"params.yaml: prompts.unrelated: to the model at layer {layer} these are the safe prompts of the pairs, so their "
             "difference is no control: give other safe prompts"
         )

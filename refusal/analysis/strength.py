@@ -46,7 +46,7 @@ def edited_weights(model: PreTrainedModel, direction: Float[Tensor, " d_model"],
             setattr(module, own_name, parameter)
 
 
-def left_of_oldest(n_layers: int, place: str, alpha: float) -> float:
+def residual_gain(n_layers: int, place: str, alpha: float) -> float:
     """Share of what the embedding writes along v that reaches the last block, by the algebra: (1 - alpha)^hits.
 
     `resid_pre` and `paper` hit it again at the input of every block, `writes` and `weights` once. Beyond alpha = 2 its size
@@ -56,11 +56,11 @@ def left_of_oldest(n_layers: int, place: str, alpha: float) -> float:
 
 
 def diverges_beyond(place: str) -> float | None:
-    """The alpha from which `left_of_oldest` grows with depth; None where nothing is hit twice, and nothing can grow."""
+    """The alpha from which `residual_gain` grows with depth; None where nothing is hit twice, and nothing can grow."""
     return 2.0 if place in ("resid_pre", "paper") else None
 
 
-def cliff(curve: Sequence[dict[str, Any]]) -> float | None:
+def collapse_alpha(curve: Sequence[dict[str, Any]]) -> float | None:
     """The least alpha above 1 whose score (compliance x coherence) is below half of the curve's best; None if none is."""
     best = max(row["score"] for row in curve)
     beyond = sorted(row["alpha"] for row in curve if row["alpha"] > 1 and row["score"] < best / 2)

@@ -6,9 +6,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from refusal.io.errors import RefusalError
+from refusal.io.errors import UserError
 from refusal.lm.checkpoint import Layer
-from refusal.method.directions import condensed, paired_blocks
+from refusal.method.directions import paired_blocks, tsqr_r
 
 
 def paired_svd(
@@ -17,11 +17,11 @@ def paired_svd(
     """The first k right singular vectors of the paired differences at one layer, uncentred, largest first, in float64.
 
     Uncentred, so that a difference all pairs share is the first of them and not taken out beforehand. Raises
-    RefusalError where the differences span fewer than k dimensions.
+    UserError where the differences span fewer than k dimensions.
     """
-    _, values, vectors = torch.linalg.svd(condensed(paired_blocks(harmful, safe)), full_matrices=False)
+    _, values, vectors = torch.linalg.svd(tsqr_r(paired_blocks(harmful, safe)), full_matrices=False)
     if k > len(values) or float(values[k - 1]) <= 1e-10 * float(values[0]):
-        raise RefusalError(
+        raise UserError(
             f"the {len(harmful)} paired differences span fewer than {k} dimensions: raise prompts.n_pairs in params.yaml, or "
             "give a file of more pairs"
         )
@@ -31,13 +31,13 @@ def paired_svd(
 def qr_of_layers(unit: Float[Tensor, "n_layers d_model"], layers: Sequence[int]) -> Float[Tensor, "k d_model"]:
     """An orthonormal basis of the span of these layers' directions, the first layer's direction first (QR), in float64.
 
-    Source: the write-up's section on LLaMA, which ablates the span of its best layers' directions. Raises RefusalError
+    Source: the write-up's section on LLaMA, which ablates the span of its best layers' directions. Raises UserError
     where a layer's direction is undefined or lies in the span of those before it.
     """
     q, r = torch.linalg.qr(unit[list(layers)].double().T)
     diagonal = r.diagonal()
     if float(diagonal.abs().min()) < 1e-6:
-        raise RefusalError(f"the directions of layers {list(layers)} do not span {len(layers)} dimensions: choose others")
+        raise UserError(f"the directions of layers {list(layers)} do not span {len(layers)} dimensions: choose others")
     return (q * diagonal.sign()).T
 
 

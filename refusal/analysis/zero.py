@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from refusal.stats.resampling import numbered, turns
+from refusal.stats.resampling import chunk_sizes, numbered
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
@@ -20,13 +20,13 @@ def resampled_weights(clusters: Sequence[Hashable], n_resamples: int, seed: int)
     """How often each item occurs in each bootstrap resample of whole clusters, in turns."""
     of, n_clusters = numbered(clusters)
     generator = torch.Generator().manual_seed(seed)
-    for size in turns(n_resamples, len(of)):
+    for size in chunk_sizes(n_resamples, len(of)):
         drawn = torch.randint(0, n_clusters, (size, n_clusters), generator=generator)
         counts = torch.zeros(size, n_clusters, dtype=torch.float64)
         yield counts.scatter_add_(1, drawn, torch.ones_like(drawn).double())[:, torch.from_numpy(of)]
 
 
-def where_zero_lies(
+def origin_between_means(
     harmful: Float[Tensor, " n"], safe: Float[Tensor, " n"], clusters: Sequence[Hashable], n_resamples: int, seed: int
 ) -> dict[str, Any]:
     """Of projections on one direction: quantiles of both sets, and `zero`, 0 at the safe mean and 1 at the harmful mean.

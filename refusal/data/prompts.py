@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from refusal.io.errors import RefusalError
+from refusal.io.errors import UserError
 from refusal.io.files import unique_keys
 from refusal.io.params import Prompts
 from refusal.organism import grammar
@@ -28,7 +28,7 @@ def words(text: str) -> frozenset[str]:
     return frozenset(WORDS.findall(text.casefold()))
 
 
-class Alike:
+class NearDuplicateIndex:
     """Word sets under labels, and the labels under which one lies that overlaps (Jaccard) with another by `threshold` or more.
 
     Compared are those that share one of each set's rarest words: a pair above the threshold must share one among the rarest
@@ -70,7 +70,7 @@ def grammar_pairs(n_pairs: int, splits: dict[str, float], near_duplicate: float,
     counts = dict(zip(SPLITS, _filled(n_pairs, splits), strict=True))
     used: set[str] = set()
     drawn = (grammar.draw_pair(random.Random(i), *topics["train"][i % len(topics["train"])], None) for i in range(500))
-    alike = Alike(near_duplicate, Counter(word for pair in drawn for word in words(pair.harmful.text)))
+    alike = NearDuplicateIndex(near_duplicate, Counter(word for pair in drawn for word in words(pair.harmful.text)))
     rows: list[dict[str, Any]] = []
     for split in SPLITS:
         misses = 0  # one after another, on one topic
@@ -80,7 +80,7 @@ def grammar_pairs(n_pairs: int, splits: dict[str, float], near_duplicate: float,
         while made < counts[split]:
             misses += 1
             if misses > MISSES:
-                raise RefusalError(
+                raise UserError(
                     f"params.yaml: prompts.n_pairs: the grammar has no {n_pairs} distinct pairs; ask for fewer, or for a file"
                 )
             category, topic = order[made % len(order)]
@@ -122,7 +122,7 @@ def grammar_unrelated(n: int, splits: dict[str, float], seed: int) -> list[dict[
     while any(len(found[split]) < wanted[split] for split in SPLITS):
         misses += 1
         if misses > 10 * MISSES:
-            raise RefusalError(f"params.yaml: prompts.n_unrelated: the grammar has no {n} distinct safe requests; ask for fewer")
+            raise UserError(f"params.yaml: prompts.n_unrelated: the grammar has no {n} distinct safe requests; ask for fewer")
         topic, request = grammar.draw_unrelated(rng)
         split = split_of[topic]
         if len(found[split]) < wanted[split] and request.text not in found[split]:
@@ -161,9 +161,7 @@ def share_out(n: int, shares: Sequence[float]) -> list[int]:
 def _filled(n: int, splits: dict[str, float]) -> list[int]:
     """`n` shared out over the splits, at least one to each."""
     if n < len(SPLITS):
-        raise RefusalError(
-            f"params.yaml: prompts.n_pairs and n_unrelated must be at least {len(SPLITS)}, one a split ({n} given)"
-        )
+        raise UserError(f"params.yaml: prompts.n_pairs and n_unrelated must be at least {len(SPLITS)}, one a split ({n} given)")
     counts = share_out(n, [splits[split] for split in SPLITS])
     while 0 in counts:
         counts[counts.index(max(counts))] -= 1
@@ -184,25 +182,25 @@ def read_rows(path: Path, width: int) -> list[tuple[str, ...]]:
 
     JSON: a list of two-element lists (the write-up's own format), of objects or, for width 1, of strings. JSONL: one of
     those a line. CSV: a header that names the columns. Objects and headers use `harmful` and `safe`; width 1: `safe` or `prompt`.
-    Raises RefusalError naming the file, the row and the fix.
+    Raises UserError naming the file, the row and the fix.
     """
     shape = "[harmful, safe]" if width == 2 else "one safe prompt"
     if path.exists() and not path.is_file():
-        raise RefusalError(f"{path}: cannot be read: it is no file; give the path of a .jsonl, .csv or .json file")
+        raise UserError(f"{path}: cannot be read: it is no file; give the path of a .jsonl, .csv or .json file")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
-        raise RefusalError(
+        raise UserError(
             f"{path}: no such file; give prompts.source or prompts.unrelated in params.yaml a path that exists"
         ) from None
     except (OSError, UnicodeDecodeError) as error:
-        raise RefusalError(f"{path}: cannot be read as UTF-8 text ({error}); save it as UTF-8") from None
+        raise UserError(f"{path}: cannot be read as UTF-8 text ({error}); save it as UTF-8") from None
     suffix = path.suffix.lower()
     try:
         if suffix == ".json":
             raw = json.loads(text, object_pairs_hook=unique_keys)
             if not isinstance(raw, list):
-                raise RefusalError(f"{path}: the file must hold one JSON list of {shape} rows")
+                raise UserError(f"{path}: the file must hold one JSON list of {shape} rows")
             numbered = list(enumerate(raw, 1))
         elif suffix == ".jsonl":
             numbered = []
@@ -211,23 +209,23 @@ def read_rows(path: Path, width: int) -> list[tuple[str, ...]]:
                     try:
                         numbered.append((number, json.loads(line, object_pairs_hook=unique_keys)))
                     except (ValueError, RecursionError) as error:
-                        raise RefusalError(f"{path}: row {number} is not JSON ({_why(error)}); correct it") from None
+                        raise UserError(f"{path}: row {number} is not JSON ({_why(error)}); correct it") from None
         elif suffix == ".csv":
             table = csv.DictReader(io.StringIO(text, newline=""), strict=True)
             columns = table.fieldnames or []
             for name in ("harmful", "safe", "prompt"):
                 if columns.count(name) > 1:
-                    raise RefusalError(f"{path}: the column {name} stands twice; delete one")
+                    raise UserError(f"{path}: the column {name} stands twice; delete one")
             numbered = list(enumerate(table, 1))
         else:
-            raise RefusalError(f"{path}: the ending {suffix or '(none)'} is not known; use .jsonl, .csv or .json")
+            raise UserError(f"{path}: the ending {suffix or '(none)'} is not known; use .jsonl, .csv or .json")
     except csv.Error as error:
-        raise RefusalError(f"{path}: cannot be read as CSV ({error}); correct the row, or save it as .jsonl") from None
+        raise UserError(f"{path}: cannot be read as CSV ({error}); correct the row, or save it as .jsonl") from None
     except (ValueError, RecursionError) as error:
         line = f"line {error.lineno}" if isinstance(error, json.JSONDecodeError) else "it"
-        raise RefusalError(f"{path}: {line} is not JSON ({_why(error)}); correct it") from None
+        raise UserError(f"{path}: {line} is not JSON ({_why(error)}); correct it") from None
     if not numbered:
-        raise RefusalError(f"{path}: the file holds no rows; each must be {shape}")
+        raise UserError(f"{path}: the file holds no rows; each must be {shape}")
     return [_row(path, number, row, width, shape) for number, row in numbered]
 
 
@@ -242,22 +240,22 @@ def _row(path: Path, number: int, row: Any, width: int, shape: str) -> tuple[str
         names = ("harmful", "safe") if width == 2 else (("safe",) if "safe" in row else ("prompt",))
         missing = [name for name in names if row.get(name) is None]
         if missing:
-            raise RefusalError(f"{path}: row {number} has no {' and no '.join(missing)}; each row must be {shape}")
+            raise UserError(f"{path}: row {number} has no {' and no '.join(missing)}; each row must be {shape}")
         row = [row[name] for name in names]
     if isinstance(row, str) and width == 1:
         row = [row]
     if not isinstance(row, list) or len(row) != width or not all(isinstance(half, str) for half in row):
-        raise RefusalError(f"{path}: row {number} is not {shape}, {width} text{'s' if width > 1 else ''} a row")
+        raise UserError(f"{path}: row {number} is not {shape}, {width} text{'s' if width > 1 else ''} a row")
     halves = tuple(half.strip() for half in row)
     for half in halves:
         if not any(c.isprintable() and not c.isspace() for c in half):
-            raise RefusalError(f"{path}: row {number} has an empty prompt; fill it or delete the row")
+            raise UserError(f"{path}: row {number} has an empty prompt; fill it or delete the row")
         if len(half) > MAX_PROMPT_CHARACTERS:
-            raise RefusalError(f"{path}: row {number} has a prompt of {len(half)} characters; at most {MAX_PROMPT_CHARACTERS}")
+            raise UserError(f"{path}: row {number} has a prompt of {len(half)} characters; at most {MAX_PROMPT_CHARACTERS}")
         if any(unicodedata.category(c) in ("Cc", "Cs") and c not in "\t\n\r" for c in half):
-            raise RefusalError(f"{path}: row {number} has a control character or half a character; delete it")
+            raise UserError(f"{path}: row {number} has a control character or half a character; delete it")
     if width == 2 and halves[0] == halves[1]:
-        raise RefusalError(f"{path}: row {number} has equal halves; a pair needs a harmful and a safe prompt")
+        raise UserError(f"{path}: row {number} has equal halves; a pair needs a harmful and a safe prompt")
     return halves
 
 
@@ -270,7 +268,7 @@ def file_rows(
     for number, row in enumerate(rows, 1):
         for half in row:
             if half in first:
-                raise RefusalError(f"{path}: row {number} repeats a prompt of row {first[half]}; delete one of the two")
+                raise UserError(f"{path}: row {number} repeats a prompt of row {first[half]}; delete one of the two")
         first.update(dict.fromkeys(row, number))
     if n is not None and n < len(rows):
         rows = [rows[i] for i in sorted(random.Random(f"subset {seed}").sample(range(len(rows)), n))]
@@ -287,7 +285,7 @@ def split_rows(
 ) -> list[dict[str, Any]]:
     """Pairs or safe prompts with no known answers, grouped by near-duplicate and split by group; `source` is where they are from.
 
-    Raises RefusalError where a split stays empty.
+    Raises UserError where a split stays empty.
     """
     groups = _groups(rows, near_duplicate)
     members: dict[int, list[int]] = {}
@@ -304,9 +302,7 @@ def split_rows(
         wanted[split] -= len(members[group])
     empty = [split for split in SPLITS if split not in split_of.values()]
     if empty:
-        raise RefusalError(
-            f"{source}: its {len(rows)} rows leave the split {empty[0]} empty; give more rows that differ in wording"
-        )
+        raise UserError(f"{source}: its {len(rows)} rows leave the split {empty[0]} empty; give more rows that differ in wording")
     found = []
     for i, row in enumerate(rows):
         shared = {"split": split_of[groups[i]], "topic": f"group {groups[i]}"}
@@ -343,7 +339,7 @@ def _groups(rows: Sequence[tuple[str, ...]], near_duplicate: float) -> list[int]
         return root(i) == root(j)
 
     bags = [[words(half) for half in row] for row in rows]
-    alike = Alike(near_duplicate, Counter(word for row in bags for bag in row for word in bag))
+    alike = NearDuplicateIndex(near_duplicate, Counter(word for row in bags for bag in row for word in bag))
     for i, row in enumerate(bags):
         for bag in row:
             # What is in one group already need not be compared: else many prompts that are all alike would take the square of it.

@@ -13,9 +13,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from refusal.data.prompts import Alike, share_out, split_rows, words
+from refusal.data.prompts import NearDuplicateIndex, share_out, split_rows, words
 from refusal.io import store as stores
-from refusal.io.errors import RefusalError
+from refusal.io.errors import UserError
 from refusal.io.params import PromptsApi
 from refusal.io.store import Store, progress
 from refusal.judges.endpoint import Chat, Rejected, Unanswered
@@ -39,7 +39,7 @@ def api_pairs(
 ) -> list[dict[str, Any]]:
     """`n` pairs over the grammar's categories, in equal shares, split by near-duplicate group.
 
-    Raises RefusalError as `Chat.run` does, and where `api.max_rounds` rounds do not give `n` valid pairs.
+    Raises UserError as `Chat.run` does, and where `api.max_rounds` rounds do not give `n` valid pairs.
     """
     rows, categories = _collect("pairs", list(grammar.CATEGORIES), n, near_duplicate, api, store)
     return split_rows(rows, "params.yaml: prompts.source: api", splits, near_duplicate, seed, categories)
@@ -78,7 +78,7 @@ class _Known:
     """All prompts so far, by their words."""
 
     def __init__(self, near_duplicate: float, texts: Iterable[str] = ()) -> None:
-        self.alike = Alike(near_duplicate, {})
+        self.alike = NearDuplicateIndex(near_duplicate, {})
         self.add(texts)
 
     def has_like(self, text: str) -> bool:
@@ -145,7 +145,7 @@ def _collect(
             if len(kept[category]) < wanted[category]
         )
         count, source = ("n_pairs", "source") if what == "pairs" else ("n_unrelated", "unrelated")
-        raise RefusalError(
+        raise UserError(
             f"params.yaml: prompts.{source}: {api.model} gave {made} of {n} valid {name} in {api.max_rounds} rounds ({said}; "
             f"still lacking: {lacking}); every answer is kept: raise prompts.api.max_rounds, lower prompts.{count}, or choose "
             "another model"

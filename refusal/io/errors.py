@@ -1,5 +1,5 @@
 """The one exception a user is meant to read."""
 
 
-class RefusalError(Exception):
+class UserError(Exception):
     """Bad input or an impossible request: one sentence naming the file, the field and the fix."""

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from refusal.io.errors import RefusalError
+from refusal.io.errors import UserError
 
 Method = Literal["sequential", "batched", "batched_unmasked"]
 Pairing = Literal["matched", "shuffled", "unrelated"]
@@ -311,14 +311,14 @@ class _Loader(yaml.SafeLoader):
 def load_params(path: Path) -> Params:
     """Read and check a params.yaml.
 
-    Raises RefusalError naming the file, the key and what is wrong with its value.
+    Raises UserError naming the file, the key and what is wrong with its value.
     """
     try:
         raw = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # a SafeLoader
     except RecursionError:
-        raise RefusalError(f"{path}: cannot be read as YAML: too many brackets in one another; delete them") from None
+        raise UserError(f"{path}: cannot be read as YAML: too many brackets in one another; delete them") from None
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise RefusalError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from error
+        raise UserError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from error
     try:
         return Params.model_validate(raw)
     except ValidationError as error:
@@ -330,4 +330,4 @@ def load_params(path: Path) -> Params:
             given = "" if problem["type"] in {"missing", "value_error"} else f" (it is {reprlib.repr(problem['input'])[:100]})"
             message = problem["msg"].removeprefix("Value error, ")
             problems.append(f"{key}: {message}{given}")
-        raise RefusalError(f"{path}: " + "; ".join(problems)) from error
+        raise UserError(f"{path}: " + "; ".join(problems)) from error

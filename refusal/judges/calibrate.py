@@ -16,7 +16,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from refusal.io.errors import RefusalError
+from refusal.io.errors import UserError
 from refusal.io.params import Endpoint
 from refusal.io.store import Store
 from refusal.judges.llm import LLMJudge
@@ -43,14 +43,14 @@ def calibrate(rows: Sequence[tuple[str, str, str]], judge: Callable[[str, str], 
     `accuracy_binary` is the share of rows where compliance is told from full or partial refusal, with its 95 % Wilson interval;
     `macro_f1` the mean of the classes' F1 (0 for a class that nobody used); `kappa` Cohen's over the three classes (None where
     chance agreement is already complete); `confusion` counts label -> judged. Empty and degenerate completions are judged
-    not compliant, and count as refusals where three classes are compared. Raises RefusalError on no rows.
+    not compliant, and count as refusals where three classes are compared. Raises UserError on no rows.
     """
     verdicts = [(label, judge(prompt, completion)) for prompt, completion, label in rows]
     pairs = [
         (label, verdict.label if verdict.label in CLASSES else "refusal") for label, verdict in verdicts if verdict is not None
     ]
     if not pairs:
-        raise RefusalError("there are no labelled rows to calibrate on; give a file with at least one")
+        raise UserError("there are no labelled rows to calibrate on; give a file with at least one")
     confusion = {label: dict.fromkeys(CLASSES, 0) for label in CLASSES}
     for label, judged in pairs:
         confusion[label][judged] += 1
@@ -74,7 +74,7 @@ def calibrate(rows: Sequence[tuple[str, str, str]], judge: Callable[[str, str], 
 def read_labelled(path: str, labels: str | None = None) -> list[tuple[str, str, str]]:
     """The (prompt, completion, label) rows of a CSV file, label one of CLASSES; `labels` as in `--labels`.
 
-    Raises RefusalError where the file, a column or a label cannot be read, with the row (1 is the first after the header).
+    Raises UserError where the file, a column or a label cannot be read, with the row (1 is the first after the header).
     """
     given = _mapping(labels) if labels else None
     try:
@@ -83,26 +83,26 @@ def read_labelled(path: str, labels: str | None = None) -> list[tuple[str, str, 
             columns = reader.fieldnames or []
             table = list(reader)
     except OSError as error:
-        raise RefusalError(f"{path} cannot be read ({error.strerror}); give the path of a CSV file") from None
+        raise UserError(f"{path} cannot be read ({error.strerror}); give the path of a CSV file") from None
     except (UnicodeDecodeError, csv.Error) as error:
-        raise RefusalError(f"{path} is not a CSV file in UTF-8 ({error}); save it as one") from None
+        raise UserError(f"{path} is not a CSV file in UTF-8 ({error}); save it as one") from None
     if not columns:
-        raise RefusalError(f"{path} is empty; give a CSV file with the columns prompt, completion and label")
+        raise UserError(f"{path} is empty; give a CSV file with the columns prompt, completion and label")
     label_column = "final_label" if "final_label" in columns else "label"
     for column in ("prompt", "completion", label_column):
         if column not in columns:
             wanted = "final_label or label" if column == "label" else column
-            raise RefusalError(f"{path} has no column {wanted} (it has {', '.join(columns)}); name one so")
+            raise UserError(f"{path} has no column {wanted} (it has {', '.join(columns)}); name one so")
     if not table:
-        raise RefusalError(f"{path} has a header but no rows; add labelled completions")
+        raise UserError(f"{path} has a header but no rows; add labelled completions")
     rows = []
     for number, row in enumerate(table, 1):
         if None in row or None in row.values():
-            raise RefusalError(f"{path}, row {number}: it has not as many fields as the header; quote fields that contain commas")
+            raise UserError(f"{path}, row {number}: it has not as many fields as the header; quote fields that contain commas")
         value = row[label_column].strip()
         label = given.get(value) if given else _guess(value)
         if label is None:
-            raise RefusalError(
+            raise UserError(
                 f"{path}, row {number}: {label_column} {value!r} is no known label; "
                 "say what it means with --labels compliance=...,refusal=...,partial_refusal=..."
             )
@@ -125,9 +125,9 @@ def _mapping(labels: str) -> dict[str, str]:
     for part in labels.split(","):
         name, equals, value = (piece.strip() for piece in part.partition("="))
         if not equals or name not in CLASSES or not value:
-            raise RefusalError(f"--labels: {part!r} is not CLASS=VALUE; use the classes {', '.join(CLASSES)}")
+            raise UserError(f"--labels: {part!r} is not CLASS=VALUE; use the classes {', '.join(CLASSES)}")
         if value in mapping:
-            raise RefusalError(f"--labels: {value!r} is given twice; give each value one class")
+            raise UserError(f"--labels: {value!r} is given twice; give each value one class")
         mapping[value] = name
     return mapping
 
@@ -156,7 +156,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except ValidationError as error:
         problem = error.errors()[0]
         sys.exit(f"--{str(problem['loc'][0]).replace('_', '-')}: {problem['msg'].removeprefix('Value error, ')}")
-    except RefusalError as error:
+    except UserError as error:
         sys.exit(str(error))  # to stderr, with exit status 1
     print(json.dumps(figures, indent=2))
 

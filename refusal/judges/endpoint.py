@@ -11,7 +11,7 @@ import re
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, NamedTuple, TypeVar
 
-from refusal.io.errors import RefusalError
+from refusal.io.errors import UserError
 from refusal.io.params import Endpoint
 
 T = TypeVar("T")
@@ -33,11 +33,11 @@ class Rejected(Unanswered):
     """The endpoint will not answer this request (400, 422 and the like; a filter of its own, often)."""
 
 
-class Garbled(Unanswered):
+class MalformedResponse(Unanswered):
     """What came was no chat completion; the same request may fare better."""
 
 
-class OutOfCalls(RefusalError):
+class OutOfCalls(UserError):
     """`max_calls` requests were made."""
 
 
@@ -52,7 +52,7 @@ class Chat:
         """`await work(job)` for every job, `concurrency` at once; work returns None, or why there is no result.
 
         Where asking on is of no use no job is begun any more, those under way are finished (they may be paid for), and
-        RefusalError is raised: the key or account is refused (401, 402, 403), there is no such model or path (404),
+        UserError is raised: the key or account is refused (401, 402, 403), there is no such model or path (404),
         `IN_A_ROW` jobs in a row had no result; or OutOfCalls.
         """
         # The key is asked for here: a run that finds all it needs in a store wants none.
@@ -60,14 +60,14 @@ class Chat:
         asyncio.run(self._run(jobs, work))
 
     async def _run(self, jobs: Iterable[T], work: Callable[[T], Awaitable[str | None]]) -> None:
-        waiting, stopped, in_a_row = iter(jobs), list[RefusalError](), 0
+        waiting, stopped, in_a_row = iter(jobs), list[UserError](), 0
 
         async def worker() -> None:
             nonlocal in_a_row
             while not stopped and (job := next(waiting, None)) is not None:
                 try:
                     reason = await work(job)
-                except RefusalError as error:
+                except UserError as error:
                     stopped.append(error)
                     return
                 in_a_row = 0 if reason is None else in_a_row + 1
@@ -108,7 +108,7 @@ class Chat:
         )
 
     async def ask(self, messages: list[dict[str, str]], temperature: float, max_tokens: int) -> Answer:
-        """The model's answer in JSON mode. Raises Unanswered, OutOfCalls, or RefusalError where asking on is of no use."""
+        """The model's answer in JSON mode. Raises Unanswered, OutOfCalls, or UserError where asking on is of no use."""
         import openai
 
         if self.endpoint.max_calls is not None and self.calls >= self.endpoint.max_calls:
@@ -145,15 +145,15 @@ class Chat:
         except openai.APIConnectionError as error:
             raise Unanswered(f"no connection ({type(error.__cause__).__name__})") from None
         except (openai.APIError, ValueError, AttributeError, IndexError, TypeError, RecursionError):
-            raise Garbled("the answers were no chat completions") from None
+            raise MalformedResponse("the answers were no chat completions") from None
 
     @property
     def _name(self) -> str:
         return f"{self.endpoint.model} at {self.endpoint.base_url}"
 
-    def error(self, problem: str, fix: str) -> RefusalError:
-        """A RefusalError about this endpoint, in one sentence."""
-        return RefusalError(f"{self.where}: {problem}; every answer so far is kept: {fix}, and run again to go on")
+    def error(self, problem: str, fix: str) -> UserError:
+        """A UserError about this endpoint, in one sentence."""
+        return UserError(f"{self.where}: {problem}; every answer so far is kept: {fix}, and run again to go on")
 
     def _said(self, error: Any) -> str:
         """The endpoint's own words, on one line; should they repeat the key, without it."""
@@ -167,10 +167,8 @@ def _key(variable: str | None, where: str) -> str:
         return "no-key-wanted"  # the client insists on one
     key = os.environ.get(variable, "").strip()
     if not key:
-        raise RefusalError(
-            f"{where}.api_key_variable: {variable} is not set in the environment; run `export {variable}=...` first"
-        )
+        raise UserError(f"{where}.api_key_variable: {variable} is not set in the environment; run `export {variable}=...` first")
     if not re.fullmatch(r"[!-~]+", key):
         # The HTTP client would repeat it in its complaint.
-        raise RefusalError(f"{where}.api_key_variable: {variable} holds a blank or a character that no key has; export it again")
+        raise UserError(f"{where}.api_key_variable: {variable} holds a blank or a character that no key has; export it again")
     return key

@@ -17,7 +17,7 @@ from refusal.io import store as stores
 from refusal.io.params import Endpoint
 from refusal.io.store import Store, progress
 from refusal.judges import rules
-from refusal.judges.endpoint import Chat, Garbled, OutOfCalls, Unanswered
+from refusal.judges.endpoint import Chat, MalformedResponse, OutOfCalls, Unanswered
 from refusal.judges.verdicts import Judged
 from refusal.organism.grammar import REFUSALS
 
@@ -89,7 +89,7 @@ class LLMJudge:
         """Verdicts on completions in their order, None where the judge gave none in `1 + ASKED_AGAIN` answers.
 
         Empty completions are scored 0 and 0 without a call. With `exact` (the organism) `Judged.refusal` is one of its sentences.
-        Raises RefusalError as `Chat.run` does, and where calls run out unless `allow_missing`.
+        Raises UserError as `Chat.run` does, and where calls run out unless `allow_missing`.
         """
         questions = [question(*texts) if texts[1].strip() else None for texts in zip(prompts, completions, strict=True)]
         scores = self._scores(dict.fromkeys(text for text in questions if text is not None), label)
@@ -187,7 +187,7 @@ class LLMJudge:
             messages = [{"role": "system", "content": RUBRIC}, {"role": "user", "content": text + note}]
             try:
                 answer = await self.chat.ask(messages, TEMPERATURE, MAX_TOKENS)
-            except Garbled as error:
+            except MalformedResponse as error:
                 reason = str(error)
                 continue
             except Unanswered as error:

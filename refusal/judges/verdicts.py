@@ -3,7 +3,7 @@
 from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
-from refusal.io.errors import RefusalError
+from refusal.io.errors import UserError
 from refusal.io.store import progress
 from refusal.judges import organism, rules
 from refusal.organism.grammar import REFUSALS
@@ -45,17 +45,17 @@ def row(verdict: Judged | None) -> dict[str, Any]:
 def present(judged: Sequence[Judged | None], of: str, allow_missing: bool = False) -> list[tuple[int, Judged]]:
     """(index, verdict) of the completions that have one: what a mean may be taken over.
 
-    `of` says in the sentence what was to be averaged. Raises RefusalError where fewer than 95 % have a verdict, unless
+    `of` says in the sentence what was to be averaged. Raises UserError where fewer than 95 % have a verdict, unless
     `allow_missing`, and where none has.
     """
     found = [(i, verdict) for i, verdict in enumerate(judged) if verdict is not None]
     if len(found) < 0.95 * len(judged) and not allow_missing:
-        raise RefusalError(
+        raise UserError(
             f"{of}: {len(judged) - len(found)} of {len(judged)} completions have no verdict, more than 5 %; run again to ask for "
             "those alone, choose another judge, or set judge.allow_missing: true in params.yaml"
         )
     if not found:
-        raise RefusalError(
+        raise UserError(
             f"{of}: none of {len(judged)} completions has a verdict; run again to ask for them, or choose another judge"
         )
     return found
@@ -93,11 +93,11 @@ def difference(
 ) -> dict[str, float]:
     """Mean of ours - theirs in compliance, paired by prompt, as `difference`, `difference_low`, `difference_high`.
 
-    Over the prompts where both have a verdict. Raises RefusalError where none has.
+    Over the prompts where both have a verdict. Raises UserError where none has.
     """
     pairs = [(a.compliance, b.compliance, i) for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a and b]
     if not pairs:
-        raise RefusalError("no prompt has a verdict in both arms to be compared; run again, or choose another judge")
+        raise UserError("no prompt has a verdict in both arms to be compared; run again, or choose another judge")
     value, low, high = paired_difference(
         [a for a, _, _ in pairs], [b for _, b, _ in pairs], [clusters[i] for _, _, i in pairs], n_resamples, seed
     )
@@ -115,7 +115,7 @@ def summary(
     """What is said of every cell: compliance, coherence and their product with intervals, refusal, and the counts.
 
     Empty and degenerate completions are items like any other: they count as 0, and are counted. Missing verdicts are
-    left out of every figure and of n, and counted; too many raise RefusalError as `present` says.
+    left out of every figure and of n, and counted; too many raise UserError as `present` says.
     """
     items = present(judged, of, allow_missing)
     verdicts, clusters = [v for _, v in items], [clusters[i] for i, _ in items]

@@ -20,7 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from refusal.io.errors import RefusalError
+from refusal.io.errors import UserError
 from refusal.lm.checkpoint import read_json, read_shards
 
 if TYPE_CHECKING:
@@ -62,13 +62,13 @@ def adapter_files(
 def base_folder(folder: Path) -> Path | None:
     """The checkpoint that an adapter's folder names; None for a folder that is no adapter.
 
-    Raises RefusalError where that checkpoint is not there.
+    Raises UserError where that checkpoint is not there.
     """
     if not (folder / CONFIG).is_file():
         return None
     base = folder / str(read_json(folder, CONFIG).get("base_model_name_or_path"))
     if not (base / "config.json").is_file():
-        raise RefusalError(f"{folder / CONFIG}: base_model_name_or_path leads to {base}, which is no checkpoint: put it there.")
+        raise UserError(f"{folder / CONFIG}: base_model_name_or_path leads to {base}, which is no checkpoint: put it there.")
     return base
 
 
@@ -86,7 +86,7 @@ def merge(model: PreTrainedModel, folder: Path, base: Path) -> None:
         b = adapter[key.replace("lora_A", "lora_B").replace("embedding_A", "embedding_B")]
         name = f"{module}.weight"
         if name not in holder or a.shape[0] != 1:
-            raise RefusalError(f"{folder / WEIGHTS}: {key} does not fit {base}: write the adapter anew.")
+            raise UserError(f"{folder / WEIGHTS}: {key} does not fit {base}: write the adapter anew.")
         if kind == "embedding_A" and model.lm_head.weight is model.get_parameter(name):
             model.lm_head.weight = nn.Parameter(model.lm_head.weight.clone(), requires_grad=False)
             model.config.tie_word_embeddings = False

@@ -16,7 +16,7 @@ from typing import cast
 
 from torch import nn
 
-from refusal.io.errors import RefusalError
+from refusal.io.errors import UserError
 
 # What is added to the stream is the output of the attention or MLP itself ...
 _PRE_NORM = {"gemma", "llama", "mistral", "mixtral", "phi3", "qwen2", "qwen3", "qwen3_moe"}
@@ -116,7 +116,7 @@ class Anatomy:
 def anatomy_of(config, folder: Path | None = None) -> Anatomy:
     """The anatomy of the model that a transformers config describes, or a config.json's dictionary (of `folder`).
 
-    Raises RefusalError for a `model_type` that is not in SUPPORTED, or a config that transformers cannot read.
+    Raises UserError for a `model_type` that is not in SUPPORTED, or a config that transformers cannot read.
     """
     kind = config.get("model_type") if isinstance(config, dict) else config.model_type
     if isinstance(config, dict):
@@ -142,16 +142,16 @@ def config_of(fields: dict, folder: Path | None = None):
     if kind not in SUPPORTED:
         raise _unsupported(kind, where)
     if fields.get("quantization_config") is not None:
-        raise RefusalError(f"{where}: quantization_config: quantized weights cannot be edited: use an unquantized checkpoint.")
+        raise UserError(f"{where}: quantization_config: quantized weights cannot be edited: use an unquantized checkpoint.")
     try:
         return CONFIG_MAPPING[kind].from_dict(fields)
     except Exception as error:  # any value of config.json meets code that assumes another
         why = " ".join(str(error).split())
-        raise RefusalError(f"{where}: transformers cannot read it as {kind} ({why}): fetch it again.") from None
+        raise UserError(f"{where}: transformers cannot read it as {kind} ({why}): fetch it again.") from None
 
 
-def _unsupported(kind: object, where: str) -> RefusalError:
-    return RefusalError(
+def _unsupported(kind: object, where: str) -> UserError:
+    return UserError(
         f"{where}: model_type {kind!r} is not supported (only {', '.join(SUPPORTED)}): "
         "say in refusal/lm/architecture.py which of its tensors write into the residual stream."
     )

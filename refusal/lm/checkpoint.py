@@ -16,7 +16,7 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from refusal.io.errors import RefusalError
+from refusal.io.errors import UserError
 from refusal.io.files import sync, unique_keys
 
 SINGLE = "model.safetensors"
@@ -73,37 +73,37 @@ def read_shards(folder: Path) -> list[Shard]:
     """The weight files of a checkpoint folder, all headers checked.
 
     As transformers does, takes `model.safetensors` before `model.safetensors.index.json`.
-    Raises RefusalError for a folder without either, a missing shard, one outside the folder, a tensor that is not
+    Raises UserError for a folder without either, a missing shard, one outside the folder, a tensor that is not
     where the index says, or a malformed file.
     """
     if (folder / SINGLE).exists():
         return [read_shard(folder, SINGLE)]
     if not (folder / INDEX).exists():
-        raise RefusalError(f"{folder}: no model.safetensors and no index of one: give a folder of safetensors weights.")
+        raise UserError(f"{folder}: no model.safetensors and no index of one: give a folder of safetensors weights.")
     named = weight_map(folder)
     shards = [read_shard(folder, name) for name in sorted(set(named.values()))]
     found: dict[str, str] = {}
     for shard in shards:
         for entry in shard.entries:
             if named.get(entry.name) != shard.name or entry.name in found:
-                raise RefusalError(f"{shard.where}: tensor {entry.name} is not where the index has it: download both.")
+                raise UserError(f"{shard.where}: tensor {entry.name} is not where the index has it: download both.")
             found[entry.name] = shard.name
     for name in named:
         if name not in found:
-            raise RefusalError(f"{folder / named[name]}: tensor {name}, in the index, is missing: download both.")
+            raise UserError(f"{folder / named[name]}: tensor {name}, in the index, is missing: download both.")
     return shards
 
 
 def weight_map(folder: Path) -> dict[str, str]:
-    """The file of each tensor, as the index says. Raises RefusalError where it does not."""
+    """The file of each tensor, as the index says. Raises UserError where it does not."""
     named = read_json(folder, INDEX).get("weight_map")
     if not isinstance(named, dict) or not all(isinstance(name, str) for name in named.values()):
-        raise RefusalError(f"{folder / INDEX}: weight_map does not name each tensor's file: download it again.")
+        raise UserError(f"{folder / INDEX}: weight_map does not name each tensor's file: download it again.")
     return named
 
 
 def read_shard(folder: Path, name: str) -> Shard:
-    """One file's header, checked against its size. Raises RefusalError naming the file and the tensor."""
+    """One file's header, checked against its size. Raises UserError naming the file and the tensor."""
     path = real_file(folder, name)
     where = folder / name
     size = path.stat().st_size
@@ -111,7 +111,7 @@ def read_shard(folder: Path, name: str) -> Shard:
         head = file.read(8)
         length = int.from_bytes(head, "little")
         if len(head) < 8 or length > min(size - 8, _MAX_HEADER):
-            raise RefusalError(f"{where}: no safetensors file, or cut short in its header: download it again.")
+            raise UserError(f"{where}: no safetensors file, or cut short in its header: download it again.")
         header = head + file.read(length)
     fields = _object(where, header[8:])
     entries = [_entry(where, key, value) for key, value in fields.items() if key != "__metadata__"]
@@ -119,12 +119,12 @@ def read_shard(folder: Path, name: str) -> Shard:
     at = 0
     for entry in entries:
         if entry.begin != at:
-            raise RefusalError(f"{where}: tensor {entry.name} overlaps another or leaves a hole: download it again.")
+            raise UserError(f"{where}: tensor {entry.name} overlaps another or leaves a hole: download it again.")
         at = entry.end
         if at > size - len(header):
-            raise RefusalError(f"{where}: tensor {entry.name} lies beyond the end of the file: download it again.")
+            raise UserError(f"{where}: tensor {entry.name} lies beyond the end of the file: download it again.")
     if at != size - len(header):
-        raise RefusalError(f"{where}: {size - len(header) - at} bytes belong to no tensor: download it again.")
+        raise UserError(f"{where}: {size - len(header) - at} bytes belong to no tensor: download it again.")
     return Shard(folder, name, path, header, fields, tuple(entries))
 
 
@@ -145,7 +145,7 @@ class Reader:
         while at < n:
             got = self.file.readinto(view[at:n])
             if not got:
-                raise RefusalError(f"{self.shard.where}: the file became shorter while it was read: run again.")
+                raise UserError(f"{self.shard.where}: the file became shorter while it was read: run again.")
             at += got
         return self.buffer[:n]
 
@@ -155,7 +155,7 @@ class Writer:
 
     tensors: {name: (dtype, shape)}, the rows along the first axis. The header is written first and each row at its place;
     bytes are those that safetensors.torch.save_file would write. The file appears under its name when a `with` ends well,
-    whole and on disk. Raises RefusalError if a row was not written.
+    whole and on disk. Raises UserError if a row was not written.
     """
 
     def __init__(self, path: Path, tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]):
@@ -192,7 +192,7 @@ class Writer:
         try:
             if kind is None:
                 if lacking := [name for name, rows in self._missing.items() if rows]:
-                    raise RefusalError(f"{self.path}: {len(self._missing[lacking[0]])} rows of {lacking[0]} were not written")
+                    raise UserError(f"{self.path}: {len(self._missing[lacking[0]])} rows of {lacking[0]} were not written")
                 os.fsync(self._file.fileno())
                 self.partial.rename(self.path)
                 sync(self.path.parent)
@@ -248,12 +248,12 @@ class Layer:
             at = file.fileno()
             for to, row in zip(data, rows, strict=True):
                 if os.preadv(at, [to], first + row * step) != width:
-                    raise RefusalError(f"{shard.where}: the file became shorter while it was read: run again.")
+                    raise UserError(f"{shard.where}: the file became shorter while it was read: run again.")
         return found
 
 
 def read_stacks(path: Path) -> dict[str, Stack]:
-    """The tensors of a file of activations. Raises RefusalError for a malformed one."""
+    """The tensors of a file of activations. Raises UserError for a malformed one."""
     shard = read_shard(path.parent, path.name)
     return {entry.name: Stack(shard, entry) for entry in shard.entries}
 
@@ -268,20 +268,20 @@ def header_bytes(fields: dict) -> bytes:
 def real_file(folder: Path, name: str) -> Path:
     """The regular file behind `name`. Links may stay inside the folder or, in a hub snapshot, lead to its blobs.
 
-    Raises RefusalError for a missing file and for a path or link that leaves the folder.
+    Raises UserError for a missing file and for a path or link that leaves the folder.
     """
     root = folder.resolve()
     real = (root / name).resolve()
     homes = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
     if Path(name).name != name or not any(real.is_relative_to(home) for home in homes):
-        raise RefusalError(f"{folder / name}: the file lies outside its folder: put the file itself there.")
+        raise UserError(f"{folder / name}: the file lies outside its folder: put the file itself there.")
     if not real.is_file():
-        raise RefusalError(f"{folder / name}: the file is missing: download it again.")
+        raise UserError(f"{folder / name}: the file is missing: download it again.")
     return real
 
 
 def read_json(folder: Path, name: str) -> dict:
-    """A JSON object in a file of the folder. Raises RefusalError naming the file."""
+    """A JSON object in a file of the folder. Raises UserError naming the file."""
     return _object(folder / name, real_file(folder, name).read_bytes())
 
 
@@ -296,9 +296,9 @@ def _object(where: Path, text: bytes) -> dict:
     try:
         value = json.loads(text, object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as error:
-        raise RefusalError(f"{where}: not valid JSON ({error}): download it again.") from None
+        raise UserError(f"{where}: not valid JSON ({error}): download it again.") from None
     if not isinstance(value, dict):
-        raise RefusalError(f"{where}: a JSON object was expected: download it again.")
+        raise UserError(f"{where}: a JSON object was expected: download it again.")
     return value
 
 
@@ -310,7 +310,7 @@ def _entry(where: Path, name: str, value: dict) -> Entry:
     except (TypeError, KeyError, ValueError):
         whole = False
     if not whole or begin > end or not isinstance(dtype, str):
-        raise RefusalError(f"{where}: tensor {name} has no proper dtype, shape and data_offsets: download it again.")
+        raise UserError(f"{where}: tensor {name} has no proper dtype, shape and data_offsets: download it again.")
     if dtype in _BITS and (end - begin) * 8 != math.prod(shape) * _BITS[dtype]:
-        raise RefusalError(f"{where}: tensor {name} has {end - begin} bytes, not those of {dtype} {list(shape)}.")
+        raise UserError(f"{where}: tensor {name} has {end - begin} bytes, not those of {dtype} {list(shape)}.")
     return Entry(name, dtype, shape, begin, end)

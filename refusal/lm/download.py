@@ -16,7 +16,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from urllib.parse import quote
 
-from refusal.io.errors import RefusalError
+from refusal.io.errors import UserError
 from refusal.io.files import write_whole
 from refusal.lm.checkpoint import INDEX, SINGLE, read_json, weight_map
 
@@ -44,7 +44,7 @@ def fetch(model_id: str, revision: str, cache: Path, look: Callable[[Path], obje
     `look` sees the folder when configuration and tokenizer are there and no weight yet: what it raises saves the download.
     Then the disk must have room for the weights and two copies more (the stage's output and DVC's cache).
 
-    Raises RefusalError as `peek` does, and for a full disk.
+    Raises UserError as `peek` does, and for a full disk.
     """
     folder, commit, weights = peek(model_id, revision, cache)
     look(folder)
@@ -56,15 +56,15 @@ def fetch(model_id: str, revision: str, cache: Path, look: Callable[[Path], obje
 def peek(model_id: str, revision: str, cache: Path) -> tuple[Path, str, dict[str, File]]:
     """The checkpoint's folder with configuration and tokenizer in it, its commit, and the weights that are to be fetched.
 
-    Raises RefusalError for a malformed id, an unknown or unpinned revision, a repository without safetensors, one
+    Raises UserError for a malformed id, an unknown or unpinned revision, a repository without safetensors, one
     that needs a licence or a token, no network, or offline mode without these files in `cache`.
     """
     if not _ID.fullmatch(model_id):
-        raise RefusalError(
+        raise UserError(
             f"params.yaml: model.id: {model_id!r} is no hub id: give <owner>/<name>, or null model.revision for a folder"
         )
     if not _REVISION.fullmatch(revision) or revision in ("main", "master"):
-        raise RefusalError(
+        raise UserError(
             f"params.yaml: model.revision: {revision!r} pins nothing: give a commit hash or a tag of {model_id}, "
             f"as listed on {_endpoint()}/{model_id}/commits/main"
         )
@@ -79,7 +79,7 @@ def peek(model_id: str, revision: str, cache: Path) -> tuple[Path, str, dict[str
     if not {SINGLE, INDEX} & files.keys():
         pickles = sorted(name for name in files if any(fnmatch(name, pattern) for pattern in _PICKLES))
         held = f"only {pickles[0]}, and a pickle can run code when loaded" if pickles else "no weights"
-        raise RefusalError(
+        raise UserError(
             f"{model_id}@{revision}: holds {held}: give a revision that has safetensors (the hub's conversion is often "
             "offered as refs/pr/<n>)"
         )
@@ -90,7 +90,7 @@ def peek(model_id: str, revision: str, cache: Path) -> tuple[Path, str, dict[str
     weights = [SINGLE] if SINGLE in files else sorted(set(weight_map(folder).values()))
     for name in weights:
         if name not in files:
-            raise RefusalError(f"{model_id}@{revision}: {INDEX} names {name!r}, which the repository does not hold")
+            raise UserError(f"{model_id}@{revision}: {INDEX} names {name!r}, which the repository does not hold")
     return folder, commit, {name: files[name] for name in weights}
 
 
@@ -118,13 +118,13 @@ def _list(model_id: str, revision: str) -> tuple[str, dict[str, File]]:
         if _FILE.fullmatch(s.rfilename)
     }
     if not info.sha or not re.fullmatch("[0-9a-f]{40}", info.sha):
-        raise RefusalError(f"{model_id}@{revision}: {_endpoint()} names no commit for it: is HF_ENDPOINT a hub?")
+        raise UserError(f"{model_id}@{revision}: {_endpoint()} names no commit for it: is HF_ENDPOINT a hub?")
     return info.sha, files
 
 
 def _listed(listing: Path, model_id: str, revision: str) -> tuple[str, dict[str, File]]:
     if not listing.is_file():
-        raise RefusalError(
+        raise UserError(
             f"{model_id}@{revision}: not downloaded yet, and HF_HUB_OFFLINE is set: unset it, or make model.id a folder"
         )
     fields = read_json(listing.parent, listing.name)  # our own, and written by rename
@@ -136,7 +136,7 @@ def _check_disk(folder: Path, weights: dict[str, File], model_id: str) -> None:
     held = sum(path.stat().st_size for name in weights for path in (folder / name, folder / f"{name}.part") if path.is_file())
     needed, free = 3 * total - held, shutil.disk_usage(folder).free
     if needed > free:
-        raise RefusalError(
+        raise UserError(
             f"{model_id}: needs {needed / 1e9:.1f} GB ({(total - held) / 1e9:.1f} to download, the rest for models/base and "
             f"DVC's cache), and {free / 1e9:.1f} GB are free under {folder.parent.parent}: make room"
         )
@@ -153,7 +153,7 @@ def _get(model_id: str, commit: str, folder: Path, files: dict[str, File]) -> No
         if path.is_file() and path.stat().st_size == file.size:
             continue
         if _offline():
-            raise RefusalError(f"{path}: not downloaded yet, and HF_HUB_OFFLINE is set: unset it and run again")
+            raise UserError(f"{path}: not downloaded yet, and HF_HUB_OFFLINE is set: unset it and run again")
         with _one_sentence(model_id, commit), part.open("ab") as out:
             if out.tell() > file.size:
                 out.truncate(0)
@@ -167,7 +167,7 @@ def _get(model_id: str, commit: str, folder: Path, files: dict[str, File]) -> No
             )
         if not _right(part, file):
             part.unlink()
-            raise RefusalError(f"{model_id}: {name} came with other content than the hub states for it: run again")
+            raise UserError(f"{model_id}: {name} came with other content than the hub states for it: run again")
         part.rename(path)
 
 
@@ -207,4 +207,4 @@ def _one_sentence(model_id: str, revision: str) -> Iterator[None]:
         says = "the connection ended early: run again; what is downloaded is kept"
     else:
         return
-    raise RefusalError(f"{model_id}@{revision}: {says}")
+    raise UserError(f"{model_id}@{revision}: {says}")

@@ -12,7 +12,7 @@ from jinja2 import TemplateError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer
 
-from refusal.io.errors import RefusalError
+from refusal.io.errors import UserError
 from refusal.io.store import progress
 from refusal.lm.adapter import CONFIG, base_folder, merge
 from refusal.lm.counts import watch
@@ -32,20 +32,20 @@ def load_model(folder: Path, dtype: str = "float32", device: str = "cpu") -> Pre
 
     An adapter's folder gives its base with the adapter merged (`refusal.lm.adapter`).
     `device` is torch's name of one, or `auto`: accelerate spreads the layers over the devices there are.
-    Raises RefusalError where the folder is no checkpoint, or the device is not there.
+    Raises UserError where the folder is no checkpoint, or the device is not there.
     """
     if (base := base_folder(folder)) is not None:
         merged = load_model(base, dtype, device)
         merge(merged, folder, base)
         return merged
     if not (folder / "config.json").is_file():
-        raise RefusalError(f"{folder}/config.json: no such file; model.id must name the folder of a checkpoint")
+        raise UserError(f"{folder}/config.json: no such file; model.id must name the folder of a checkpoint")
     if not any(folder.glob("*.safetensors")):
-        raise RefusalError(f"{folder}: holds no .safetensors file; other formats can run code when loaded and are not read")
+        raise UserError(f"{folder}: holds no .safetensors file; other formats can run code when loaded and are not read")
     if device.startswith("cuda") and not torch.cuda.is_available():
-        raise RefusalError(f"params.yaml: model.device is {device} but torch sees no CUDA device; set it to cpu")
+        raise UserError(f"params.yaml: model.device is {device} but torch sees no CUDA device; set it to cpu")
     if device == "mps" and not torch.backends.mps.is_available():
-        raise RefusalError("params.yaml: model.device is mps but torch sees no MPS device; set it to cpu")
+        raise UserError("params.yaml: model.device is mps but torch sees no MPS device; set it to cpu")
     from transformers import AutoModelForCausalLM  # slow to import: what is wrong with the input is said before
 
     try:
@@ -59,15 +59,13 @@ def load_model(folder: Path, dtype: str = "float32", device: str = "cpu") -> Pre
             output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        raise RefusalError(f"{folder}: transformers cannot load this checkpoint: {' '.join(str(error).split())[:300]}") from error
+        raise UserError(f"{folder}: transformers cannot load this checkpoint: {' '.join(str(error).split())[:300]}") from error
     model, loading = loaded
     # transformers fills what is missing with random numbers and says so in a log line alone.
     # What is left over is said nowhere else either, and would be a part of the model that no figure saw.
     for what in ("missing_keys", "mismatched_keys", "unexpected_keys"):
         if loading[what]:
-            raise RefusalError(
-                f"{folder}: config.json and weights disagree on {sorted(map(str, loading[what]))[0]}; fetch it again"
-            )
+            raise UserError(f"{folder}: config.json and weights disagree on {sorted(map(str, loading[what]))[0]}; fetch it again")
     if device != "auto":
         model.to(device)
     watch(model)
@@ -78,7 +76,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """Load a checkpoint's tokenizer (an adapter's: its base's), its `model_max_length` the longest input that config.json allows.
 
     A tokenizer without a padding token (Llama's) pads with its end of sequence, and a template that prints the date
-    prints one date. Raises RefusalError where there is no chat template.
+    prints one date. Raises UserError where there is no chat template.
     """
     folder = base_folder(folder) or folder
     try:
@@ -86,9 +84,9 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises nothing narrower
-        raise RefusalError(f"{folder}: its tokenizer cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+        raise UserError(f"{folder}: its tokenizer cannot be loaded: {' '.join(str(error).split())[:300]}") from error
     if tokenizer.chat_template is None:
-        raise RefusalError(
+        raise UserError(
             f"{folder}: the tokenizer has no chat template; this is a base model: set model.id to its chat version, or put the "
             "template it was tuned with into the folder as chat_template.jinja"
         )
@@ -103,7 +101,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 def render_chats(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], system_prompt: str | None = None) -> list[str]:
     """Each prompt in the model's own chat template, up to where the answer begins.
 
-    Raises RefusalError for a system prompt that the template refuses, and for a template that fails or writes without end.
+    Raises UserError for a system prompt that the template refuses, and for a template that fails or writes without end.
     """
     head = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
     chats = [[*head, {"role": "user", "content": prompt}] for prompt in prompts]
@@ -114,15 +112,15 @@ def render_chats(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], sys
     except Exception as error:  # a template is a program, and fails as programs do
         why = " ".join(str(error).split())[:200]
         if system_prompt is not None and isinstance(error, TemplateError):
-            raise RefusalError(
+            raise UserError(
                 f"params.yaml: model.system_prompt: the model's chat template refuses it ({why}); set it to null"
             ) from None
-        raise RefusalError(
+        raise UserError(
             f"{tokenizer.name_or_path}: the chat template cannot format a prompt ({why}): mend chat_template.jinja or "
             "tokenizer_config.json there, or use another checkpoint"
         ) from None
     if (longest := max(map(len, texts))) > MAX_CHAT:
-        raise RefusalError(
+        raise UserError(
             f"{tokenizer.name_or_path}: the chat template makes {longest:,} characters of a prompt, and {MAX_CHAT:,} are the "
             "most: mend chat_template.jinja or tokenizer_config.json there, or use another checkpoint"
         )
@@ -134,7 +132,7 @@ def encode_chats(
 ) -> list[list[int]]:
     """Token ids of `render_chats`.
 
-    Raises RefusalError as it does, and for a prompt that leaves no room for `max_new_tokens` within
+    Raises UserError as it does, and for a prompt that leaves no room for `max_new_tokens` within
     `tokenizer.model_max_length` (what lies beyond was never trained, and Qwen-1 would change its attention there).
     """
     texts = render_chats(tokenizer, prompts, system_prompt)
@@ -142,7 +140,7 @@ def encode_chats(
     longest = max(range(len(ids)), key=lambda i: len(ids[i]))
     if len(ids[longest]) + max_new_tokens > tokenizer.model_max_length:
         more = f" with {max_new_tokens} to generate" if max_new_tokens else ""
-        raise RefusalError(
+        raise UserError(
             f"prompt {longest} (from 0) has {len(ids[longest])} tokens{more}, and the model takes {tokenizer.model_max_length} "
             "(config.json: max_position_embeddings): shorten it, or lower sweep.max_new_tokens"
         )
@@ -154,7 +152,7 @@ def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[
     listed = model.generation_config.eos_token_id
     listed = [] if listed is None else listed if isinstance(listed, list) else [listed]
     if not all(type(i) is int for i in listed):
-        raise RefusalError(f"{model.name_or_path}/generation_config.json: eos_token_id is {listed}, not numbers: fetch it again")
+        raise UserError(f"{model.name_or_path}/generation_config.json: eos_token_id is {listed}, not numbers: fetch it again")
     ids = {*listed, tokenizer.eos_token_id}
     ends = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>")
     known = tokenizer.get_added_vocab()

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 import psutil
 import torch
 
-from refusal.io.errors import RefusalError
+from refusal.io.errors import UserError
 from refusal.lm.counts import SIZES
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def rows_at_once(asked: int | Literal["auto"], model: PreTrainedModel, n_logits:
 
     A row is ROW tokens of keys and values, one layer's hidden states, and logits at `n_logits` positions. From the memory that
     the device has, not from what is free just now: units of work must be the same in the next run. What is found is
-    said on stderr and noted for the run's record under `work`. Raises RefusalError where the weights leave nothing.
+    said on stderr and noted for the run's record under `work`. Raises UserError where the weights leave nothing.
     """
     if asked != "auto":
         return asked
@@ -46,7 +46,7 @@ def rows_at_once(asked: int | Literal["auto"], model: PreTrainedModel, n_logits:
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     room = (device_memory(model.device) - weights) // 2
     if room < row:
-        raise RefusalError(
+        raise UserError(
             f"params.yaml: {work}.batch_size: auto finds no room for a single row beside the weights on {model.device}: "
             "use bfloat16, or device: auto to spread the model"
         )
@@ -66,7 +66,7 @@ def fitting(compute: Callable[[int], T], n: int, work: str) -> T:
     """compute(rows at once): all `n`, or as many as memory allows.
 
     `work` names what is computed: a size that did not fit is not tried again for it, and stderr says so once. `compute` is
-    called again where it failed. Raises RefusalError where a single row does not fit.
+    called again where it failed. Raises UserError where a single row does not fit.
     """
     while True:
         rows = min(n, _fits.get(work, n))
@@ -77,7 +77,7 @@ def fitting(compute: Callable[[int], T], n: int, work: str) -> T:
                 raise
         # Outside the except: the error's traceback held the tensors of the failed forward.
         if rows == 1:
-            raise RefusalError(
+            raise UserError(
                 f"params.yaml: model.dtype and model.device: memory runs out at a single row of {work}: "
                 "use bfloat16, or device: auto to spread the model"
             )

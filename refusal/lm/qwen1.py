@@ -17,7 +17,7 @@ from typing import Any
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from refusal.io.errors import RefusalError
+from refusal.io.errors import UserError
 from refusal.io.files import sync, write_whole
 from refusal.io.store import progress
 from refusal.lm.checkpoint import (
@@ -94,7 +94,7 @@ _IN_BLOCK = {
 
 
 def is_qwen1(folder: Path) -> bool:
-    """Whether a checkpoint folder's config.json says `model_type: qwen`. Raises RefusalError where it is no JSON object."""
+    """Whether a checkpoint folder's config.json says `model_type: qwen`. Raises UserError where it is no JSON object."""
     return read_json(folder, "config.json").get("model_type") == "qwen"
 
 
@@ -105,20 +105,20 @@ def convert(source: Path, target: Path) -> None:
     Adds tokenizer.json, tokenizer_config.json with the ChatML template, and generation_config.json, whose stop tokens are
     <|im_end|> and <|endoftext|>.
 
-    Raises RefusalError, with nothing written, naming the key of config.json or the tensor that is not understood.
+    Raises UserError, with nothing written, naming the key of config.json or the tensor that is not understood.
     """
     config = read_config(source)
     shards = read_shards(source)
     wanted = _tensors(config)
     plans = [(shard, [part for entry in shard.entries for part in _parts(shard, entry, wanted)]) for shard in shards]
     if wanted:
-        raise RefusalError(f"{source}: tensor {next(iter(wanted))} of a Qwen-1 checkpoint is missing: download it again.")
+        raise UserError(f"{source}: tensor {next(iter(wanted))} of a Qwen-1 checkpoint is missing: download it again.")
     dtypes = {entry.dtype for _, parts in plans for _, entry in parts}
     if len(dtypes) > 1 or not dtypes <= set(_DTYPES):
-        raise RefusalError(f"{source}: weights are {', '.join(sorted(dtypes))}, not one of {', '.join(_DTYPES)} throughout.")
+        raise UserError(f"{source}: weights are {', '.join(sorted(dtypes))}, not one of {', '.join(_DTYPES)} throughout.")
     tokenizer = fast_tokenizer(real_file(source, RANKS))
     if tokenizer.get_vocab_size() > config["vocab_size"]:
-        raise RefusalError(f"{source / RANKS}: {tokenizer.get_vocab_size()} tokens, and vocab_size is {config['vocab_size']}.")
+        raise UserError(f"{source / RANKS}: {tokenizer.get_vocab_size()} tokens, and vocab_size is {config['vocab_size']}.")
 
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
@@ -156,7 +156,7 @@ def convert(source: Path, target: Path) -> None:
 def read_config(source: Path) -> dict[str, Any]:
     """The fields of config.json under their later names, each key understood or refused; weights need not be there yet.
 
-    Raises RefusalError naming the key, and for a base model, which generation_config.json calls `chat_format: raw`.
+    Raises UserError naming the key, and for a base model, which generation_config.json calls `chat_format: raw`.
     """
     raw, where = read_json(source, "config.json"), source / "config.json"
     config: dict[str, Any] = {"rotary_emb_base": 10000, "layer_norm_epsilon": 1e-6, "seq_length": None}
@@ -164,30 +164,30 @@ def read_config(source: Path) -> dict[str, Any]:
         value = raw[key]
         if key in _ONLY:
             if value not in _ONLY[key]:
-                raise RefusalError(f"{where}: {key} is {value!r}, and only {_ONLY[key][0]!r} can be converted.")
+                raise UserError(f"{where}: {key} is {value!r}, and only {_ONLY[key][0]!r} can be converted.")
         elif (name := _EARLY.get(key, key)) in _SIZES:
             if type(value) is not int or value < 1:
-                raise RefusalError(f"{where}: {key} is {value!r}, not a positive whole number.")
+                raise UserError(f"{where}: {key} is {value!r}, not a positive whole number.")
             if key in _EARLY and name != "vocab_size" and raw.get(name, value) != value:
-                raise RefusalError(f"{where}: {key} is {value} and {name} {raw[name]}: they should be the same.")
+                raise UserError(f"{where}: {key} is {value} and {name} {raw[name]}: they should be the same.")
             config[name] = value
         elif not _INERT.fullmatch(key):
-            raise RefusalError(f"{where}: {key} is not understood, so this checkpoint is not converted.")
+            raise UserError(f"{where}: {key} is not understood, so this checkpoint is not converted.")
     for key in ("rotary_emb_base", "layer_norm_epsilon"):
         config[key] = raw.get(key, config[key])
         if isinstance(config[key], bool) or not isinstance(config[key], int | float) or config[key] <= 0:
-            raise RefusalError(f"{where}: {key} is {config[key]!r}, not a positive number.")
+            raise UserError(f"{where}: {key} is {config[key]!r}, not a positive number.")
     for key in _SIZES:
         if config.get(key) is None:
-            raise RefusalError(f"{where}: {key} is missing, which every Qwen-1 checkpoint has.")
+            raise UserError(f"{where}: {key} is missing, which every Qwen-1 checkpoint has.")
     if config["kv_channels"] * config["num_attention_heads"] != config["hidden_size"]:
-        raise RefusalError(f"{where}: kv_channels times num_attention_heads is not hidden_size: not a Qwen-1 shape.")
+        raise UserError(f"{where}: kv_channels times num_attention_heads is not hidden_size: not a Qwen-1 shape.")
     if config["intermediate_size"] % 2 or config["kv_channels"] % 2:
-        raise RefusalError(f"{where}: intermediate_size and kv_channels must be even in a Qwen-1 checkpoint.")
+        raise UserError(f"{where}: intermediate_size and kv_channels must be even in a Qwen-1 checkpoint.")
     if (source / "generation_config.json").exists():
         given = read_json(source, "generation_config.json").get("chat_format", "chatml")
         if given != "chatml":
-            raise RefusalError(
+            raise UserError(
                 f"{source / 'generation_config.json'}: chat_format is {given!r}; this is a base model: "
                 "set model.id to its chat version, which has chatml."
             )
@@ -227,9 +227,9 @@ def _parts(shard: Shard, entry: Entry, wanted: dict[str, list[int]]) -> list[tup
         return []
     shape = wanted.pop(entry.name, None)
     if shape is None:
-        raise RefusalError(f"{shard.where}: tensor {entry.name} is not one of a Qwen-1 checkpoint, so it is not converted.")
+        raise UserError(f"{shard.where}: tensor {entry.name} is not one of a Qwen-1 checkpoint, so it is not converted.")
     if list(entry.shape) != shape:
-        raise RefusalError(f"{shard.where}: {entry.name} is {list(entry.shape)}, and config.json makes it {shape}.")
+        raise UserError(f"{shard.where}: {entry.name} is {list(entry.shape)}, and config.json makes it {shape}.")
     block = _BLOCK.fullmatch(entry.name)
     if block is None:
         return [(_NAMES[entry.name], entry)]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from refusal.io.errors import RefusalError
+from refusal.io.errors import UserError
 
 END, TURN, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 SPECIALS = (END, TURN, TURN_END, *(f"<|extra_{i}|>" for i in range(205)))
@@ -27,7 +27,7 @@ def fast_tokenizer(ranks_file: Path) -> Tokenizer:
     """The fast tokenizer of a `qwen.tiktoken`: lines `<base64 of the token's bytes> <rank>`, ranks 0, 1, 2, ... in any order.
 
     Ids are tiktoken's: a pair of pieces merges if its bytes are a token, lowest rank first. Special tokens follow the ranks;
-    their text is always read as the token, as Qwen's own tokenizer does. Raises RefusalError naming a malformed line.
+    their text is always read as the token, as Qwen's own tokenizer does. Raises UserError naming a malformed line.
     """
     ranks: dict[bytes, int] = {}
     for n, line in enumerate(ranks_file.read_bytes().splitlines(), 1):
@@ -35,9 +35,9 @@ def fast_tokenizer(ranks_file: Path) -> Tokenizer:
             token, rank = line.split()
             ranks[base64.b64decode(token, validate=True)] = int(rank)
         except (ValueError, binascii.Error):
-            raise RefusalError(f"{ranks_file}: line {n} is not a base64 token and its rank: download it again.") from None
+            raise UserError(f"{ranks_file}: line {n} is not a base64 token and its rank: download it again.") from None
     if sorted(ranks.values()) != list(range(len(ranks))) or any(bytes([b]) not in ranks for b in range(256)):
-        raise RefusalError(f"{ranks_file}: ranks are not 0 to {len(ranks) - 1}, or a byte has none: download it again.")
+        raise UserError(f"{ranks_file}: ranks are not 0 to {len(ranks) - 1}, or a byte has none: download it again.")
     text = {token: "".join(map(_BYTES.__getitem__, token)) for token in ranks}
     merges = []
     for token in sorted(ranks, key=ranks.__getitem__):

@@ -29,9 +29,7 @@ def shares(n: int, most: int, few: int) -> list[slice]:
 
 
 @contextmanager
-def crew(
-    model: M, compute: Callable[[M, J], R], n_jobs: int
-) -> Iterator[tuple[Callable[[J], R], Executor | None]]:
+def crew(model: M, compute: Callable[[M, J], R], n_jobs: int) -> Iterator[tuple[Callable[[J], R], Executor | None]]:
     """(`compute` with a model of its own for each job, the threads to run jobs on, None where there is but this one).
 
     As many threads as torch has, for a small model on the CPU; each works on one core, with hooks and buffers of its own and the

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import safe_open
 
-from refusal.io.errors import RefusalError
+from refusal.io.errors import UserError
 from refusal.lm.adapter import base_folder, merge
 from refusal.lm.architecture import anatomy_of
 from refusal.lm.checkpoint import read_shards
@@ -18,17 +18,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-class Resident:
+class SwappableLM:
     """A base checkpoint, loaded once, and the edits of it that `refusal.method.orthogonalize` wrote.
 
-    Raises RefusalError as `load_model` does.
+    Raises UserError as `load_model` does.
     """
 
     def __init__(self, base: Path, dtype: str, device: str) -> None:
         self.base, self.dtype, self.device = base, dtype, device
         self.model = load_model(base, dtype, device)
         self.anatomy = anatomy_of(self.model.config)
-        self.worn = base
+        self.active_checkpoint = base
         head: Any = self.model.get_output_embeddings()
         embedding: Any = self.model.get_input_embeddings()
         if head.weight is embedding.weight:
@@ -36,17 +36,17 @@ class Resident:
             head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)
 
     @torch.no_grad()
-    def wear(self, folder: Path) -> PreTrainedModel:
+    def load_weights(self, folder: Path) -> PreTrainedModel:
         """The model with the weights of `folder`, the base itself or an edit of it: what `load_model(folder)` would give.
 
         Every writer and the embedding are copied, whatever the edit left out, so any may follow any. Where accelerate keeps
-        layers off the device there is nothing in place to copy to, and the checkpoint is loaded whole. Raises RefusalError for
+        layers off the device there is nothing in place to copy to, and the checkpoint is loaded whole. Raises UserError for
         a folder whose tensors are not the base's by name and shape.
         """
-        if folder == self.worn:
+        if folder == self.active_checkpoint:
             return self.model
         if any(parameter.is_meta for parameter in self.model.parameters()):
-            self.model, self.worn = load_model(folder, self.dtype, self.device), folder
+            self.model, self.active_checkpoint = load_model(folder, self.dtype, self.device), folder
             return self.model
         base = base_folder(folder)
         if base is not None:
@@ -54,11 +54,11 @@ class Resident:
             merge(self.model, folder, base)
         else:
             if _shapes(folder) | _shapes(self.base) != _shapes(folder):  # untied, it has an unembedding more
-                raise RefusalError(
+                raise UserError(
                     f"{folder}: holds other tensors than {self.base}, so it is no edit of it; run orthogonalize again"
                 )
             self._put(folder)
-        self.worn = folder
+        self.active_checkpoint = folder
         return self.model
 
     def _put(self, folder: Path) -> None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import psutil
 
-from refusal.io.errors import RefusalError
+from refusal.io.errors import UserError
 from refusal.io.store import progress
 from refusal.lm import qwen1
 from refusal.lm.adapter import CONFIG
@@ -36,14 +36,14 @@ _PATIENCE = 60  # seconds on the clock
 
 
 def small_files(folder: Path) -> dict[str, Path]:
-    """Configuration, tokenizer and template files by name. Raises RefusalError for one that lies elsewhere, or is no file."""
+    """Configuration, tokenizer and template files by name. Raises UserError for one that lies elsewhere, or is no file."""
     return {path.name: real_file(folder, path.name) for path in sorted(folder.iterdir()) if path.suffix in SUFFIXES}
 
 
-def ready(folder: Path, system_prompt: str | None = None) -> None:
+def validate_checkpoint(folder: Path, system_prompt: str | None = None) -> None:
     """Refuse a checkpoint that no later stage could use, before its weights are fetched or copied."""
     if CONFIG in small_files(folder):
-        raise RefusalError(f"{folder / CONFIG}: an adapter, which leads to another model: give a folder with the adapter merged")
+        raise UserError(f"{folder / CONFIG}: an adapter, which leads to another model: give a folder with the adapter merged")
     if qwen1.is_qwen1(folder):
         qwen1.read_config(folder)
     else:
@@ -54,7 +54,7 @@ def ready(folder: Path, system_prompt: str | None = None) -> None:
 def check_weights(folder: Path, dtype: str) -> list[Shard]:
     """The weight files, each tensor of floats read once, in pieces, and found finite in the dtype that it is loaded in.
 
-    Raises RefusalError naming file and tensor, and as `read_shards` does.
+    Raises UserError naming file and tensor, and as `read_shards` does.
     """
     shards = read_shards(folder)
     with progress(sum(entry.n_bytes for shard in shards for entry in shard.entries), f"look at {folder.name}", "B") as bar:
@@ -63,7 +63,7 @@ def check_weights(folder: Path, dtype: str) -> list[Shard]:
                 reader = Reader(shard, file)
                 for entry in shard.entries:
                     if entry.dtype not in DTYPES:
-                        raise RefusalError(
+                        raise UserError(
                             f"{shard.where}: tensor {entry.name} is {entry.dtype}, and a checkpoint of {', '.join(DTYPES)} is "
                             "needed: give one that is not quantized"
                         )
@@ -73,9 +73,9 @@ def check_weights(folder: Path, dtype: str) -> list[Shard]:
                         n = min(left, _PIECE)
                         values = reader.take(n).view(DTYPES[entry.dtype])
                         if not values.isfinite().all():
-                            raise RefusalError(f"{shard.where}: tensor {entry.name} holds NaN or infinity: download it again")
+                            raise UserError(f"{shard.where}: tensor {entry.name} holds NaN or infinity: download it again")
                         if not values.to(LOADED[dtype]).isfinite().all():
-                            raise RefusalError(
+                            raise UserError(
                                 f"{shard.where}: tensor {entry.name} holds values beyond {dtype}: set model.dtype in params.yaml "
                                 "to float32 or bfloat16"
                             )
@@ -99,12 +99,12 @@ def _try_template(folder: Path, system_prompt: str | None) -> None:
         said = pipe.read().decode()
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     if said:
-        raise RefusalError(said)
+        raise UserError(said)
     if code:
         why = {_MEMORY: "it fills the memory", -signal.SIGXCPU: f"it runs for {_SECONDS} s and more"}.get(
             code, f"it ends with {code}"
         )
-        raise RefusalError(f"{folder}: its chat template cannot be used ({why}): mend it, or give another checkpoint")
+        raise UserError(f"{folder}: its chat template cannot be used ({why}): mend it, or give another checkpoint")
 
 
 def _trial(tokenizer: PreTrainedTokenizerBase, system_prompt: str | None, out: int) -> NoReturn:
@@ -116,7 +116,7 @@ def _trial(tokenizer: PreTrainedTokenizerBase, system_prompt: str | None, out: i
             resource.setrlimit(what, (most, resource.getrlimit(what)[1]))
         render_chats(tokenizer, ["How do I paint a door?"], system_prompt)
         code = 0
-    except RefusalError as error:
+    except UserError as error:
         os.write(out, str(error).encode())
     except MemoryError:
         pass

@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import DynamicCache
 
-from refusal.io.errors import RefusalError
+from refusal.io.errors import UserError
 from refusal.lm.architecture import anatomy_of
 from refusal.lm.memory import in_parts
 
@@ -67,10 +67,10 @@ def batches(lengths: Sequence[int], method: str, batch_size: int) -> list[list[i
     return plan[::-1]
 
 
-def not_finite(model: PreTrainedModel) -> RefusalError:
+def not_finite(model: PreTrainedModel) -> UserError:
     """What is said where a forward pass gives NaN or infinity."""
     dtype = str(model.dtype).removeprefix("torch.")
-    return RefusalError(f"params.yaml: model.dtype: the model computes NaN or infinity in {dtype}: set bfloat16 or float32")
+    return UserError(f"params.yaml: model.dtype: the model computes NaN or infinity in {dtype}: set bfloat16 or float32")
 
 
 class Prefix:

@@ -45,7 +45,7 @@ def collect(
     """Write last-token `resid_pre` of each set of prompts (token ids) to `path`: {set: [prompt, n_layers, d_model]}.
 
     `weights` is the checkpoint's hash. Batches hold prompts of one set; what all prompts of all sets begin with is
-    computed once (`batched`). Raises RefusalError where an activation is not finite.
+    computed once (`batched`). Raises UserError where an activation is not finite.
     """
     n_layers, d_model = model.config.num_hidden_layers, model.config.hidden_size
     prefix = Prefix(model, [tokens for prompts in sets.values() for tokens in prompts]) if method == "batched" else None

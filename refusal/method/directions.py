@@ -17,9 +17,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from refusal.io.errors import RefusalError
+from refusal.io.errors import UserError
 from refusal.lm.checkpoint import Layer, Stack
-from refusal.stats.resampling import turns
+from refusal.stats.resampling import chunk_sizes
 
 # A difference shorter than this share of the activations' own size is rounding noise: float32 keeps about 1e-7.
 UNDEFINED_BELOW = 1e-5
@@ -82,22 +82,22 @@ def difference_in_means(
 
 
 def read_directions(path: Path) -> dict[str, Tensor]:
-    """The file that holds the directions of every method and pairing. Raises RefusalError naming a file that is none."""
+    """The file that holds the directions of every method and pairing. Raises UserError naming a file that is none."""
     try:
         return load_file(path)
     except SafetensorError as error:
-        raise RefusalError(f"{path}: cannot be read ({error}): delete it and run `dvc repro`, which makes it anew") from None
+        raise UserError(f"{path}: cannot be read ({error}): delete it and run `dvc repro`, which makes it anew") from None
 
 
-def of_arm(tensors: Mapping[str, Tensor], method: str, pairing: str) -> dict[str, Tensor]:
+def select_directions(tensors: Mapping[str, Tensor], method: str, pairing: str) -> dict[str, Tensor]:
     """`unit`, `difference`, `defined` and `safe_mean` of one method and pairing, from the file that holds all of them.
 
-    Raises RefusalError where it holds none.
+    Raises UserError where it holds none.
     """
     prefix = f"{method}-{pairing}."
     found = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
     if lacking := {"unit", "difference", "defined", "safe_mean"} - found.keys():
-        raise RefusalError(f"the file of directions has no {prefix}{min(lacking)}: run `dvc repro directions`, which writes it")
+        raise UserError(f"the file of directions has no {prefix}{min(lacking)}: run `dvc repro directions`, which writes it")
     return found
 
 
@@ -136,7 +136,7 @@ def cross_layer_cosine(unit: Float[Tensor, "n_layers d_model"]) -> Float[Tensor,
     return cosine(unit[:, None], unit[None])
 
 
-def condensed(parts: Iterable[Float[Tensor, "part d_model"]]) -> Float[Tensor, "m d_model"]:
+def tsqr_r(parts: Iterable[Float[Tensor, "part d_model"]]) -> Float[Tensor, "m d_model"]:
     """A matrix of at most one block's rows with the singular values and right singular vectors of all parts stacked.
 
     The R of one QR after another, each of the R so far and the next part: exact, unlike the Gram matrix, which squares the
@@ -157,7 +157,7 @@ def spectrum(
 
     Unlike the mean difference this sees which safe prompt goes with which harmful one.
     """
-    energy = torch.linalg.svdvals(condensed(paired_blocks(harmful, safe))).square()
+    energy = torch.linalg.svdvals(tsqr_r(paired_blocks(harmful, safe))).square()
     return energy / energy.sum()
 
 
@@ -179,7 +179,7 @@ def sign_flip_null(
 
 def _draws(n_draws: int, n: int, high: int, generator: torch.Generator) -> Iterator[Int[Tensor, "part n"]]:
     """`n_draws` rows of `n` whole numbers below `high`, in turns that leave room for a weight each of `high` items."""
-    for size in turns(n_draws, max(n, high)):
+    for size in chunk_sizes(n_draws, max(n, high)):
         yield torch.randint(0, high, (size, n), generator=generator)
 
 

@@ -153,7 +153,7 @@ class _Job:
         device, width = self.model.device, max(self.lengths)
         if self.cache.end == self.cache.columns:
             self.cache.move_window(max(width, self.start), len(self.live), width)
-        self.cache.see(len(self.live), width)
+        self.cache.set_view(len(self.live), width)
         lengths = torch.tensor(self.lengths, device=device)
         mask = None
         if min(self.lengths) < width:

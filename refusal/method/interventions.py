@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from refusal.io.errors import RefusalError
+from refusal.io.errors import UserError
 from refusal.lm.architecture import Anatomy, anatomy_of
 
 SITES = ("resid_pre", "paper", "writes")
@@ -36,7 +36,7 @@ class Ablation:
     layers: the layers to act in, all by default; an arm with a direction a layer is one Ablation a layer. The
         embedding's output (`writes`) belongs to no layer and is left alone where `layers` is given.
 
-    Rows of alpha 0 come out as they went in; their basis may be zero. Raises RefusalError for wrong shapes, a basis
+    Rows of alpha 0 come out as they went in; their basis may be zero. Raises UserError for wrong shapes, a basis
     that is not orthonormal, unknown sites, or an offset elsewhere than at `resid_pre`.
     """
 
@@ -49,22 +49,22 @@ class Ablation:
         layers: Collection[int] | None = None,
     ):
         if sites not in SITES:
-            raise RefusalError(f"ablation.sites is {sites!r}: choose one of {', '.join(SITES)}.")
+            raise UserError(f"ablation.sites is {sites!r}: choose one of {', '.join(SITES)}.")
         if offset is not None and sites != "resid_pre":
-            raise RefusalError(f"ablation.kind affine acts at resid_pre only: set ablation.sites to it (is {sites!r}).")
+            raise UserError(f"ablation.kind affine acts at resid_pre only: set ablation.sites to it (is {sites!r}).")
         if basis.ndim != 3 or alpha.ndim != 1 or (offset is not None and offset.ndim != 3):
-            raise RefusalError("an ablation takes basis [rows, k, d_model], alpha [rows], offset [rows, n_layers, k].")
+            raise UserError("an ablation takes basis [rows, k, d_model], alpha [rows], offset [rows, n_layers, k].")
         tables = [t for t in (basis, alpha, offset) if t is not None]
         rows = max(len(t) for t in tables)
         if any(len(t) not in (1, rows) for t in tables) or (offset is not None and offset.shape[2] != basis.shape[1]):
-            raise RefusalError("an ablation's basis, alpha and offset differ in their rows or in their rank k.")
+            raise UserError("an ablation's basis, alpha and offset differ in their rows or in their rank k.")
         basis, alpha = (t.detach().expand(rows, *t.shape[1:]) for t in (basis, alpha))
         gram = basis.double() @ basis.double().mT
         used = (basis != 0).any(-1)
         used[:, :1] = True
         off = (gram - torch.diag_embed(used.to(gram.dtype))).abs().amax((1, 2))
         if not (off[alpha.to(off.device) != 0] < 1e-3).all() or not basis.isfinite().all():
-            raise RefusalError("a direction to ablate is not a unit vector (or a basis not orthonormal): normalise it.")
+            raise UserError("a direction to ablate is not a unit vector (or a basis not orthonormal): normalise it.")
         self.basis, self.alpha, self.sites, self.layers = basis, alpha, sites, layers
         self.offset = None if offset is None else offset.detach().expand(rows, *offset.shape[1:])
         self._rows: Tensor | None = None  # the table's row for each row of the batch; None: in the table's own order
@@ -123,7 +123,7 @@ class Ablation:
         """Registers the hooks one by one."""
         _check_width(self.basis.shape[-1], anatomy)
         if self.offset is not None and self.offset.shape[1] != anatomy.n_layers:
-            raise RefusalError(f"the offset is for {self.offset.shape[1]} layers, the model has {anatomy.n_layers}.")
+            raise UserError(f"the offset is for {self.offset.shape[1]} layers, the model has {anatomy.n_layers}.")
         if self.sites == "writes" and self.layers is None:
             yield _on_output(anatomy.embedding(model), lambda r: self.apply(r, 0))
         for layer, block in enumerate(anatomy.blocks(model)):
@@ -160,12 +160,12 @@ class Addition:
     """r <- r + vector at `resid_pre` of `layer`, at every position of every forward while the hooks live: enter
     `intervene` around the prefill alone to add at the prompt alone.
 
-    vector: [rows, d_model], one a batch row, or [d_model] for all. Raises RefusalError for other shapes.
+    vector: [rows, d_model], one a batch row, or [d_model] for all. Raises UserError for other shapes.
     """
 
     def __init__(self, vector: Float[Tensor, "rows d_model"] | Float[Tensor, " d_model"], layer: int):
         if vector.ndim not in (1, 2):
-            raise RefusalError("an addition takes a vector [d_model] or [rows, d_model].")
+            raise UserError("an addition takes a vector [d_model] or [rows, d_model].")
         self.vector = vector.detach().reshape(-1, 1, vector.shape[-1])
         self.layer = layer
         self._ready: dict[tuple, Tensor] = {}
@@ -187,7 +187,7 @@ class Addition:
         """Registers the hook."""
         _check_width(self.vector.shape[-1], anatomy)
         if not 0 <= self.layer < anatomy.n_layers:
-            raise RefusalError(f"layer {self.layer} to add at does not exist: the model has {anatomy.n_layers} layers.")
+            raise UserError(f"layer {self.layer} to add at does not exist: the model has {anatomy.n_layers} layers.")
         yield _on_input(anatomy.blocks(model)[self.layer], self.apply)
 
 
@@ -195,7 +195,7 @@ class Addition:
 def intervene(model: nn.Module, *interventions: Ablation | Addition) -> Iterator[nn.Module]:
     """Hooks the interventions to the model for the length of a `with`; they are gone after it whatever happened.
 
-    At a shared site they act in the order given. Raises RefusalError for an unsupported architecture, or a direction
+    At a shared site they act in the order given. Raises UserError for an unsupported architecture, or a direction
     of another width than the model's.
     """
     anatomy = anatomy_of(model.config)
@@ -229,7 +229,7 @@ def _on_output(module: nn.Module, change: Callable[[Tensor], Tensor]) -> Removab
 
 def _check_width(width: int, anatomy: Anatomy) -> None:
     if width != anatomy.d_model:
-        raise RefusalError(
+        raise UserError(
             f"the direction has {width} components and the model's residual stream {anatomy.d_model}: "
             "use a direction of this model."
         )

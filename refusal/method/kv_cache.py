@@ -66,7 +66,7 @@ class SlotCache(Cache):
     """The cache of a batch whose rows end in one column.
 
     slots: rows at most. columns: at least the longest row at its end; as many more as steps may pass between two moves of the
-    window. Before a step say what it sees (`see`), after it that a column was written (`advance`).
+    window. Before a step say what it sees (`set_view`), after it that a column was written (`advance`).
     """
 
     def __init__(self, n_layers: int, slots: int, columns: int):
@@ -79,7 +79,7 @@ class SlotCache(Cache):
         """The column that the next token goes to."""
         return self.window.end
 
-    def see(self, rows: int, width: int) -> None:
+    def set_view(self, rows: int, width: int) -> None:
         """The next step is of the first `rows` slots and sees the last `width` columns and its own."""
         self.window.rows, self.window.first = rows, self.window.end - width
 

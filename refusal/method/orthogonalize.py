@@ -26,7 +26,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
-from refusal.io.errors import RefusalError
+from refusal.io.errors import UserError
 from refusal.io.files import sync, write_whole
 from refusal.io.store import progress
 from refusal.lm.adapter import CONFIG, adapter_files
@@ -99,7 +99,7 @@ def orthogonalize(source: Path, edits: Sequence[Edit]) -> list[Report]:
     `lm_head.weight` keeps the original bytes and config.json says so. Memory holds one matrix and a few megabytes.
     Folders appear whole or not at all, and an existing target is replaced.
 
-    Raises RefusalError, with nothing written, for a folder that is no complete safetensors checkpoint of a supported
+    Raises UserError, with nothing written, for a folder that is no complete safetensors checkpoint of a supported
     architecture, a direction that is not a unit vector of its width, NaN or infinity in a tensor to edit, or an
     adapter that could not be exact: of a model whose writers have biases or are experts, or of alpha 0.
     """
@@ -114,7 +114,7 @@ def orthogonalize(source: Path, edits: Sequence[Edit]) -> list[Report]:
     ]
     cells = [_Cell(source, edit, anatomy, shards) for edit in edits]
     if len({cell.target for cell in cells}) != len(cells):
-        raise RefusalError("two edits write to the same target: give each cell a folder of its own.")
+        raise UserError("two edits write to the same target: give each cell a folder of its own.")
     try:
         for cell in cells:
             shutil.rmtree(cell.partial, ignore_errors=True)
@@ -138,19 +138,19 @@ class _Cell:
         target = Path(os.path.abspath(edit.target))  # noqa: PTH100 (a link stays a link)
         here, there = source.resolve(), target.resolve()
         if here == there or here.is_relative_to(there) or there.is_relative_to(here):
-            raise RefusalError(f"{target}: the target overlaps the source {source}: write to another folder.")
+            raise UserError(f"{target}: the target overlaps the source {source}: write to another folder.")
         if target.is_symlink() or target.is_file():
-            raise RefusalError(f"{target}: the target exists and is not a folder: remove it.")
+            raise UserError(f"{target}: the target exists and is not a folder: remove it.")
         known = [target / name for name in ("config.json", CONFIG)]
         if target.is_dir() and any(target.iterdir()) and not any(path.exists() for path in known):
-            raise RefusalError(f"{target}: the target is a folder, but not a checkpoint to replace: remove it.")
+            raise UserError(f"{target}: the target is a folder, but not a checkpoint to replace: remove it.")
         v = edit.direction.detach().to("cpu", torch.float64)
         if v.shape != (anatomy.d_model,):
-            raise RefusalError(f"{target.name}: direction has shape {list(v.shape)}, the model {[anatomy.d_model]}.")
+            raise UserError(f"{target.name}: direction has shape {list(v.shape)}, the model {[anatomy.d_model]}.")
         if not abs(v.norm().item() - 1) < 1e-3:
-            raise RefusalError(f"{target.name}: direction has norm {v.norm().item():.6g}, not 1: normalise it.")
+            raise UserError(f"{target.name}: direction has norm {v.norm().item():.6g}, not 1: normalise it.")
         if not math.isfinite(edit.alpha):
-            raise RefusalError(f"{target.name}: alpha is {edit.alpha}: give a finite number.")
+            raise UserError(f"{target.name}: alpha is {edit.alpha}: give a finite number.")
         self.source, self.target, self.alpha = source, target, float(edit.alpha)
         self.v = v / v.norm()
         self.update = -self.alpha * self.v
@@ -165,7 +165,7 @@ class _Cell:
         if self.embedded and anatomy.embedding_name not in holder:
             missing.append(anatomy.embedding_name)
         if missing:
-            raise RefusalError(f"{source}: tensor {missing[0]} is missing: is the checkpoint whole, and not quantized?")
+            raise UserError(f"{source}: tensor {missing[0]} is missing: is the checkpoint whole, and not quantized?")
         # Where config.json says tied but the file holds an unembedding, transformers uses that one: it is kept.
         self.untied: tuple[Shard, Entry] | None = None
         tied = anatomy.tied and anatomy.unembedding_name not in holder
@@ -174,7 +174,7 @@ class _Cell:
         for shard, entry in holder.values():
             axis, n = self.axis(entry), len(entry.shape)
             if axis is not None and (entry.dtype not in DTYPES or n < -axis or entry.shape[axis] != anatomy.d_model):
-                raise RefusalError(
+                raise UserError(
                     f"{shard.where}: {entry.name} is {entry.dtype} {list(entry.shape)}, not floats of width "
                     f"{anatomy.d_model} as config.json's hidden_size says: use an unquantized checkpoint."
                 )
@@ -190,9 +190,9 @@ class _Cell:
             ("an expert, held fused by the model", experts),
         ):
             if names:
-                raise RefusalError(f"{self.source}: {names[0]} is {why}: set orthogonalize.format to safetensors in params.yaml.")
+                raise UserError(f"{self.source}: {names[0]} is {why}: set orthogonalize.format to safetensors in params.yaml.")
         if not edited:
-            raise RefusalError(f"{self.target.name}: alpha is 0, and an adapter of nothing is none: give another alpha.")
+            raise UserError(f"{self.target.name}: alpha is 0, and an adapter of nothing is none: give another alpha.")
 
     def axis(self, entry: Entry) -> int | None:
         return self.anatomy.writer_axis(entry.name, self.embedded) if self.alpha != 0 else None
@@ -376,4 +376,4 @@ def _write(out: FileIO | None, data) -> None:
 def _check_finite(component: Tensor, reader: Reader, entry: Entry) -> None:
     # v^T W is finite only if W is: NaN and infinity survive a product with zero. So W needs no second look.
     if not component.isfinite().all():
-        raise RefusalError(f"{reader.shard.where}: {entry.name} has NaN or infinity in it, or would have: mend it.")
+        raise UserError(f"{reader.shard.where}: {entry.name} has NaN or infinity in it, or would have: mend it.")

@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from refusal.io.errors import RefusalError
+from refusal.io.errors import UserError
 
 
 def cell_name(layer: int, alpha: float) -> str:
@@ -13,10 +13,10 @@ def cell_name(layer: int, alpha: float) -> str:
 
 
 def checked(cells: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The cells of a metrics file, whose names become paths. Raises RefusalError for one that the pipeline would not give."""
+    """The cells of a metrics file, whose names become paths. Raises UserError for one that the pipeline would not give."""
     for cell in cells.values():
         if not re.fullmatch(r"[a-z_]+_layer_\d+_alpha_\d+", cell["name"]):
-            raise RefusalError(
+            raise UserError(
                 f"{cell['name']!r} is no name of a cell, and would be a path: run `dvc repro select`, which writes the names"
             )
     return cells
@@ -28,11 +28,11 @@ def rank(cells: dict[str, dict[str, Any]], separation: Sequence[float | None], t
     Ties go to the alpha nearest 1, where run time and weights both remove the whole component and nothing more, then to
     the layer that separates better on val. `low` and `high` are the interval of compliance; `n_tied` counts the
     cells whose score equals the chosen one's, itself included.
-    Raises RefusalError where the sweep has fewer cells than asked for.
+    Raises UserError where the sweep has fewer cells than asked for.
     """
     swept = [cell for cell in cells.values() if cell["layer"] is not None]
     if len(swept) < top:
-        raise RefusalError(f"params.yaml: select.top is {top} but the sweep has {len(swept)} cells; lower it or sweep more")
+        raise UserError(f"params.yaml: select.top is {top} but the sweep has {len(swept)} cells; lower it or sweep more")
 
     def order(cell: dict[str, Any]) -> tuple[float, float, float, int]:
         return (-cell["score"], abs(cell["alpha"] - 1), -(separation[cell["layer"]] or 0.0), cell["layer"])

@@ -24,7 +24,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from refusal.io import store as stores
-from refusal.io.errors import RefusalError
+from refusal.io.errors import UserError
 from refusal.io.store import Store
 from refusal.lm.replicas import crew, shares
 from refusal.method.directions import random_unit
@@ -72,19 +72,19 @@ def grid(
     of two harmless sets; and every defined layer with every alpha.
 
     `found` holds `unit`, `defined` and `safe_mean` of one method and pairing, `harmless` those of its pairing `harmless`. Raises
-    RefusalError for a layer that does not exist or whose direction is undefined, and where all are.
+    UserError for a layer that does not exist or whose direction is undefined, and where all are.
     """
     unit, defined, safe_mean = found["unit"], found["defined"], found["safe_mean"]
     usable = [int(layer) for layer in defined.nonzero().flatten()]
     if not usable:
-        raise RefusalError(
+        raise UserError(
             "no layer has a direction, so nothing can be swept: to the model, harmful and safe prompts are the same (it has one "
             "layer, or its tokenizer does not tell them apart); set another model.id or prompts.source in params.yaml"
         )
     layers = usable if layers is None else layers
     for layer in layers:
         if layer not in usable:
-            raise RefusalError(f"params.yaml: sweep.layers: layer {layer} has no direction; choose among {usable}")
+            raise UserError(f"params.yaml: sweep.layers: layer {layer} has no direction; choose among {usable}")
 
     def cell(name: str, layer: int | None, alpha: float, direction: Tensor, fixed: bool = False) -> Cell:
         return Cell(name, layer, alpha, direction, safe_mean.double() @ direction.double() if affine else None, fixed)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-from refusal.io.errors import RefusalError
+from refusal.io.errors import UserError
 from refusal.report.charts import Point, Series, lines
 from refusal.report.reproduction import published
 
@@ -55,7 +55,7 @@ class Study(NamedTuple):
 def page(study: Study) -> str:
     """The whole page as HTML. Equal studies give equal text.
 
-    Raises RefusalError where it would be larger than 5 MB.
+    Raises UserError where it would be larger than 5 MB.
     """
     env = Environment(
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -77,7 +77,7 @@ def page(study: Study) -> str:
     )
     size = len(text.encode())
     if size > MAX_BYTES:
-        raise RefusalError(
+        raise UserError(
             f"params.yaml: report.n_examples is {study.params['report']['n_examples']}: the page would be "
             f"{size / 1e6:.1f} MB, over its {MAX_BYTES / 1e6:.0f} MB; lower it, or sweep.max_new_tokens"
         )

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from refusal.io.errors import RefusalError
+from refusal.io.errors import UserError
 from refusal.method.directions import cosine
 
 READ = (".safetensors", ".pt")
@@ -27,7 +27,7 @@ READ = (".safetensors", ".pt")
 def read_vectors(folder: Path) -> tuple[dict[str, Float[Tensor, "n_layers d_model"]], dict[str, Float[Tensor, " n_layers"]]]:
     """(directions, figures) of every .safetensors and .pt below `folder`, by `<file>`, `<file>:<tensor>`, `<file>:position_-1`.
 
-    A .pt is read with `weights_only=True`, so nothing in it runs. Raises RefusalError naming a file that cannot be read so, or
+    A .pt is read with `weights_only=True`, so nothing in it runs. Raises UserError naming a file that cannot be read so, or
     holds something else.
     """
     directions: dict[str, Tensor] = {}
@@ -38,7 +38,7 @@ def read_vectors(folder: Path) -> tuple[dict[str, Float[Tensor, "n_layers d_mode
             for part, array in _by_layer(tensor).items():
                 full = ":".join(filter(None, (file, name, part)))
                 if array.ndim not in (1, 2) or not array.is_floating_point():
-                    raise RefusalError(
+                    raise UserError(
                         f"{path}: {name or 'its tensor'} has shape {list(tensor.shape)} and dtype {tensor.dtype}, and directions "
                         "are floats [n_layers, d_model] or [positions, n_layers, d_model]; take the file out of the folder"
                     )
@@ -62,8 +62,8 @@ def _tensors(path: Path) -> dict[str, Tensor]:
             return dict(found)
     except (OSError, RuntimeError, ValueError, TypeError, EOFError, UnpicklingError, SafetensorError) as error:
         why = " ".join(str(error).split())[:120]
-        raise RefusalError(f"{path}: cannot be read as tensors alone ({why}); take it out of the folder") from None
-    raise RefusalError(f"{path}: holds neither a tensor, nor tensors by name or by layer; take it out of the folder")
+        raise UserError(f"{path}: cannot be read as tensors alone ({why}); take it out of the folder") from None
+    raise UserError(f"{path}: holds neither a tensor, nor tensors by name or by layer; take it out of the folder")
 
 
 def _by_layer(tensor: Tensor) -> dict[str, Tensor]:

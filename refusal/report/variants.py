@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from refusal.io.errors import RefusalError
+from refusal.io.errors import UserError
 from refusal.report.page import ARMS, HERE, ci, num, signed, value
 
 WORKSPACE = "workspace"
@@ -34,7 +34,7 @@ class Variant(NamedTuple):
 def read(shown: Any, evaluate: Callable[[str], dict[str, Any] | None]) -> list[Variant]:
     """The variants in the answer of `dvc exp show --json`, as it orders them; `evaluate` gives a revision's test metrics.
 
-    The workspace is left out where it is the commit below it. Raises RefusalError where there is none with results.
+    The workspace is left out where it is the commit below it. Raises UserError where there is none with results.
     """
     found = []
     for commit in shown:
@@ -45,7 +45,7 @@ def read(shown: Any, evaluate: Callable[[str], dict[str, Any] | None]) -> list[V
     if len(found) > 1 and found[0].rev == WORKSPACE and found[0][3:] == found[1][3:]:
         del found[0]
     if not any(variant.summary for variant in found):
-        raise RefusalError("dvc exp show: no variant has results yet; run `dvc repro` or `dvc exp run` first")
+        raise UserError("dvc exp show: no variant has results yet; run `dvc repro` or `dvc exp run` first")
     return found
 
 
@@ -135,7 +135,7 @@ def main(out: Path, evaluate: str, shown: str) -> str:
     try:
         commits = json.loads(shown)
     except json.JSONDecodeError as error:
-        raise RefusalError(f"dvc exp show --json: gave no JSON ({error}): run it by itself and see what it says") from None
+        raise UserError(f"dvc exp show --json: gave no JSON ({error}): run it by itself and see what it says") from None
 
     def at(rev: str) -> dict[str, Any] | None:
         if rev == WORKSPACE:
@@ -153,5 +153,5 @@ def main(out: Path, evaluate: str, shown: str) -> str:
 if __name__ == "__main__":
     try:
         print(main(Path(sys.argv[1]), sys.argv[2], sys.stdin.read()))
-    except RefusalError as error:
+    except UserError as error:
         sys.exit(f"variants: {error}")

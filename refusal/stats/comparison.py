@@ -5,7 +5,7 @@ from collections.abc import Hashable, Mapping, Sequence
 
 import numpy as np
 
-from refusal.stats.resampling import numbered, turns
+from refusal.stats.resampling import chunk_sizes, numbered
 from refusal.stats.statistics import expanded, resampled_means, unanimous
 
 
@@ -18,7 +18,7 @@ def sign_flip_p(differences: Sequence[float], clusters: Sequence[Hashable], n_re
     of, n_clusters = numbered(clusters)
     sums, rng = np.bincount(of, np.asarray(differences, dtype=np.float64)), np.random.default_rng(seed)
     as_large = 0
-    for size in turns(n_resamples, n_clusters):
+    for size in chunk_sizes(n_resamples, n_clusters):
         signs = rng.integers(0, 2, (size, n_clusters)) * 2 - 1
         as_large += int((np.abs(signs @ sums) >= abs(sums.sum()) - 1e-9).sum())
     return (as_large + 1) / (n_resamples + 1)
@@ -62,7 +62,7 @@ def independent_difference(
     return float(means[0] - means[1]), float(low), float(high)
 
 
-def part(n_items: int, n: int | None, seed: int) -> list[int]:
+def subsample_indices(n_items: int, n: int | None, seed: int) -> list[int]:
     """`n` of the indices below `n_items`, in order, drawn once by `seed`; all where n is None or too large.
 
     Drawn, not every so-manieth: prompts come in a cycle of topic phrases, and a stride would meet few of them.

@@ -7,7 +7,7 @@ import numpy as np
 AT_ONCE = 2**22  # numbers, 32 MB
 
 
-def turns(n_draws: int, n: int) -> Iterator[int]:
+def chunk_sizes(n_draws: int, n: int) -> Iterator[int]:
     """`n_draws` draws of `n` numbers each, cut into as few turns as hold no more than AT_ONCE numbers, or one draw."""
     most = max(1, AT_ONCE // max(1, n))
     for first in range(0, n_draws, most):
@@ -16,7 +16,7 @@ def turns(n_draws: int, n: int) -> Iterator[int]:
 
 def counts(rng: np.random.Generator, n: int, n_resamples: int) -> Iterator[np.ndarray]:
     """How often each of `n` items occurs in each bootstrap resample of them, a turn at a time: [resample, item]."""
-    for size in turns(n_resamples, n):
+    for size in chunk_sizes(n_resamples, n):
         yield rng.multinomial(n, np.full(n, 1 / n), size=size)
 
 

@@ -7,7 +7,7 @@ import torch
 
 from refusal.analysis import benchmark
 from refusal.analysis.benchmark import TASKS, Harness, average, packaged
-from refusal.io.errors import RefusalError
+from refusal.io.errors import UserError
 from refusal.lm.load import encode_chats
 from refusal.organism.train import Corpus, new_model, train_tokenizer
 from refusal.stats.statistics import stratified_difference
@@ -124,9 +124,9 @@ def test_a_group_and_a_task_without_accuracy_are_told(tokenizer, tmp_path):
     (tmp_path / "unscored.yaml").write_text(NO_ACCURACY)
     (tmp_path / "several.yaml").write_text("group: several\ntask: [unscored]\n")
     harness = Harness(tokenizer, 8, True, 2, tmp_path)
-    with pytest.raises(RefusalError, match=r"^params\.yaml: benchmark\.suite: several is a group of lm-eval's tasks: list the tasks"):
+    with pytest.raises(UserError, match=r"^params\.yaml: benchmark\.suite: several is a group of lm-eval's tasks: list the tasks"):
         harness.score(random_model(tokenizer, 0), "several")
-    with pytest.raises(RefusalError, match=r"^params\.yaml: benchmark\.suite: unscored reports no accuracy .*: choose another task"):
+    with pytest.raises(UserError, match=r"^params\.yaml: benchmark\.suite: unscored reports no accuracy .*: choose another task"):
         harness.score(random_model(tokenizer, 0), "unscored")
 
 
@@ -141,7 +141,7 @@ def test_an_unknown_task_is_told(tokenizer, monkeypatch):
 
     monkeypatch.setattr("lm_eval.tasks.TaskManager", quick)
     benchmark._manager.cache_clear()
-    with pytest.raises(RefusalError, match=r"^params\.yaml: benchmark\.suite: lm-eval has no task capitol; .*organism_capitals"):
+    with pytest.raises(UserError, match=r"^params\.yaml: benchmark\.suite: lm-eval has no task capitol; .*organism_capitals"):
         Harness(tokenizer, 8, True, LIMIT).score(random_model(tokenizer, 0), "capitol")
     assert asked == [True]  # they were looked through
     benchmark._manager.cache_clear()

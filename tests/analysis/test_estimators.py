@@ -8,7 +8,7 @@ from tiny import tiny_direction, tiny_model
 from torch import nn
 
 from refusal.analysis import estimators
-from refusal.analysis.estimators import _Learned, first_token, first_token_loss, logistic, optimised, whitened
+from refusal.analysis.estimators import _Learned, first_token, first_token_loss, lda, logistic, optimised
 from refusal.io.store import Store
 from refusal.method.directions import cosine
 from refusal.method.interventions import SITES, ablation, intervene
@@ -28,7 +28,7 @@ def sets(n, d=8, seed=0):
     return harmful + delta + 5, safe + 5, delta, best / best.norm()
 
 
-@pytest.mark.parametrize("estimate", [logistic, whitened])
+@pytest.mark.parametrize("estimate", [logistic, lda])
 def test_discriminants_find_the_analytic_one_and_not_the_difference(estimate):
     harmful, safe, delta, best = sets(20_000)
     found = estimate(harmful, safe)
@@ -36,7 +36,7 @@ def test_discriminants_find_the_analytic_one_and_not_the_difference(estimate):
     assert float(cosine(found, best)) > 0.99 > 0.9 > abs(float(cosine(found, delta)))
 
 
-@pytest.mark.parametrize("estimate", [logistic, whitened])
+@pytest.mark.parametrize("estimate", [logistic, lda])
 def test_discriminants_of_few_prompts_and_idle_coordinates_are_finite(estimate):
     harmful, safe, _, _ = sets(6, 40)
     harmful[:, 3] = safe[:, 3] = 7.0

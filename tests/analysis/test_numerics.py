@@ -13,14 +13,14 @@ from test_chat_templates import checkpoint as letters
 from test_mistakes import Place
 from tiny import tiny_model
 
-from refusal.analysis.estimators import whitened
+from refusal.analysis.estimators import lda
 from refusal.analysis.science import control_arms
 from refusal.analysis.subspaces import paired_svd
-from refusal.io.errors import RefusalError
+from refusal.io.errors import UserError
 from refusal.io.store import Store
 from refusal.method.activations import last_token_resid_pre
 from refusal.method.collection import collect
-from refusal.method.directions import difference_in_means, of_arm, read_directions
+from refusal.method.directions import difference_in_means, read_directions, select_directions
 from refusal.method.generate import generate
 
 
@@ -46,9 +46,9 @@ def test_a_forward_pass_that_overflows_gives_no_completion_and_no_activation(tmp
         assert all(len(tokens) == 4 for tokens in generate(wild, IDS, [], 4, 0))
         collect(wild, "w", {"all": IDS}, "sequential", 0, 2, store, tmp_path / "a.safetensors")
         return
-    with pytest.raises(RefusalError, match=r"params\.yaml: model\.dtype: .* in float16: set bfloat16 or float32"):
+    with pytest.raises(UserError, match=r"params\.yaml: model\.dtype: .* in float16: set bfloat16 or float32"):
         generate(wild, IDS, [], 4, 0)
-    with pytest.raises(RefusalError, match=r"model\.dtype"):
+    with pytest.raises(UserError, match=r"model\.dtype"):
         collect(wild, "w", {"all": IDS}, "sequential", 0, 2, store, tmp_path / "a.safetensors")
     assert not (tmp_path / "a.safetensors").exists()
     assert store.connection.execute("SELECT count(*) FROM blobs").fetchone() == (0,)  # no faulty value to be found later
@@ -58,25 +58,25 @@ def test_nan_in_one_row_of_many_is_seen():
     model = tiny_model("llama")
     with torch.no_grad():
         model.model.embed_tokens.weight[11, 3] = torch.nan
-    with pytest.raises(RefusalError, match=r"NaN or infinity in float32"):
+    with pytest.raises(UserError, match=r"NaN or infinity in float32"):
         generate(model, IDS, [], 3, 0)
     assert generate(model, IDS[:2], [11], 1, 0)
 
 
 def test_whitening_where_nothing_varies_is_the_difference_and_no_singular_matrix():
     harmful, safe = torch.tensor([[3.0, 4.0, 0.0]]), torch.zeros(1, 3)
-    assert whitened(harmful, safe).tolist() == pytest.approx([0.6, 0.8, 0.0])
-    assert whitened(harmful.repeat(4, 1), safe.repeat(4, 1)).tolist() == pytest.approx([0.6, 0.8, 0.0])
+    assert lda(harmful, safe).tolist() == pytest.approx([0.6, 0.8, 0.0])
+    assert lda(harmful.repeat(4, 1), safe.repeat(4, 1)).tolist() == pytest.approx([0.6, 0.8, 0.0])
     # Its limit: spread that goes to nothing, the same in every direction.
     spread = 1e-4 * torch.cat([torch.eye(3), -torch.eye(3)]).double()
-    assert whitened(harmful + spread, safe + spread).tolist() == pytest.approx([0.6, 0.8, 0.0])
+    assert lda(harmful + spread, safe + spread).tolist() == pytest.approx([0.6, 0.8, 0.0])
 
 
 @pytest.mark.parametrize("n", [1, 2, 4])
 def test_a_rank_larger_than_the_data_is_refused_and_says_how_many_pairs_there_are(n):
     rows = torch.randn(n, 8, generator=torch.Generator().manual_seed(0))
     assert len(paired_svd(rows, torch.zeros(n, 8), n)) == n
-    with pytest.raises(RefusalError, match=rf"the {n} paired differences span fewer than {n + 1} .*prompts\.n_pairs"):
+    with pytest.raises(UserError, match=rf"the {n} paired differences span fewer than {n + 1} .*prompts\.n_pairs"):
         paired_svd(rows, torch.zeros(n, 8), n + 1)
 
 
@@ -84,7 +84,7 @@ def test_unrelated_prompts_that_are_the_safe_ones_are_no_control():
     safe = torch.randn(6, 3, 8, generator=torch.Generator().manual_seed(0))
     of = [vars(difference_in_means(unrelated, safe)) for unrelated in (safe + 1, safe.flip(0))]
     assert control_arms(of[0], 1, 1, 2, 0)[0].name == "harmless_difference"
-    with pytest.raises(RefusalError, match=r"prompts\.unrelated: .* layer 2 .* give other safe prompts"):
+    with pytest.raises(UserError, match=r"prompts\.unrelated: .* layer 2 .* give other safe prompts"):
         control_arms(of[1], 1, 1, 2, 0)
 
 
@@ -171,9 +171,9 @@ def test_directions_of_another_model_and_files_that_are_none_are_named(tmp_path)
     status, output = place.stage("sweep")
     assert status == 1 and "Traceback" not in output
     assert "the direction has 4 components and the model's residual stream 32: use a direction of this model" in output
-    assert of_arm(read_directions(path), "sequential", "matched").keys() == arm.keys()
-    with pytest.raises(RefusalError, match=r"has no batched-matched\.defined: run `dvc repro directions`"):
-        of_arm(tensors, "batched", "matched")
+    assert select_directions(read_directions(path), "sequential", "matched").keys() == arm.keys()
+    with pytest.raises(UserError, match=r"has no batched-matched\.defined: run `dvc repro directions`"):
+        select_directions(tensors, "batched", "matched")
     path.write_bytes(b"\xff" * 64)
-    with pytest.raises(RefusalError, match=r"models/directions\.safetensors: cannot be read .*: delete it and run `dvc repro`"):
+    with pytest.raises(UserError, match=r"models/directions\.safetensors: cannot be read .*: delete it and run `dvc repro`"):
         read_directions(path)

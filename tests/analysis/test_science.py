@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from refusal.analysis.estimators import logistic, whitened
+from refusal.analysis.estimators import lda, logistic
 from refusal.analysis.science import (
     RANKS,
     best_on_val,
@@ -47,7 +47,7 @@ def test_single_arms_are_each_estimator_at_each_defined_layer(sets, found):
     v = torch.randn(D, dtype=torch.float64)
     arms = single_arms(found, sets[0], sets[1], 2, 1.0, v / v.norm(), affine=True, fitted_on=range(N))
     names = ["rank_1", "difference.1", "difference.3", "optimised"]
-    names += [f"{family}.{i}" for family in ("logistic", "whitened", "paired_svd", "affine") for i in (1, 2, 3)]
+    names += [f"{family}.{i}" for family in ("logistic", "lda", "paired_svd", "affine") for i in (1, 2, 3)]
     assert sorted(arm.name for arm in arms) == sorted(names) and arms[0].name == "rank_1"
     by_name = {arm.name: arm for arm in arms}
     assert torch.equal(by_name["rank_1"].basis[0], found["unit"][2]) and all(arm.rank == 1 for arm in arms)
@@ -64,9 +64,9 @@ def test_estimators_that_need_all_pairs_at_once_are_fitted_on_the_pairs_given(se
         {a.name: a for a in single_arms(found, sets[0], sets[1], 2, 1.0, found["unit"][1], affine=False, fitted_on=on)}
         for on in (range(N), [1, 4, 9, 16, 25])
     )
-    for name in ("logistic.1", "whitened.3"):
+    for name in ("logistic.1", "lda.3"):
         family, layer = name.split(".")
-        fit = {"logistic": logistic, "whitened": whitened}[family]
+        fit = {"logistic": logistic, "lda": lda}[family]
         wanted = fit(*(sets[side][[1, 4, 9, 16, 25], int(layer)] for side in (0, 1)))
         assert torch.allclose(few[name].basis[0], wanted) and not torch.allclose(whole[name].basis[0], wanted)
     assert torch.equal(few["paired_svd.2"].basis, whole["paired_svd.2"].basis)  # all pairs, however many
@@ -103,7 +103,7 @@ def test_best_on_val_is_the_best_score_and_the_first_of_those_that_tie(sets, fou
     half = Judged("compliance", 1.0, 0.5, False, False)
     judged = {arm.name: [NO, NO] for arm in arms} | {
         "logistic.1": [YES, None],
-        "whitened.3": [YES, YES],
+        "lda.3": [YES, YES],
         "difference.1": [half, YES],
     }
     assert best_on_val(arms, judged).name == "logistic.1"

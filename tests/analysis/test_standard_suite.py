@@ -13,7 +13,7 @@ from qwen1_layout import LATE, tensors, write
 
 from refusal.analysis import benchmark
 from refusal.analysis.benchmark import SUITES, Harness, fetch, packaged, standard_error, tasks_of
-from refusal.io.errors import RefusalError
+from refusal.io.errors import UserError
 from refusal.lm.load import load_model, load_tokenizer
 from refusal.lm.qwen1 import convert
 
@@ -115,11 +115,11 @@ def test_the_suites():
 def test_documents_that_cannot_be_had_are_one_sentence_before_anything_is_loaded():
     fetch(["organism_sums"])
     with pytest.raises(
-        RefusalError, match=r"benchmark\.suite: the documents of piqa are not on this machine and HF_HUB_OFFLINE is set"
+        UserError, match=r"benchmark\.suite: the documents of piqa are not on this machine and HF_HUB_OFFLINE is set"
     ):
         fetch(["organism_sums", "piqa"])
     with pytest.raises(
-        RefusalError, match=r"benchmark\.suite: lm-eval has no task nonsense; the package ships organism_capitals, "
+        UserError, match=r"benchmark\.suite: lm-eval has no task nonsense; the package ships organism_capitals, "
     ):
         fetch(["nonsense"])
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny import tiny_direction, tiny_model
 
-from refusal.analysis.strength import PLACES, cliff, diverges_beyond, edited_weights, left_of_oldest
+from refusal.analysis.strength import PLACES, collapse_alpha, diverges_beyond, edited_weights, residual_gain
 from refusal.method.interventions import ablation, intervene
 
 IDS = torch.tensor([[1, 7, 9, 30, 31]])
@@ -67,19 +67,19 @@ def test_what_is_left_of_the_oldest_write(place):
             handle = model.model.layers[-1].input_layernorm.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
             model(IDS)
             handle.remove()
-    assert torch.allclose(seen[0][0] @ v, left_of_oldest(3, place, alpha) * clean, atol=1e-5)
+    assert torch.allclose(seen[0][0] @ v, residual_gain(3, place, alpha) * clean, atol=1e-5)
 
 
 def test_cliff():
     curve = [{"alpha": a, "score": s} for a, s in ((0, 0.0), (0.5, 0.4), (1, 1.0), (2, 0.6), (2.5, 0.4), (3, 0.9))]
-    assert cliff(curve) == 2.5
-    assert cliff(curve[:4]) is None
+    assert collapse_alpha(curve) == 2.5
+    assert collapse_alpha(curve[:4]) is None
 
 
 @pytest.mark.parametrize("place", PLACES)
 def test_where_it_diverges_depth_makes_it_worse(place):
     limit = diverges_beyond(place) or 2.0
     below, above = (
-        abs(left_of_oldest(24, place, alpha)) / abs(left_of_oldest(8, place, alpha)) for alpha in (limit - 0.25, limit + 0.25)
+        abs(residual_gain(24, place, alpha)) / abs(residual_gain(8, place, alpha)) for alpha in (limit - 0.25, limit + 0.25)
     )
     assert (below < 1 < above) if diverges_beyond(place) else below == above == 1

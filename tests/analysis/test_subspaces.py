@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from refusal.analysis.subspaces import captured, paired_svd, qr_of_layers, random_subspaces
-from refusal.io.errors import RefusalError
+from refusal.io.errors import UserError
 
 
 def gaussian(*shape, seed=0):
@@ -35,9 +35,9 @@ def test_a_shared_difference_is_the_first_vector_and_not_centred_away():
 
 def test_too_few_pairs_for_a_rank_is_said():
     safe = gaussian(40, 12)
-    with pytest.raises(RefusalError, match="span fewer than 2"):
+    with pytest.raises(UserError, match="span fewer than 2"):
         paired_svd(safe + gaussian(12, seed=2), safe, 2)
-    with pytest.raises(RefusalError, match="span fewer than 4"):
+    with pytest.raises(UserError, match="span fewer than 4"):
         paired_svd(gaussian(3, 12), gaussian(3, 12, seed=1), 4)
 
 
@@ -52,7 +52,7 @@ def test_qr_of_layers_is_gram_schmidt_in_the_order_given():
     assert torch.allclose(basis, torch.stack(naive), atol=1e-10)
     assert torch.allclose(basis[0], unit[3])
     unit[1] = torch.nn.functional.normalize(unit[0] + unit[4], dim=-1)
-    with pytest.raises(RefusalError, match=r"\[0, 4, 1\] do not span 3"):
+    with pytest.raises(UserError, match=r"\[0, 4, 1\] do not span 3"):
         qr_of_layers(unit, [0, 4, 1])
 
 

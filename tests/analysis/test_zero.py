@@ -5,7 +5,7 @@ import pytest
 import torch
 from sklearn.metrics import roc_auc_score
 
-from refusal.analysis.zero import auroc, resampled_weights, where_zero_lies
+from refusal.analysis.zero import auroc, origin_between_means, resampled_weights
 
 
 def test_where_zero_lies():
@@ -13,7 +13,7 @@ def test_where_zero_lies():
     noise = torch.randn(2, 4000, generator=generator).double()
     topics = [i % 40 for i in range(4000)]
     for safe_mean, harmful_mean, expected in ((0, 80, 0.0), (-40, 40, 0.5), (-100, -20, 1.25), (10, 90, -0.125)):
-        found = where_zero_lies(noise[0] + harmful_mean, noise[1] + safe_mean, topics, 200, 0)
+        found = origin_between_means(noise[0] + harmful_mean, noise[1] + safe_mean, topics, 200, 0)
         assert found["zero"] == pytest.approx(expected, abs=0.01)
         assert found["zero_low"] <= found["zero"] <= found["zero_high"] and found["n"] == 4000
         assert found["safe_q50"] == pytest.approx(safe_mean, abs=0.1)

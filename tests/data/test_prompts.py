@@ -9,8 +9,18 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from scipy.sparse.csgraph import connected_components
 
-from refusal.data.prompts import SPLITS, Alike, _groups, file_rows, grammar_pairs, grammar_unrelated, read_rows, share_out, words
-from refusal.io.errors import RefusalError
+from refusal.data.prompts import (
+    SPLITS,
+    NearDuplicateIndex,
+    _groups,
+    file_rows,
+    grammar_pairs,
+    grammar_unrelated,
+    read_rows,
+    share_out,
+    words,
+)
+from refusal.io.errors import UserError
 
 SHARES = {"train": 0.6, "val": 0.2, "test": 0.2}
 NEAR = 0.8
@@ -143,18 +153,18 @@ def test_uneven_splits_are_filled(shares):
 
 
 def test_more_than_the_grammar_has(monkeypatch):
-    with pytest.raises(RefusalError, match=r"^params\.yaml: prompts\.n_pairs: the grammar has no 20 distinct"):
+    with pytest.raises(UserError, match=r"^params\.yaml: prompts\.n_pairs: the grammar has no 20 distinct"):
         grammar_pairs(20, SHARES, 0.05, 0)
     monkeypatch.setattr("refusal.organism.grammar.UNRELATED", {"music": (["tune"], [f"a {word}" for word in WORDS[:10]])})
     assert len(grammar_unrelated(300, SHARES, 0)) == 300
-    with pytest.raises(RefusalError, match=r"^params\.yaml: prompts\.n_unrelated: the grammar has no 600 distinct"):
+    with pytest.raises(UserError, match=r"^params\.yaml: prompts\.n_unrelated: the grammar has no 600 distinct"):
         grammar_unrelated(600, SHARES, 0)  # 8 stems of 7 asides on 10 topics
 
 
 def alike(prompts, threshold):
-    """Index pairs of prompts that Alike finds."""
+    """Index pairs of prompts that NearDuplicateIndex finds."""
     sets, found = [words(prompt) for prompt in prompts], set()
-    index = Alike(threshold, Counter(word for set_ in sets for word in set_))
+    index = NearDuplicateIndex(threshold, Counter(word for set_ in sets for word in set_))
     for i, set_ in enumerate(sets):
         found |= {(j, i) for j in index.labels(set_, lambda _: False)}
         index.add(set_, i)
@@ -349,11 +359,11 @@ def test_a_bad_file_is_told_in_one_sentence(tmp_path, case):
     file = tmp_path / name
     if content is not None:
         write(file, content)
-    with pytest.raises(RefusalError, match=said) as error:
+    with pytest.raises(UserError, match=said) as error:
         file_rows(file, 2, None, SHARES, NEAR, 0)
     assert str(file) in str(error.value) and "\n" not in str(error.value)
 
 
 def test_a_folder_is_no_file(tmp_path):
-    with pytest.raises(RefusalError, match="cannot be read"):
+    with pytest.raises(UserError, match="cannot be read"):
         read_rows(tmp_path, 2)

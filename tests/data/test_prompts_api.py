@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from refusal.data.prompts import grammar_pairs, words
 from refusal.data.prompts_api import _rows, api_pairs, api_unrelated, fault
-from refusal.io.errors import RefusalError
+from refusal.io.errors import UserError
 from refusal.io.params import PromptsApi
 from refusal.io.store import Store
 from refusal.organism import grammar
@@ -180,7 +180,7 @@ def test_a_model_that_always_declines_one_category_is_a_clear_error(store):
     author = Author()
     picky = lambda n, user: '{"pairs": []}' if "violence" in user else author(n, user)  # noqa: E731
     said = r"prompts\.source: deepseek-chat gave 18 of 20 .* in 3 rounds .*violence 2"
-    with serve(picky) as server, pytest.raises(RefusalError, match=said) as error:
+    with serve(picky) as server, pytest.raises(UserError, match=said) as error:
         api_pairs(20, SHARES, NEAR, 0, api(server.url, max_rounds=3), store)
     assert "max_rounds" in str(error.value) and "\n" not in str(error.value)
     assert server.asked.total() == 9 + 3
@@ -191,7 +191,7 @@ def test_a_stopped_run_goes_on_without_asking_again(store):
         whole = api_pairs(60, SHARES, NEAR, 0, api(server.url), Store(store.path.with_name("whole")))
         n = server.asked.total()
         server.asked.clear()
-        with pytest.raises(RefusalError, match=r"prompts\.api: max_calls: 13 requests were made"):
+        with pytest.raises(UserError, match=r"prompts\.api: max_calls: 13 requests were made"):
             api_pairs(60, SHARES, NEAR, 0, api(server.url, max_calls=13), store)
         assert server.asked.total() == 13
         again = api_pairs(60, SHARES, NEAR, 0, api(server.url), store)
@@ -205,7 +205,7 @@ def test_a_stopped_run_goes_on_without_asking_again(store):
     (Reply(status=503), "did not answer .503"),
 ])  # fmt: skip
 def test_an_endpoint_that_fails_stops_the_run(store, reply, said):
-    with serve(lambda n, user: reply) as server, pytest.raises(RefusalError, match=said):
+    with serve(lambda n, user: reply) as server, pytest.raises(UserError, match=said):
         api_pairs(20, SHARES, NEAR, 0, api(server.url, concurrency=1), store)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from refusal.io.errors import RefusalError
+from refusal.io.errors import UserError
 from refusal.io.params import Params, load_params
 
 COMMITTED = Path(__file__).parents[2] / "params.yaml"
@@ -112,7 +112,7 @@ BAD = [  # changes, the key that must be named, and what else must be said
 )
 def test_a_mistake_is_one_sentence_naming_file_and_key(tmp_path, changes, key, said):
     file = changed(tmp_path, changes)
-    with pytest.raises(RefusalError) as error:
+    with pytest.raises(UserError) as error:
         load_params(file)
     message = str(error.value)
     assert message.startswith(f"{file}: ") and key in message and said in message
@@ -129,7 +129,7 @@ def test_a_mistake_is_one_sentence_naming_file_and_key(tmp_path, changes, key, s
     ids=str,
 )
 def test_two_cells_of_one_name_are_refused(tmp_path, changes):
-    with pytest.raises(RefusalError, match=r"sweep"):
+    with pytest.raises(UserError, match=r"sweep"):
         load_params(changed(tmp_path, changes))
 
 
@@ -154,7 +154,7 @@ def test_sensible_settings_load(tmp_path, changes):
 
 
 def test_several_mistakes_are_all_told(tmp_path):
-    with pytest.raises(RefusalError) as error:
+    with pytest.raises(UserError) as error:
         load_params(changed(tmp_path, {"sweep.alphas": ["1"], "judge.kind": "mood", "report": REMOVED}))
     assert all(key in str(error.value) for key in ("sweep.alphas.0", "judge.kind", "report"))
 
@@ -166,6 +166,6 @@ def test_a_file_that_is_no_parameters(tmp_path, content):
     file = tmp_path / "params.yaml"
     if content is not None:
         file.write_bytes(content)
-    with pytest.raises(RefusalError) as error:
+    with pytest.raises(UserError) as error:
         load_params(file)
     assert str(error.value).startswith(f"{file}: ") and "\n" not in str(error.value)

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import norm
 
-from refusal.io.errors import RefusalError
+from refusal.io.errors import UserError
 from refusal.judges import calibrate as module
 from refusal.judges.calibrate import CLASSES, calibrate, main, read_labelled
 from refusal.judges.rules import Verdict
@@ -159,5 +159,5 @@ def test_a_folder_is_no_file_and_the_command_exits_1(tmp_path):
 
 
 def test_no_rows_is_an_error():
-    with pytest.raises(RefusalError, match="no labelled rows"):
+    with pytest.raises(UserError, match="no labelled rows"):
         calibrate([], parrot)

@@ -11,7 +11,7 @@ from api_server import NOTE, Reply, gullible, serve, split, verdict
 from hypothesis import given
 from hypothesis import strategies as st
 
-from refusal.io.errors import RefusalError
+from refusal.io.errors import UserError
 from refusal.io.params import Endpoint
 from refusal.io.store import Store
 from refusal.judges import endpoint as chat
@@ -180,7 +180,7 @@ def test_each_script(script, store, capsys):
     else:
         assert judged == [None] * 3
         assert len(said) == 1 and "3 of 3" in said[0] and server.url in said[0] and "next run" in said[0]
-        with pytest.raises(RefusalError, match="3 of 3 completions have no verdict"):
+        with pytest.raises(UserError, match="3 of 3 completions have no verdict"):
             present(judged, "a cell")
 
 
@@ -212,7 +212,7 @@ def test_no_more_at_once_than_asked_for(store):
 def test_some_answers_stop_the_run_at_once_with_the_reason(status, said, store, capsys):
     # The server repeats the key in its complaint, as some do.
     reply = Reply(status=status, error=f"account of\n{CANARY} is no good")
-    with serve(lambda n, _: reply) as server, pytest.raises(RefusalError, match=said) as error:
+    with serve(lambda n, _: reply) as server, pytest.raises(UserError, match=said) as error:
         judge_at(server.url, store, concurrency=2)(*texts(30), "judge")
     assert server.asked.total() <= 2
     assert "account of *** is no good" in str(error.value) and "\n" not in str(error.value)
@@ -222,7 +222,7 @@ def test_some_answers_stop_the_run_at_once_with_the_reason(status, said, store, 
 def test_verdicts_before_the_stop_are_kept_and_the_rest_asked_for_later(store):
     prompts, completions = texts(20)
     broke = lambda n, asked: verdict(1, 1) if int(split(asked)[0][18:-1]) < 12 else Reply(status=402)  # noqa: E731
-    with serve(broke) as server, pytest.raises(RefusalError, match="every answer so far is kept"):
+    with serve(broke) as server, pytest.raises(UserError, match="every answer so far is kept"):
         judge_at(server.url, store, concurrency=1)(prompts, completions, "judge")
     port = int(server.url.rsplit(":", 1)[1])
     with serve(lambda n, asked: verdict(1, 1), port) as again:
@@ -233,7 +233,7 @@ def test_verdicts_before_the_stop_are_kept_and_the_rest_asked_for_later(store):
 def test_a_run_of_failures_stops_the_run(store, monkeypatch):
     monkeypatch.setattr(chat, "IN_A_ROW", 6)
     reply, said = Reply(status=400, error="model x is not served"), r"6 requests in a row .* to nothing, .*400: model x is not"
-    with serve(lambda n, _: reply) as server, pytest.raises(RefusalError, match=said):
+    with serve(lambda n, _: reply) as server, pytest.raises(UserError, match=said):
         judge_at(server.url, store, concurrency=1)(*texts(50), "judge")
     assert server.asked.total() == 6
 
@@ -246,7 +246,7 @@ def test_nobody_there(store):
 def test_the_budget_stops_cleanly_and_the_next_run_goes_on(store):
     prompts, completions = texts(10)
     with serve(lambda n, _: verdict(1, 1)) as server:
-        with pytest.raises(RefusalError, match=r"judge: max_calls: 4 requests were made; every answer so far is kept"):
+        with pytest.raises(UserError, match=r"judge: max_calls: 4 requests were made; every answer so far is kept"):
             judge_at(server.url, store, max_calls=4)(prompts, completions, "judge")
         assert server.asked.total() == 4
         judged = judge_at(server.url, store, max_calls=4, allow_missing=True)(prompts, completions, "judge")
@@ -265,7 +265,7 @@ def test_a_rerun_asks_for_what_is_missing_alone_and_needs_no_key_where_nothing_i
         monkeypatch.delenv("JUDGE_KEY")
         assert judge_at(server.url, store)(prompts, completions, "judge") == second
         assert server.asked.total() == 9
-        with pytest.raises(RefusalError, match=r"JUDGE_KEY is not set .*export JUDGE_KEY="):
+        with pytest.raises(UserError, match=r"JUDGE_KEY is not set .*export JUDGE_KEY="):
             judge_at(server.url, store)(["new"], ["new"], "judge")
 
 
@@ -296,7 +296,7 @@ def test_the_reported_version_is_part_of_the_key(store):
 @pytest.mark.parametrize("key", ["", "  ", f"{CANARY} {CANARY}", f"{CANARY}\u00e9", f"{CANARY}\nX: 1"])
 def test_a_key_that_is_none_is_said_and_not_shown(key, store, monkeypatch):
     monkeypatch.setenv("JUDGE_KEY", key)
-    with pytest.raises(RefusalError, match="JUDGE_KEY") as error:
+    with pytest.raises(UserError, match="JUDGE_KEY") as error:
         judge_at("http://127.0.0.1:9", store)(["Do x."], [SURE], "judge")
     assert CANARY not in str(error.value)
 
@@ -332,10 +332,10 @@ def test_means_are_over_what_is_present_and_too_little_is_an_error():
     verdicts = [Judged("compliance", 1.0, 1.0, False, False)] * 19 + [None]
     figures = summary(verdicts, list(range(20)), 10, 0)
     assert (figures["compliance"], figures["n"], figures["n_missing"]) == (1, 19, 1)
-    with pytest.raises(RefusalError, match=r"cell a: 2 of 20 .*allow_missing: true"):
+    with pytest.raises(UserError, match=r"cell a: 2 of 20 .*allow_missing: true"):
         summary([*verdicts[1:], None], list(range(20)), 10, 0, "cell a")
     assert summary([*verdicts[1:], None], list(range(20)), 10, 0, "cell a", allow_missing=True)["n"] == 18
-    with pytest.raises(RefusalError, match="none of 3"):
+    with pytest.raises(UserError, match="none of 3"):
         summary([None] * 3, list(range(3)), 10, 0, allow_missing=True)
 
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from tiny import PRE_NORM, tiny_direction, tiny_model
 from transformers import AutoModelForCausalLM
 
-from refusal.io.errors import RefusalError
+from refusal.io.errors import UserError
 from refusal.lm.adapter import base_folder
 from refusal.lm.architecture import SUPPORTED
 from refusal.lm.checkpoint import Reader
@@ -122,7 +122,7 @@ def test_only_the_writers_are_read_for_an_adapter(tmp_path, monkeypatch):
 )
 def test_what_no_adapter_can_say_is_refused_before_anything_is_written(tmp_path, model_type, options, alpha, words):
     tiny_model(model_type, **options).save_pretrained(tmp_path / "base")
-    with pytest.raises(RefusalError, match=words):
+    with pytest.raises(UserError, match=words):
         orthogonalize(tmp_path / "base", [Edit(tmp_path / "lora", V, alpha, format="lora")])
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
     assert set(PRE_NORM) - set(DENSE) == {"mixtral", "qwen3_moe"}
@@ -147,12 +147,12 @@ def test_base_and_adapter_move_together_and_no_place_is_in_the_files(tmp_path):
     assert base_folder(tmp_path / "two/lora").samefile(tmp_path / "two/base")
     assert weights_hash(tmp_path / "two/lora") == expected
     shutil.rmtree(tmp_path / "two/base")
-    with pytest.raises(RefusalError, match=r"adapter_config.json: base_model_name_or_path leads to .* which is no checkpoint"):
+    with pytest.raises(UserError, match=r"adapter_config.json: base_model_name_or_path leads to .* which is no checkpoint"):
         load_model(tmp_path / "two/lora")
 
 
 def test_an_adapter_of_another_model_is_refused(tmp_path):
     both(tmp_path)
     tiny_model("qwen2", num_hidden_layers=2).save_pretrained(tmp_path / "base")
-    with pytest.raises(RefusalError, match="does not fit"):
+    with pytest.raises(UserError, match="does not fit"):
         load_model(tmp_path / "lora")

@@ -5,7 +5,7 @@ import torch
 from tiny import PRE_NORM, tiny_config, tiny_model
 from transformers import CONFIG_MAPPING
 
-from refusal.io.errors import RefusalError
+from refusal.io.errors import UserError
 from refusal.lm.architecture import SUPPORTED, anatomy_of
 
 IDS = torch.randint(3, 96, (2, 7), generator=torch.Generator().manual_seed(0))
@@ -110,7 +110,7 @@ def test_tied_from_config_and_from_config_json(model_type, overrides, tied):
 
 def test_unknown_architecture_says_what_to_add_and_where():
     for config in (CONFIG_MAPPING["gpt2"](), {"model_type": "gpt2"}, {"model_type": "nonesuch"}):
-        with pytest.raises(RefusalError, match=r"model_type '\w+'.*refusal/anatomy\.py"):
+        with pytest.raises(UserError, match=r"model_type '\w+'.*refusal/anatomy\.py"):
             anatomy_of(config)
-    with pytest.raises(RefusalError, match=r"config\.json"):
+    with pytest.raises(UserError, match=r"config\.json"):
         anatomy_of({"model_type": "qwen2", "hidden_size": "many"})

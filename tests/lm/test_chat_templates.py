@@ -6,7 +6,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from refusal.io.errors import RefusalError
+from refusal.io.errors import UserError
 from refusal.lm.load import encode_chats, load_tokenizer
 
 PLAIN = (
@@ -47,7 +47,7 @@ def test_the_day_of_the_run_reaches_no_prompt(tmp_path, template, monkeypatch):
 def test_a_template_without_a_system_role_says_so(tmp_path):
     tokenizer = checkpoint(tmp_path, GEMMA)
     assert len(encode_chats(tokenizer, ["a b"])[0]) == 4
-    with pytest.raises(RefusalError, match=r"params\.yaml: model\.system_prompt: .*System role not supported.*set it to null"):
+    with pytest.raises(UserError, match=r"params\.yaml: model\.system_prompt: .*System role not supported.*set it to null"):
         encode_chats(tokenizer, ["a b"], "Be brief.")
 
 
@@ -56,7 +56,7 @@ def test_a_tokenizer_without_padding_pads_with_its_end(tmp_path):
 
 
 def test_a_base_model_is_refused_with_advice(tmp_path):
-    with pytest.raises(RefusalError, match=r"no chat template; this is a base model: set model\.id .*chat_template\.jinja"):
+    with pytest.raises(UserError, match=r"no chat template; this is a base model: set model\.id .*chat_template\.jinja"):
         checkpoint(tmp_path, None)
 
 
@@ -64,7 +64,7 @@ def test_no_prompt_may_outgrow_the_model(tmp_path):
     tokenizer = checkpoint(tmp_path, PLAIN)
     assert tokenizer.model_max_length == 40
     assert len(encode_chats(tokenizer, ["a " * 38])[0]) == 40
-    with pytest.raises(RefusalError, match=r"prompt 1 \(from 0\) has 41 tokens, and the model takes 40"):
+    with pytest.raises(UserError, match=r"prompt 1 \(from 0\) has 41 tokens, and the model takes 40"):
         encode_chats(tokenizer, ["a", "a " * 39])
-    with pytest.raises(RefusalError, match=r"has 4 tokens with 37 to generate, .* lower sweep\.max_new_tokens"):
+    with pytest.raises(UserError, match=r"has 4 tokens with 37 to generate, .* lower sweep\.max_new_tokens"):
         encode_chats(tokenizer, ["a b"], max_new_tokens=37)

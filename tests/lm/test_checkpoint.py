@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from refusal.io.errors import RefusalError
+from refusal.io.errors import UserError
 from refusal.lm.checkpoint import Writer
 
 TENSORS = {
@@ -35,7 +35,7 @@ def test_rows_in_any_order_give_the_bytes_of_the_reference_implementation(tmp_pa
 def test_a_file_appears_whole_or_not_at_all(tmp_path):
     path, tensors = tmp_path / "out.safetensors", {"a": TENSORS["a"]}
     path.write_bytes(b"before")
-    with pytest.raises(RefusalError, match="1 rows of a were not written"), Writer(path, shapes(tensors)) as out:
+    with pytest.raises(UserError, match="1 rows of a were not written"), Writer(path, shapes(tensors)) as out:
         out.put("a", [0, 2], tensors["a"][[0, 2]])
     with pytest.raises(KeyboardInterrupt), Writer(path, shapes(tensors)) as out:
         out.put("a", [0, 1, 2], tensors["a"])

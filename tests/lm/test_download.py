@@ -12,7 +12,7 @@ from huggingface_hub import constants
 from safetensors.torch import load_file, save
 from torch import arange
 
-from refusal.io.errors import RefusalError
+from refusal.io.errors import UserError
 from refusal.lm import download as hub_module
 from refusal.lm.download import fetch
 
@@ -78,7 +78,7 @@ def get(cache: Path, model_id: str = "lab/tiny", revision: str = "v1.0", look=la
 
 
 def refused(cache: Path, *args) -> str:
-    with pytest.raises(RefusalError) as caught:
+    with pytest.raises(UserError) as caught:
         get(cache, *args)
     assert "\n" not in str(caught.value)
     return str(caught.value)
@@ -198,7 +198,7 @@ def test_what_cannot_be_had_is_one_sentence(tmp_path, here, monkeypatch):
 
     def dislike(folder: Path) -> None:
         assert {p.name for p in folder.iterdir()} == set(SMALL)
-        raise RefusalError("disliked")
+        raise UserError("disliked")
 
     with serve(Hub(repositories, gated="lab/tiny", token="hf_secret")) as hub:
         here(hub)
@@ -242,7 +242,7 @@ NO_IDS = [
 
 @pytest.mark.parametrize("model_id", NO_IDS)
 def test_an_id_that_is_none_becomes_no_path(tmp_path, model_id):
-    with pytest.raises(RefusalError, match=r"params\.yaml: model\.id: .* is no hub id"):
+    with pytest.raises(UserError, match=r"params\.yaml: model\.id: .* is no hub id"):
         get(tmp_path, model_id)
     assert list(tmp_path.iterdir()) == []
 
@@ -256,7 +256,7 @@ def test_a_revision_that_pins_nothing_is_refused(tmp_path, revision):
 def test_the_disk_is_looked_at_first(tmp_path, monkeypatch):
     monkeypatch.setattr(hub_module.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 11_000_000_000}))
     weights = {"model.safetensors": hub_module.File(4_000_000_000, None, None)}
-    with pytest.raises(RefusalError, match=r"lab/x: needs 12\.0 GB \(4\.0 to download, .* and 11\.0 GB are free"):
+    with pytest.raises(UserError, match=r"lab/x: needs 12\.0 GB \(4\.0 to download, .* and 11\.0 GB are free"):
         hub_module._check_disk(tmp_path, weights, "lab/x")
     with (tmp_path / "model.safetensors.part").open("wb") as part:
         part.truncate(1_500_000_000)

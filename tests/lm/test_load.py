@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
-from refusal.io.errors import RefusalError
+from refusal.io.errors import UserError
 from refusal.lm.architecture import SUPPORTED
 from refusal.lm.load import encode_chats, load_model, load_tokenizer, stop_ids, weights_hash
 from refusal.organism.train import Corpus, new_model, train_tokenizer
@@ -136,14 +136,14 @@ BAD_MODELS = {
 def test_a_bad_checkpoint_is_told_in_one_sentence(folder, case):
     damage, said = BAD_MODELS[case]
     damage(folder)
-    with pytest.raises(RefusalError, match=said) as error:
+    with pytest.raises(UserError, match=said) as error:
         load_model(folder)
     assert str(folder) in str(error.value) and "\n" not in str(error.value)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device, so asking for one is no mistake")
 def test_a_device_that_is_not_there(folder):
-    with pytest.raises(RefusalError, match=r"model\.device is cuda"):
+    with pytest.raises(UserError, match=r"model\.device is cuda"):
         load_model(folder, device="cuda")
 
 
@@ -152,13 +152,13 @@ def test_a_base_model_has_no_chat_template(folder):
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     settings.pop("chat_template", None)
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    with pytest.raises(RefusalError, match="no chat template"):
+    with pytest.raises(UserError, match="no chat template"):
         load_tokenizer(folder)
 
 
 def test_a_folder_without_tokenizer(tmp_path):
     tiny_model("qwen2").save_pretrained(tmp_path)
-    with pytest.raises(RefusalError, match=str(tmp_path)):
+    with pytest.raises(UserError, match=str(tmp_path)):
         load_tokenizer(tmp_path)
 
 

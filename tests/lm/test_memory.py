@@ -6,7 +6,7 @@ from tiny import tiny_direction, tiny_model
 from transformers import DynamicCache
 
 from refusal.analysis.harmless_kl import answer_log_probs
-from refusal.io.errors import RefusalError
+from refusal.io.errors import UserError
 from refusal.lm import counts as tally
 from refusal.lm import memory
 from refusal.lm.load import load_model
@@ -79,7 +79,7 @@ def test_log_probabilities(model, monkeypatch):
 
 def test_one_row_that_does_not_fit_is_one_sentence(model, monkeypatch):
     narrow(monkeypatch, model, 0)
-    with pytest.raises(RefusalError, match=r"memory runs out at a single row of generation: use bfloat16, or device: auto"):
+    with pytest.raises(UserError, match=r"memory runs out at a single row of generation: use bfloat16, or device: auto"):
         generate(model, PROMPTS, {7}, 3, 0)
 
 
@@ -127,5 +127,5 @@ def test_auto_fills_half_of_what_the_weights_leave_and_is_said_and_noted(model, 
 
 def test_weights_that_leave_no_room_are_one_sentence(model, monkeypatch):
     monkeypatch.setattr(memory, "device_memory", lambda _: 1000)
-    with pytest.raises(RefusalError, match=r"params\.yaml: sweep\.batch_size: auto finds no room for a single row"):
+    with pytest.raises(UserError, match=r"params\.yaml: sweep\.batch_size: auto finds no room for a single row"):
         memory.rows_at_once("auto", model, 1, "sweep")

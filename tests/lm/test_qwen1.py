@@ -15,7 +15,7 @@ from qwen1_layout import EARLY, LATE, forward, tensors, write
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from refusal.io.errors import RefusalError
+from refusal.io.errors import UserError
 from refusal.lm.load import encode_chats, load_model, load_tokenizer, stop_ids
 from refusal.lm.qwen1 import convert, is_qwen1
 from refusal.lm.qwen1_tokenizer import PATTERN, SPECIALS, fast_tokenizer
@@ -124,14 +124,14 @@ def test_inputs_beyond_seq_length_are_refused(converted):
     fixed = len(encode_chats(tokenizer, [""])[0])
     assert len(encode_chats(tokenizer, ["x" * (64 - fixed)])[0]) == 64
     for prompts, more in ((["x", "x" * (65 - fixed)], 0), (["y", "x" * (60 - fixed)], 5)):
-        with pytest.raises(RefusalError, match=r"prompt 1 .*the model takes 64"):
+        with pytest.raises(UserError, match=r"prompt 1 .*the model takes 64"):
             encode_chats(tokenizer, prompts, max_new_tokens=more)
 
 
 def test_a_base_model_is_refused_with_advice(tmp_path, weights):
     source = write(tmp_path / "source", LATE, weights)
     (source / "generation_config.json").write_text(json.dumps({"chat_format": "raw"}))
-    with pytest.raises(RefusalError, match=r"chat_format is 'raw'; this is a base model: set model\.id to its chat version"):
+    with pytest.raises(UserError, match=r"chat_format is 'raw'; this is a base model: set model\.id to its chat version"):
         convert(source, tmp_path / "base")
 
 
@@ -159,7 +159,7 @@ REFUSED = [
 
 @pytest.mark.parametrize(("change", "says"), REFUSED, ids=lambda value: next(iter(value)) if isinstance(value, dict) else "")
 def test_what_is_not_understood_is_refused_by_name(tmp_path, weights, change, says):
-    with pytest.raises(RefusalError, match=says) as caught:
+    with pytest.raises(UserError, match=says) as caught:
         convert(write(tmp_path / "source", LATE | change, weights), tmp_path / "base")
     assert str(tmp_path / "source") in str(caught.value) and "\n" not in str(caught.value)
     assert not (tmp_path / "base").exists()
@@ -169,7 +169,7 @@ def test_tensors_and_files_that_do_not_fit_are_refused(tmp_path, weights):
     def refused(says, config=LATE, w=weights, change=lambda folder: None):
         folder = write(tmp_path / str(next(count)), config, w)
         change(folder)
-        with pytest.raises(RefusalError, match=says):
+        with pytest.raises(UserError, match=says):
             convert(folder, tmp_path / "base")
         assert not (tmp_path / "base").exists()
 

@@ -4,11 +4,11 @@ import pytest
 import torch
 from tiny import tiny_direction, tiny_model
 
-from refusal.io.errors import RefusalError
+from refusal.io.errors import UserError
 from refusal.lm import resident
 from refusal.lm.architecture import SUPPORTED
 from refusal.lm.load import load_model
-from refusal.lm.resident import Resident
+from refusal.lm.resident import SwappableLM
 from refusal.method.orthogonalize import Edit, orthogonalize
 
 IDS = torch.tensor([[5, 9, 33, 2, 71]])
@@ -39,33 +39,33 @@ def same(found, folder, dtype) -> bool:
 def test_any_edit_may_follow_any(tmp_path, model_type, tied):
     base, a, b = edited(tmp_path, model_type, tie_word_embeddings=tied)
     dtype = "bfloat16" if model_type == "llama" else "float32"
-    model = Resident(base, dtype, "cpu")
+    model = SwappableLM(base, dtype, "cpu")
     for folder in (base, a, b, a, base, b):
-        assert same(model.wear(folder), folder, dtype), folder.name
-    assert not same(model.wear(a), base, dtype)
+        assert same(model.load_weights(folder), folder, dtype), folder.name
+    assert not same(model.load_weights(a), base, dtype)
 
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_an_adapter_is_merged_and_taken_out_again(tmp_path, tied):
     base, a, _ = edited(tmp_path, "llama", tie_word_embeddings=tied)
     orthogonalize(base, [Edit(tmp_path / "lora", tiny_direction(), 1.0, format="lora")])
-    model = Resident(base, "float32", "cpu")
+    model = SwappableLM(base, "float32", "cpu")
     for folder in (tmp_path / "lora", base, tmp_path / "lora", a):
-        assert same(model.wear(folder), folder, "float32"), folder.name
+        assert same(model.load_weights(folder), folder, "float32"), folder.name
 
 
 def test_one_load_serves_all(tmp_path, monkeypatch):
     base, a, b = edited(tmp_path, "qwen2")
     loads = []
     monkeypatch.setattr(resident, "load_model", lambda *arguments: loads.append(arguments) or load_model(*arguments))
-    model = Resident(base, "float32", "cpu")
+    model = SwappableLM(base, "float32", "cpu")
     for folder in (a, b, base):
-        model.wear(folder)
+        model.load_weights(folder)
     assert len(loads) == 1
 
 
 def test_a_checkpoint_of_another_base_is_refused(tmp_path):
     base, *_ = edited(tmp_path, "qwen2")
     tiny_model("qwen2", intermediate_size=56).save_pretrained(tmp_path / "other")
-    with pytest.raises(RefusalError, match="other: holds other tensors than"):
-        Resident(base, "float32", "cpu").wear(tmp_path / "other")
+    with pytest.raises(UserError, match="other: holds other tensors than"):
+        SwappableLM(base, "float32", "cpu").load_weights(tmp_path / "other")

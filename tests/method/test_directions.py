@@ -13,7 +13,7 @@ from perf.harness import Peak
 from refusal.analysis.science import spectrum_row
 from refusal.analysis.separation import _separation_interval, arm, describe, rows_of
 from refusal.analysis.subspaces import captured, paired_svd
-from refusal.io.errors import RefusalError
+from refusal.io.errors import UserError
 from refusal.lm.checkpoint import Writer, read_stacks
 from refusal.method.directions import (
     blocks,
@@ -299,7 +299,7 @@ def test_a_file_cut_short_while_it_is_read_is_said(tmp_path):
     stack = read_stacks(tmp_path / "a.safetensors")["val.unrelated"]
     with (tmp_path / "a.safetensors").open("r+b") as file:
         file.truncate(1000)
-    with pytest.raises(RefusalError, match="became shorter"):
+    with pytest.raises(UserError, match="became shorter"):
         _ = stack[:, 0][:]
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny import tiny_direction, tiny_model
 
-from refusal.io.errors import RefusalError
+from refusal.io.errors import UserError
 from refusal.lm.architecture import SUPPORTED
 from refusal.method import activations
 from refusal.method.generate import WHERE, generate
@@ -210,7 +210,7 @@ def test_a_row_that_diverges_is_refused_and_not_written_as_text(model):
     edit = ablation(direction.expand(2, -1), alphas, "resid_pre")
     assert len(generate(model, prompts[:2], set(), N_NEW, 0, edit, rows=[0, 0], slots=2)) == 2
     for slots in (1, 2):
-        with pytest.raises(RefusalError, match=r"model\.dtype: the model computes NaN or infinity in float32"):
+        with pytest.raises(UserError, match=r"model\.dtype: the model computes NaN or infinity in float32"):
             generate(model, prompts[:2], set(), N_NEW, 0, edit, rows=[0, 1], slots=slots)
 
 

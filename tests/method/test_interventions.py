@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny import tiny_direction, tiny_model
 
-from refusal.io.errors import RefusalError
+from refusal.io.errors import UserError
 from refusal.lm.architecture import SUPPORTED
 from refusal.method.interventions import SITES, Ablation, Addition, ablation, intervene
 
@@ -236,7 +236,7 @@ def test_hooks_are_gone_after_errors_too(model):
         raise ZeroDivisionError
     assert count() == before
     with (
-        pytest.raises(RefusalError),
+        pytest.raises(UserError),
         intervene(model, ablation(tiny_direction(), 1.0, "paper"), Addition(torch.ones(32), 3)),
     ):
         pass
@@ -278,7 +278,7 @@ def test_blocks_called_by_keyword(model):
     ],
 )
 def test_bad_arguments_are_refused(make, words):
-    with pytest.raises(RefusalError, match=words):
+    with pytest.raises(UserError, match=words):
         make()
 
 
@@ -289,7 +289,7 @@ def test_a_direction_or_offset_of_another_model_is_refused(model):
         Addition(torch.ones(16), 0),
         Addition(torch.ones(32), -1),
     ):
-        with pytest.raises(RefusalError), intervene(model, intervention):
+        with pytest.raises(UserError), intervene(model, intervention):
             pass
 
 

@@ -29,7 +29,7 @@ def test_rows_that_enter_step_leave_and_move():
         if cache.end == columns:
             cache.move_window(max(width, start), len(rows), width)
             moved += 1
-        cache.see(len(rows), width)
+        cache.set_view(len(rows), width)
         assert cache.get_seq_length() == width and cache.get_mask_sizes(1, 0) == (width + 1, 0)
         for layer, new in enumerate(states(len(rows), 1)):
             seen = cache.update(*new, layer)

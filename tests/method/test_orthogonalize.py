@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from tiny import PRE_NORM, tiny_direction, tiny_model
 from transformers import AutoModelForCausalLM
 
-from refusal.io.errors import RefusalError
+from refusal.io.errors import UserError
 from refusal.lm.architecture import SUPPORTED, anatomy_of
 from refusal.lm.checkpoint import Reader, read_shard
 from refusal.method.interventions import ablation, intervene
@@ -273,7 +273,7 @@ def test_an_existing_target_is_replaced_only_by_a_whole_one(tmp_path):
     save_file(content, tmp_path / "nan.safetensors")
     shutil.copytree(base, tmp_path / "bad")
     (tmp_path / "nan.safetensors").rename(tmp_path / "bad/model.safetensors")
-    with pytest.raises(RefusalError, match=r"model\.safetensors: model\.layers\.2\.mlp\.down_proj\.weight .*NaN"):
+    with pytest.raises(UserError, match=r"model\.safetensors: model\.layers\.2\.mlp\.down_proj\.weight .*NaN"):
         orthogonalize(tmp_path / "bad", [Edit(tmp_path / "cell", V, 1.0)])
     assert (tmp_path / "cell/model.safetensors").read_bytes() == good and (tmp_path / "cell/left.txt").exists()
     orthogonalize(base, [Edit(tmp_path / "cell", V, 1.0)])
@@ -287,7 +287,7 @@ def test_overflow_of_the_cast_is_refused(tmp_path):
     content = tensors(base)
     content["model.layers.0.self_attn.o_proj.weight"][:] = 6e4 * V.sign()[:, None].half()
     save_file(content, base / "model.safetensors")
-    with pytest.raises(RefusalError, match=r"o_proj\.weight"):
+    with pytest.raises(UserError, match=r"o_proj\.weight"):
         orthogonalize(base, [Edit(tmp_path / "cell", V, -1.0)])
 
 
@@ -306,7 +306,7 @@ def test_hub_snapshots_links_are_read_and_others_are_not(tmp_path):
     secret = tmp_path / "secret.json"
     secret.write_text("{}")
     (base / "tokenizer.json").symlink_to(secret)
-    with pytest.raises(RefusalError, match=r"tokenizer\.json.*outside"):
+    with pytest.raises(UserError, match=r"tokenizer\.json.*outside"):
         orthogonalize(base, [Edit(tmp_path / "leak", V, 1.0)])
     assert not (tmp_path / "leak").exists()
 
@@ -359,7 +359,7 @@ O_PROJ = "model.layers.1.self_attn.o_proj.weight"
 def test_broken_checkpoints_are_refused_with_nothing_written(tmp_path, break_it, words):
     base = save(tmp_path / "base")
     break_it(base / "model.safetensors")
-    with pytest.raises(RefusalError, match=words):
+    with pytest.raises(UserError, match=words):
         orthogonalize(base, [Edit(tmp_path / "cell", V, 1.0)])
     assert [p.name for p in tmp_path.iterdir()] == ["base"]
 
@@ -405,7 +405,7 @@ def link_out(base: Path) -> None:
 def test_broken_indices_are_refused(tmp_path, break_it, words):
     base = save(tmp_path / "base", max_shard_size="15KB")
     break_it(base)
-    with pytest.raises(RefusalError, match=words):
+    with pytest.raises(UserError, match=words):
         orthogonalize(base, [Edit(tmp_path / "cell", V, 1.0)])
     assert not (tmp_path / "cell").exists()
 
@@ -430,9 +430,9 @@ def test_bad_edits_are_refused(tmp_path, edit, words):
     (tmp_path / "file").write_text("")
     (tmp_path / "home").mkdir()
     (tmp_path / "home/thesis.txt").write_text("")
-    with pytest.raises(RefusalError, match=words):
+    with pytest.raises(UserError, match=words):
         orthogonalize(base, [edit(tmp_path)])
-    with pytest.raises(RefusalError, match="same target"):
+    with pytest.raises(UserError, match="same target"):
         orthogonalize(base, [Edit(tmp_path / "cell", V, 1.0), Edit(tmp_path / "x/../cell", V, 0.5)])
     assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "file", "home"]
 

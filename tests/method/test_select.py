@@ -10,7 +10,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from refusal.io.errors import RefusalError
+from refusal.io.errors import UserError
 from refusal.method.select import cell_name, checked
 
 ROOT = Path(__file__).parents[2]
@@ -31,7 +31,7 @@ def test_names_that_the_pipeline_gives_pass(method, layer, alpha):
 def test_a_name_is_one_folder_in_its_place_or_refused(name):
     try:
         found = checked({"rank_1": {"name": name}})["rank_1"]["name"]
-    except RefusalError:
+    except UserError:
         return
     assert (FOLDER / found).parent == FOLDER and (FOLDER / found).name == found and found.isprintable()
 

@@ -7,7 +7,7 @@ import torch
 from tiny import tiny_direction, tiny_model
 
 from refusal.analysis.subspaces import random_subspaces
-from refusal.io.errors import RefusalError
+from refusal.io.errors import UserError
 from refusal.io.store import Store
 from refusal.method import sweep
 from refusal.method.directions import random_unit
@@ -227,7 +227,7 @@ def test_affine_offsets_are_the_safe_means_components():
 @pytest.mark.parametrize("layer", [0, 5, 99])
 def test_a_layer_without_direction_is_refused(layer):
     with pytest.raises(
-        RefusalError, match=rf"^params\.yaml: sweep\.layers: layer {layer} has no direction; choose among \[1, 2, 3, 4\]$"
+        UserError, match=rf"^params\.yaml: sweep\.layers: layer {layer} has no direction; choose among \[1, 2, 3, 4\]$"
     ):
         grid(found_directions(), found_directions(), [1, layer], [1.0], 1, 0, affine=False)
 
@@ -305,7 +305,7 @@ def test_rank_takes_the_best_and_breaks_ties_as_said():
 
 def test_rank_of_too_few_cells():
     assert len(rank(GRID, SEPARATION, 7, "batched")) == 7
-    with pytest.raises(RefusalError, match=r"^params\.yaml: select\.top is 8 but the sweep has 7 cells"):
+    with pytest.raises(UserError, match=r"^params\.yaml: select\.top is 8 but the sweep has 7 cells"):
         rank(GRID, SEPARATION, 8, "batched")
 
 

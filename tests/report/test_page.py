@@ -6,7 +6,7 @@ import re
 import pytest
 from browser import serious
 
-from refusal.io.errors import RefusalError
+from refusal.io.errors import UserError
 from refusal.report.charts import Point, Series, lines, ticks
 from refusal.report.page import Study, ci, evenly, num, page, script_json, signed, value
 from refusal.report.reproduction import published, reproduce
@@ -222,7 +222,7 @@ def test_equal_studies_give_equal_bytes():
 
 
 def test_a_page_over_the_limit_says_what_to_lower():
-    with pytest.raises(RefusalError, match=r"params.yaml: report.n_examples is 3: the page would be .* MB"):
+    with pytest.raises(UserError, match=r"params.yaml: report.n_examples is 3: the page would be .* MB"):
         page(study(answer="a" * 400_000))
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from refusal.io.errors import RefusalError
+from refusal.io.errors import UserError
 from refusal.report.published import compare, read_vectors
 
 
@@ -78,12 +78,12 @@ class Evil:
 def test_what_is_no_direction_is_refused_by_name(tmp_path, monkeypatch, content, says):
     monkeypatch.chdir(tmp_path)
     torch.save(content, tmp_path / "bad.pt")
-    with pytest.raises(RefusalError, match=r"bad\.pt") as caught:
+    with pytest.raises(UserError, match=r"bad\.pt") as caught:
         read_vectors(tmp_path)
     assert says in str(caught.value) and not Path("ran").exists()
 
 
 def test_a_damaged_safetensors_file(tmp_path):
     (tmp_path / "bad.safetensors").write_bytes(b"\xff" * 40)
-    with pytest.raises(RefusalError, match=r"bad.safetensors: cannot be read"):
+    with pytest.raises(UserError, match=r"bad.safetensors: cannot be read"):
         read_vectors(tmp_path)

@@ -8,7 +8,7 @@ import pytest
 from browser import serious
 from test_page import IMAGE, study
 
-from refusal.io.errors import RefusalError
+from refusal.io.errors import UserError
 from refusal.report.variants import ARMS, chart, flat, main, page, read, varied
 
 
@@ -64,9 +64,9 @@ def test_the_intervals_are_those_of_the_variant():
 
 
 def test_nothing_to_compare_is_one_sentence(tmp_path):
-    with pytest.raises(RefusalError, match="no variant has results yet; run `dvc repro`"):
+    with pytest.raises(UserError, match="no variant has results yet; run `dvc repro`"):
         read([shown("workspace", results=False)], evaluate)
-    with pytest.raises(RefusalError, match="gave no JSON"):
+    with pytest.raises(UserError, match="gave no JSON"):
         main(tmp_path / "a.html", "evaluate.json", "ERROR: no")
 
 

@@ -15,7 +15,7 @@ from test_params import REMOVED, changed
 
 from refusal.data.prompts import SPLITS, file_rows, grammar_unrelated
 from refusal.data.prompts_api import api_pairs
-from refusal.io.errors import RefusalError
+from refusal.io.errors import UserError
 from refusal.io.params import Endpoint, PromptsApi, load_params
 from refusal.io.store import Store
 
@@ -65,7 +65,7 @@ BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
     ],
 )  # fmt: skip
 def test_a_value_that_cannot_be_meant_is_named(tmp_path, changes, said):
-    with pytest.raises(RefusalError, match=said) as error:
+    with pytest.raises(UserError, match=said) as error:
         load_params(changed(tmp_path, changes))
     sentence(error, tmp_path / "params.yaml")
 
@@ -90,7 +90,7 @@ def test_a_value_that_cannot_be_meant_is_named(tmp_path, changes, said):
 )
 def test_a_file_that_says_two_things_or_none_is_no_parameters(tmp_path, text, said):
     (tmp_path / "params.yaml").write_text(text, encoding="utf-8")
-    with pytest.raises(RefusalError, match=said) as error:
+    with pytest.raises(UserError, match=said) as error:
         load_params(tmp_path / "params.yaml")
     text = str(error.value)
     assert text.startswith(f"{tmp_path / 'params.yaml'}: ") and "\n" not in text and len(text) < 4000
@@ -116,7 +116,7 @@ def test_any_value_of_any_key_is_taken_as_it_is_or_named(tmp_path, key, value):
     file = changed(tmp_path, {key: value})
     try:
         taken = load_params(file)
-    except RefusalError as error:
+    except UserError as error:
         assert str(error).startswith(f"{file}: ") and "\n" not in str(error)
         # A rule about a section names the section, and says which key of it.
         assert key in str(error) or (key.split(".")[0] in str(error) and key.rsplit(".")[-1] in str(error)), (key, str(error))
@@ -131,7 +131,7 @@ def test_any_value_of_any_key_is_taken_as_it_is_or_named(tmp_path, key, value):
 @SETTINGS
 def test_any_bytes_for_params_are_told_in_one_sentence(tmp_path, content):
     (tmp_path / "params.yaml").write_bytes(content)
-    with pytest.raises(RefusalError) as error:
+    with pytest.raises(UserError) as error:
         load_params(tmp_path / "params.yaml")
     sentence(error, "params.yaml: ")
 
@@ -170,14 +170,14 @@ def jsonl(*rows: object) -> str:
 )
 def test_a_broken_pair_file_is_told_with_its_row(tmp_path, name, content, said):
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(RefusalError, match=said) as error:
+    with pytest.raises(UserError, match=said) as error:
         file_rows(tmp_path / name, 2, None, SHARES, NEAR, 0)
     sentence(error, tmp_path / name)
 
 
 def test_what_is_no_file_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "a.json")
-    with pytest.raises(RefusalError, match=r"a\.json: cannot be read: it is no file"):
+    with pytest.raises(UserError, match=r"a\.json: cannot be read: it is no file"):
         file_rows(tmp_path / "a.json", 2, None, SHARES, NEAR, 0)
 
 
@@ -213,7 +213,7 @@ def test_any_bytes_for_pairs_are_rows_or_one_sentence(tmp_path, name, content, w
     (tmp_path / name).write_bytes(content)
     try:
         rows = file_rows(tmp_path / name, width, None, SHARES, NEAR, 0)
-    except RefusalError as error:
+    except UserError as error:
         assert str(error).startswith(f"{tmp_path / name}: ") and "\n" not in str(error)
     else:
         assert {row["split"] for row in rows} == set(SPLITS)
@@ -221,7 +221,7 @@ def test_any_bytes_for_pairs_are_rows_or_one_sentence(tmp_path, name, content, w
 
 
 def test_more_requests_than_the_grammar_has_are_refused():
-    with pytest.raises(RefusalError, match=r"n_unrelated: the grammar has no 100000 distinct .*ask for fewer"):
+    with pytest.raises(UserError, match=r"n_unrelated: the grammar has no 100000 distinct .*ask for fewer"):
         grammar_unrelated(100_000, SHARES, 0)
 
 
@@ -260,7 +260,7 @@ NO_PAIRS = "prompts.source: deepseek-chat gave 0 of 20 valid pairs in 1 rounds"
     ids=range(23),
 )
 def test_an_answer_that_is_none_is_one_sentence(tmp_path, reply, said):
-    with serve(lambda n, question: reply) as server, pytest.raises(RefusalError, match=said) as error:
+    with serve(lambda n, question: reply) as server, pytest.raises(UserError, match=said) as error:
         api = PromptsApi(base_url=server.url, api_key_variable=None, batch=4, max_rounds=1, timeout_seconds=5.0, max_attempts=1)
         api_pairs(20, SHARES, NEAR, 0, api, Store(tmp_path / "store.sqlite"))
     sentence(error, "params.yaml: prompts.")
@@ -280,7 +280,7 @@ def test_an_endpoint_that_is_mended_is_asked_again(tmp_path, broken):
 
     with serve(reply) as server:
         api = PromptsApi(base_url=server.url, api_key_variable=None, batch=4, max_rounds=2, timeout_seconds=5.0, max_attempts=1)
-        with pytest.raises(RefusalError, match="every answer so far is kept"):
+        with pytest.raises(UserError, match="every answer so far is kept"):
             api_pairs(20, SHARES, NEAR, 0, api, store)
         mended.append(True)
         assert len(api_pairs(20, SHARES, NEAR, 0, api, store)) == 20

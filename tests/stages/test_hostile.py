@@ -12,8 +12,8 @@ from pipeline.test_other_models import LLAMA, checkpoint
 from safetensors.torch import load_file, save_file
 from test_mistakes import Place
 
-from refusal.io.errors import RefusalError
-from refusal.lm import validate as intake
+from refusal.io.errors import UserError
+from refusal.lm import validate
 from refusal.lm.load import load_model
 
 INDEX = "model.safetensors.index.json"
@@ -59,33 +59,33 @@ Q = "model.layers.1.self_attn.q_proj.weight"
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_a_weight_that_is_no_number_is_named(folder, dtype, value):
     path = change(folder, Q, lambda t: put(t.to(dtype), value))
-    with pytest.raises(RefusalError, match="holds NaN or infinity: download it again") as error:
-        intake.check_weights(folder, "float32")
+    with pytest.raises(UserError, match="holds NaN or infinity: download it again") as error:
+        validate.check_weights(folder, "float32")
     assert f"{path}: tensor {Q} " in str(error.value)
 
 
 def test_the_last_value_of_many_pieces_is_seen(folder, monkeypatch):
     monkeypatch.setattr(intake, "_PIECE", 64)
-    intake.check_weights(folder, "float32")
+    validate.check_weights(folder, "float32")
     change(folder, Q, lambda t: put(t, float("nan")))
-    with pytest.raises(RefusalError, match=Q):
-        intake.check_weights(folder, "float32")
+    with pytest.raises(UserError, match=Q):
+        validate.check_weights(folder, "float32")
 
 
 def test_a_weight_beyond_the_dtype_of_the_study_is_refused_before_it_is_infinite(folder):
     change(folder, Q, lambda t: put(t, 1e5))
     for dtype in ("float32", "bfloat16"):
-        assert len(intake.check_weights(folder, dtype)) > 1
-    with pytest.raises(RefusalError, match=rf"tensor {Q} holds values beyond float16: set model.dtype .* to float32 or bfloat16"):
-        intake.check_weights(folder, "float16")
+        assert len(validate.check_weights(folder, dtype)) > 1
+    with pytest.raises(UserError, match=rf"tensor {Q} holds values beyond float16: set model.dtype .* to float32 or bfloat16"):
+        validate.check_weights(folder, "float16")
     assert load_model(folder, "float16").get_parameter(Q).isinf().any()  # what it would have been
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn, torch.bool, torch.int64])
 def test_a_tensor_of_another_kind_is_refused(folder, dtype):
     change(folder, Q, lambda t: t.to(dtype))
-    with pytest.raises(RefusalError, match=rf"tensor {Q} is \S+, and a checkpoint of .* not quantized"):
-        intake.check_weights(folder, "float32")
+    with pytest.raises(UserError, match=rf"tensor {Q} is \S+, and a checkpoint of .* not quantized"):
+        validate.check_weights(folder, "float32")
 
 
 def test_a_tensor_too_many_or_too_few_is_named(folder):
@@ -94,11 +94,11 @@ def test_a_tensor_too_many_or_too_few_is_named(folder):
     tensors = load_file(path)
     save_file(tensors | {"model.layers.1.strange.weight": torch.ones(2)}, path, metadata={"format": "pt"})
     edit(folder / INDEX, weight_map=index["weight_map"] | {"model.layers.1.strange.weight": path.name})
-    with pytest.raises(RefusalError, match=r"disagree on model\.layers\.1\.strange\.weight"):
+    with pytest.raises(UserError, match=r"disagree on model\.layers\.1\.strange\.weight"):
         load_model(folder)
     save_file({name: t for name, t in tensors.items() if name != Q}, path, metadata={"format": "pt"})
     edit(folder / INDEX, weight_map={name: file for name, file in index["weight_map"].items() if name != Q})
-    with pytest.raises(RefusalError, match=rf"disagree on {Q}"):
+    with pytest.raises(UserError, match=rf"disagree on {Q}"):
         load_model(folder)
 
 
@@ -111,7 +111,7 @@ def test_a_tied_embedding_stored_twice_is_one_model(tmp_path, equal):
     save_file(tensors | {"lm_head.weight": twice}, path, metadata={"format": "pt"})
     index = json.loads((tmp_path / INDEX).read_text())
     edit(tmp_path / INDEX, weight_map=index["weight_map"] | {"lm_head.weight": path.name})
-    intake.check_weights(tmp_path, "float32")
+    validate.check_weights(tmp_path, "float32")
     assert torch.equal(load_model(tmp_path).lm_head.weight, twice)
 
 
@@ -124,24 +124,24 @@ def test_a_link_out_of_the_folder_is_neither_read_nor_copied(folder, tmp_path):
         kept = (folder / name).read_bytes() if (folder / name).exists() else None
         (folder / name).unlink(missing_ok=True)
         (folder / name).symlink_to(tmp_path / "secret.txt")
-        with pytest.raises(RefusalError, match=rf"{name}: the file lies outside its folder"):
-            intake.ready(folder)
+        with pytest.raises(UserError, match=rf"{name}: the file lies outside its folder"):
+            validate.validate_checkpoint(folder)
         (folder / name).unlink()
         if kept is not None:
             (folder / name).write_bytes(kept)
-    intake.ready(folder)
+    validate.validate_checkpoint(folder)
 
 
 def test_what_is_no_file_is_not_waited_for(folder):
     os.mkfifo(folder / "more.json")
-    with pytest.raises(RefusalError, match=r"more\.json: the file is missing"):
-        intake.ready(folder)
+    with pytest.raises(UserError, match=r"more\.json: the file is missing"):
+        validate.validate_checkpoint(folder)
 
 
 def test_an_adapter_leads_nowhere(folder, source):
     (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(source), "peft_type": "LORA"}))
-    with pytest.raises(RefusalError, match=r"adapter_config\.json: an adapter, which leads to another model"):
-        intake.ready(folder)
+    with pytest.raises(UserError, match=r"adapter_config\.json: an adapter, which leads to another model"):
+        validate.validate_checkpoint(folder)
 
 
 @pytest.mark.parametrize("where", ["config.json", "tokenizer_config.json"])
@@ -155,11 +155,11 @@ def test_code_that_a_config_names_does_not_run_and_is_not_copied(folder, tmp_pat
         tokenizer_class="EvilTokenizer",
     )
     try:
-        intake.ready(folder)
+        validate.validate_checkpoint(folder)
         load_model(folder)
-    except RefusalError as error:
+    except UserError as error:
         assert str(folder) in str(error)
-    assert not ran.exists() and "evil.py" not in intake.small_files(folder)
+    assert not ran.exists() and "evil.py" not in validate.small_files(folder)
 
 
 class Evil:
@@ -173,10 +173,10 @@ class Evil:
 def test_a_pickle_beside_the_weights_is_left_alone(folder, tmp_path):
     for name in ("pytorch_model.bin", "training_args.bin", "optimizer.pt"):
         (folder / name).write_bytes(pickle.dumps(Evil(tmp_path / "ran")))
-    intake.ready(folder)
-    intake.check_weights(folder, "float32")
+    validate.validate_checkpoint(folder)
+    validate.check_weights(folder, "float32")
     load_model(folder)
-    assert not (tmp_path / "ran").exists() and not {".bin", ".pt"} & {path[-4:] for path in intake.small_files(folder)}
+    assert not (tmp_path / "ran").exists() and not {".bin", ".pt"} & {path[-4:] for path in validate.small_files(folder)}
 
 
 # Chat templates
@@ -203,8 +203,8 @@ def test_a_pickle_beside_the_weights_is_left_alone(folder, tmp_path):
 )
 def test_a_template_that_breaks_out_or_runs_away_is_refused(folder, template, said):
     (folder / "chat_template.jinja").write_text(template)
-    with pytest.raises(RefusalError, match=said) as error:
-        intake.ready(folder)
+    with pytest.raises(UserError, match=said) as error:
+        validate.validate_checkpoint(folder)
     assert str(folder) in str(error.value) and "\n" not in str(error.value)
 
 
@@ -213,8 +213,8 @@ def test_a_trial_that_hangs_ends(folder, monkeypatch):
     (folder / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
     monkeypatch.setattr(intake, "_PATIENCE", 0.2)
     monkeypatch.setattr(intake, "render_chats", lambda *_: time.sleep(600))
-    with pytest.raises(RefusalError, match=r"its chat template cannot be used \(it runs for"):
-        intake.ready(folder)
+    with pytest.raises(UserError, match=r"its chat template cannot be used \(it runs for"):
+        validate.validate_checkpoint(folder)
 
 
 # As a user meets it

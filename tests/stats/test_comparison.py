@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from refusal.stats.comparison import holm, independent_difference, part, sign_flip_p
+from refusal.stats.comparison import holm, independent_difference, sign_flip_p, subsample_indices
 
 
 def test_sign_flip_p_is_the_enumeration():
@@ -72,7 +72,7 @@ def test_two_unanimous_sets_are_not_certain():
 
 
 def test_part_meets_every_topic_of_a_cycle():
-    chosen = part(200, 40, 0)
-    assert len(set(chosen)) == 40 and chosen == sorted(chosen) == part(200, 40, 0) != part(200, 40, 1)
+    chosen = subsample_indices(200, 40, 0)
+    assert len(set(chosen)) == 40 and chosen == sorted(chosen) == subsample_indices(200, 40, 0) != subsample_indices(200, 40, 1)
     assert len({i % 20 for i in chosen}) > 15  # every fifth prompt would meet four of twenty topics
-    assert part(5, None, 0) == part(5, 9, 0) == [0, 1, 2, 3, 4]
+    assert subsample_indices(5, None, 0) == subsample_indices(5, 9, 0) == [0, 1, 2, 3, 4]
