@@ -54,7 +54,7 @@ def main(params: Params) -> str:
     )
     edited_folder = Path("models/ablated") / selected["name"]
     edited = load_model(edited_folder, params.model.dtype, params.model.device)
-    size = rows_at_once(s.batch_size, base, s.max_new_tokens + 1, "sweep")
+    size = rows_at_once(params.generation.batch_size, base, params.generation.max_new_tokens + 1, "sweep")
     stops, pad_id = stop_ids(base, tokenizer), tokenizer.pad_token_id
     hashes = {id(base): weights_hash(BASE), id(edited): weights_hash(edited_folder)}
 
@@ -62,12 +62,12 @@ def main(params: Params) -> str:
         return complete(
             model,
             hashes[id(model)],
-            encode_chats(tokenizer, texts, params.model.system_prompt, s.max_new_tokens),
+            encode_chats(tokenizer, texts, params.model.system_prompt, params.generation.max_new_tokens),
             which,
             params.ablation.sites,
             stops,
             pad_id,
-            s.max_new_tokens,
+            params.generation.max_new_tokens,
             size,
             store,
             label,
@@ -85,7 +85,7 @@ def main(params: Params) -> str:
         "baseline"
     ]
 
-    judge = judge_with(j, store)  # the sweep's judge
+    judge = judge_with(j, params.endpoint, store)  # the sweep's judge
     metrics: dict[str, Any] = {"layer": layer, "alpha": alpha, "name": selected["name"]}
     rows, n = [], len(test)
     harmful_of: dict[str, list] = {}

@@ -25,7 +25,7 @@ def main(params: Params) -> str:
     rows = read_jsonl(Path("data/sweep/completions.jsonl"))
     exact = params.model.id == "organism"
     texts = [row["prompt"] for row in rows], [row["completion"] for row in rows]
-    judge = judge_with(j, Store(STORE / "store.sqlite"))
+    judge = judge_with(j, params.endpoint, Store(STORE / "store.sqlite"))
     judged = judge(*texts, "judge", exact)
     # The rules cost nothing: they judge beside any other judge, and the two are compared.
     compared = agreement(by_rules(*texts, "rules", exact), None if j.kind == "rules" else judged)
@@ -51,7 +51,7 @@ def main(params: Params) -> str:
             )
             bar.update()
     write_json(METRICS, metrics)
-    write_json(AGREEMENT, {"judge": identity(j, judge), "rules_and_llm": compared, "labelled": labelled(params, judge)})
+    write_json(AGREEMENT, {"judge": identity(judge), "rules_and_llm": compared, "labelled": labelled(params, judge)})
     write_text(
         PLOT,
         csv_text(

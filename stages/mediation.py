@@ -27,7 +27,7 @@ def mediation(study: Study, truth: Any) -> dict[str, Any]:
     from refusal.judges.verdicts import rate, summary
     from refusal.method.arms import BASELINE_ARM, edit, fingerprint
 
-    p, b, found, layer = study.params, study.budget, study.found, study.rank_1["layer"]
+    p, b, found, layer = study.params, study.params.science, study.found, study.rank_1["layer"]
     s, sites, train = p.science, p.ablation.sites, study.activations[p.sweep.method]
     vector, loss = optimised(
         study.model,
@@ -36,8 +36,8 @@ def mediation(study: Study, truth: Any) -> dict[str, Any]:
         study.ids([r["safe"] for r in study.rows["train"]]),
         sites,
         study.tokenizer.pad_token_id,
-        b.optimiser_steps,
-        b.optimiser_batch,
+        b.optimised.steps,
+        b.optimised.batch_size,
         s.seed,
         study.store,
     )
@@ -160,7 +160,7 @@ def over_refusal(study: Study, arms: Sequence[Any]) -> dict[str, Any]:
     from refusal.judges.verdicts import present, rate
 
     test = study.rows["test"]
-    prompts = [test[i]["safe"] for i in subsample_indices(len(test), study.budget.n_test, study.params.science.seed)]
+    prompts = [test[i]["safe"] for i in subsample_indices(len(test), study.params.science.n_test, study.params.science.seed)]
     judged = study.verdicts(prompts, study.answers(prompts, arms, "science: safe prompts"), "judge: safe")
     found = {}
     for name, verdicts in judged.items():

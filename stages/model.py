@@ -76,8 +76,7 @@ def bring_in(params: Params) -> str | None:
     """
     from refusal.io.store import progress
     from refusal.lm import download as hub
-    from refusal.lm import qwen1
-    from refusal.lm import validate
+    from refusal.lm import qwen1, validate
 
     m = params.model
     source, commit = Path(m.id), None
@@ -118,7 +117,7 @@ def measure(params: Params, commit: str | None, val: list[dict]) -> str:
 
     def answers(folder: Path, prompts: list[str]) -> list[str]:
         model = load_model(folder, params.model.dtype, params.model.device)
-        ids = encode_chats(tokenizer, prompts, params.model.system_prompt, params.sweep.max_new_tokens)
+        ids = encode_chats(tokenizer, prompts, params.model.system_prompt, params.generation.max_new_tokens)
         completions = complete(
             model,
             weights_hash(folder),
@@ -127,8 +126,8 @@ def measure(params: Params, commit: str | None, val: list[dict]) -> str:
             "resid_pre",
             stop_ids(model, tokenizer),
             tokenizer.pad_token_id,
-            params.sweep.max_new_tokens,
-            rows_at_once(params.sweep.batch_size, model, params.sweep.max_new_tokens + 1, "sweep"),
+            params.generation.max_new_tokens,
+            rows_at_once(params.generation.batch_size, model, params.generation.max_new_tokens + 1, "sweep"),
             store,
             f"answers of {folder.name}",
         )

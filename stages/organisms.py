@@ -30,7 +30,13 @@ CUT: dict[str, dict[str, Any]] = {
     "ablation": {"sites": "resid_pre", "kind": "linear"},
     "sweep": {"method": "batched", "pairing": "matched", "layers": None, "alphas": [1.0], "n_random": 1},
     "judge": {"kind": "rules", "labelled": None},
-    "science": {"level": "mediation"},
+    "science": {
+        "n_test": 100,
+        "optimised": {"steps": 100, "batch_size": 16},
+        "sensitivity": None,
+        "padding": None,
+        "strength": None,
+    },
     "compute": {"threads": 1},
 }
 METRICS = Path("metrics/organisms.json")

@@ -58,7 +58,7 @@ def model_of(params: Params) -> tuple[Any, Any]:
     from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config
 
     from refusal.lm import download as hub
-    from refusal.lm import qwen1
+    from refusal.lm import qwen1, validate
     from refusal.lm.architecture import anatomy_of
     from refusal.lm.checkpoint import read_shards
     from refusal.lm.load import load_tokenizer
@@ -102,7 +102,7 @@ def counted(params: Params, tokenizer: Any, pairs: list[dict], unrelated: list[d
     if params.model.id == "organism":
         texts["facts"] = [question for fact in facts() for question in fact.questions]
     ids = {
-        name: encode_chats(tokenizer, some, params.model.system_prompt, params.sweep.max_new_tokens)
+        name: encode_chats(tokenizer, some, params.model.system_prompt, params.generation.max_new_tokens)
         for name, some in texts.items()
     }
     return Prompts({name: len(some) for name, some in ids.items()}, {name: sum(map(len, some)) for name, some in ids.items()})

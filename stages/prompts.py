@@ -26,13 +26,13 @@ def main(params: Params) -> str:
     store = Store(STORE / "store.sqlite")
     if p.source == "api":
         assert p.n_pairs is not None
-        pairs = api_pairs(p.n_pairs, splits, p.near_duplicate, p.seed, p.api, store)
+        pairs = api_pairs(p.n_pairs, splits, p.near_duplicate, p.seed, p.api, params.endpoint, store)
     else:
         pairs = pairs_of(p)
     if p.unrelated == "api":
         assert p.n_unrelated is not None
         others = [pair[half] for pair in pairs for half in ("harmful", "safe")]
-        unrelated = api_unrelated(p.n_unrelated, splits, p.near_duplicate, p.seed, p.api, store, others)
+        unrelated = api_unrelated(p.n_unrelated, splits, p.near_duplicate, p.seed, p.api, params.endpoint, store, others)
     else:
         unrelated = unrelated_of(p)
     OUT.mkdir(parents=True, exist_ok=True)

@@ -6,7 +6,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from refusal.io.params import Params
+from refusal.io.errors import UserError
+from refusal.io.params import Params, Science
 from refusal.io.tables import read_jsonl
 from refusal.stats.comparison import subsample_indices
 from stages import STORE, model_ready, read_json, stage, write_json, write_text
@@ -16,12 +17,28 @@ from stages.study import Study
 BASE, TRUTH, METRICS, PLOTS = Path("models/base"), Path("models/truth/planted.safetensors"), Path("metrics"), Path("plots")
 
 
-def main(params: Params, level: str = "") -> str:
-    """`level`: in place of science.level, its figures in files of their own (`make full`), which the pipeline does not read."""
+# What `make full` spends: all prompts. Its figures go to files of their own, which the pipeline does not read.
+FULL = {
+    **dict.fromkeys(("n_val", "n_test", "n_harmless")),
+    "n_control": 100,
+    "n_subspaces": 5,
+    "n_fit": 5000,
+    "optimised": {"steps": 200, "batch_size": 32},
+    "sensitivity": {"n_resamples": 500},
+    "padding": {"n_pads": [1, 2, 4, 8, 16, 32, 64], "n": 200},
+    "strength": {"alphas": [i / 4 for i in range(13)], "n": 60},
+}
+
+
+def main(params: Params, budget: str = "") -> str:
+    """`budget` full: FULL in place of the file's own figures."""
+    if budget not in ("", "full"):
+        raise UserError(f"science: there is no budget {budget}: say full, or nothing for that of params.yaml")
+    if budget:
+        params = params.model_copy(update={"science": Science.model_validate(params.science.model_dump() | FULL)})
     model_ready(params)
     from safetensors.torch import load_file
 
-    from refusal.analysis.science import LEVELS
     from refusal.io.store import Store
     from refusal.io.tables import csv_text
     from refusal.judges.panel import judge_with
@@ -29,19 +46,18 @@ def main(params: Params, level: str = "") -> str:
     from refusal.lm.load import load_model, load_tokenizer, weights_hash
     from refusal.method.directions import read_directions, select_directions
 
-    s, directions = params.sweep, read_directions(Path("models/directions.safetensors"))
+    sweep, directions = params.sweep, read_directions(Path("models/directions.safetensors"))
     pairs = read_jsonl(Path("data/prompts/pairs.jsonl"))
     store = Store(STORE / "store.sqlite")
     study = Study(
         params,
-        LEVELS[level or params.science.level],
         load_model(BASE, params.model.dtype, params.model.device),
         load_tokenizer(BASE),
         store,
-        judge_with(params.judge, store),
+        judge_with(params.judge, params.endpoint, store),
         weights_hash(BASE),
-        select_directions(directions, s.method, s.pairing),
-        select_directions(directions, s.method, "harmless"),
+        select_directions(directions, sweep.method, sweep.pairing),
+        select_directions(directions, sweep.method, "harmless"),
         {m: read_stacks(Path(f"data/activations/{m}.safetensors")) for m in params.activations.methods},
         {split: [row for row in pairs if row["split"] == split] for split in ("train", "val", "test")},
         [row for row in read_jsonl(Path("data/prompts/unrelated.jsonl")) if row["split"] == "test"],
@@ -49,7 +65,6 @@ def main(params: Params, level: str = "") -> str:
     )
     truth = load_file(TRUTH)["direction"] if TRUTH.is_file() else None
     metrics: dict[str, Any] = {
-        "level": level or params.science.level,
         "layer": study.rank_1["layer"],
         "alpha": study.rank_1["alpha"],
         "sites": params.ablation.sites,
@@ -57,12 +72,12 @@ def main(params: Params, level: str = "") -> str:
     metrics |= mediation(study, truth)
     metrics["spectrum"] = spectra(study)
     metrics["zero"], metrics["monitor"] = projections(study)
-    more = bool(study.budget.alphas)
-    metrics["addition"] = additions(study) if more else None
-    metrics["sensitivity"] = sensitivity(study) if more else None
-    metrics["positions"], metrics["padding"] = places(study) if more else (None, None)
-    metrics["collapse_alpha"] = strengths(study) if more else None
-    name = f"science_{level}" if level else "science"
+    s = params.science
+    metrics["addition"] = additions(study) if s.strength else None
+    metrics["sensitivity"] = sensitivity(study) if s.sensitivity else None
+    metrics["positions"], metrics["padding"] = places(study) if s.padding else (None, None)
+    metrics["collapse_alpha"] = strengths(study) if s.strength else None
+    name = f"science_{budget}" if budget else "science"
     write_json(METRICS / f"{name}.json", metrics)
     for plot, rows in study.plots.items():
         write_text(PLOTS / name / f"{plot}.csv", csv_text(rows))
@@ -126,7 +141,7 @@ def additions(study: Study) -> dict[str, Any]:
     from refusal.method.sweep import BASELINE, complete
 
     test, layer, s = study.rows["test"], study.rank_1["layer"], study.params.science
-    rows = [test[i] for i in subsample_indices(len(test), study.budget.n_test, s.seed)]
+    rows = [test[i] for i in subsample_indices(len(test), s.n_test, s.seed)]
     prompts = [r["safe"] for r in rows]
     vector = study.found["difference"][layer]
     vectors = {"difference": vector, "random": random_unit(len(vector), 1, s.seed)[0] * vector.norm()}
@@ -155,7 +170,7 @@ def sensitivity(study: Study) -> dict[str, Any]:
     reference = arms.get(("sequential", "matched"), next(iter(arms.values()))).directions
     rows = []
     for (method, pairing), a in arms.items():
-        found = by_size(a, reference, pairing != "unrelated", study.budget.n_resamples, s.seed)
+        found = by_size(a, reference, pairing != "unrelated", (s.sensitivity or s).n_resamples, s.seed)
         rows += [{"method": method, "pairing": pairing, **r} for r in found]
     study.plots["sensitivity"] = rows
     layer = study.rank_1["layer"]
@@ -174,10 +189,9 @@ def places(study: Study) -> tuple[list, list]:
     from refusal.analysis.sensitivity import collect, common_suffix, padding, positions
     from refusal.method.activations import batches, last_token_resid_pre
 
-    b, pad, size = study.budget, study.tokenizer.pad_token_id, study.params.activations.batch_size
-    chosen = {
-        split: subsample_indices(len(study.rows[split]), b.n_padding, study.params.science.seed) for split in ("train", "val")
-    }
+    assert study.params.science.padding is not None
+    b, pad, size = study.params.science.padding, study.tokenizer.pad_token_id, study.params.activations.batch_size
+    chosen = {split: subsample_indices(len(study.rows[split]), b.n, study.params.science.seed) for split in ("train", "val")}
     ids = {
         (split, side): study.ids([study.rows[split][i][side] for i in chosen[split]])
         for split in ("train", "val")
@@ -191,7 +205,7 @@ def places(study: Study) -> tuple[list, list]:
     groups = (ids["train", "harmful"], ids["train", "safe"])
     clean = at_end["train", "harmful"][:, -1], at_end["train", "safe"][:, -1]
     padded: dict = {}
-    for n_pads in b.pads:
+    for n_pads in b.n_pads:
         for masked in (True, False):
             padded[masked, n_pads] = tuple(collect(study.model, g, 1, pad, size, n_pads, masked)[:, 0] for g in groups)
     import torch
@@ -220,8 +234,9 @@ def strengths(study: Study) -> dict[str, Any]:
     from refusal.method.arms import complete_arms, direction_arm, edit, fingerprint
     from refusal.method.sweep import complete
 
-    b, p, layer = study.budget, study.params, study.rank_1["layer"]
-    test = [study.rows["test"][i] for i in subsample_indices(len(study.rows["test"]), b.n_alpha, p.science.seed)]
+    assert study.params.science.strength is not None
+    b, p, layer = study.params.science.strength, study.params, study.rank_1["layer"]
+    test = [study.rows["test"][i] for i in subsample_indices(len(study.rows["test"]), b.n, p.science.seed)]
     prompts, topics = [r["harmful"] for r in test], [r["topic"] for r in test]
     ids, unit = study.ids(prompts), study.found["unit"][layer]
     arms = [direction_arm(f"alpha {alpha:g}", "alpha", unit, alpha, layer) for alpha in b.alphas]

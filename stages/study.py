@@ -15,7 +15,6 @@ class Study:
     """One model and what was found of it so far."""
 
     params: Params
-    budget: Any
     model: Any
     tokenizer: Any
     store: Any
@@ -36,7 +35,7 @@ class Study:
     def ids(self, prompts: Sequence[str]) -> list[list[int]]:
         from refusal.lm.load import encode_chats
 
-        return encode_chats(self.tokenizer, prompts, self.params.model.system_prompt, self.params.sweep.max_new_tokens)
+        return encode_chats(self.tokenizer, prompts, self.params.model.system_prompt, self.params.generation.max_new_tokens)
 
     def texts(self, completions: Sequence[Sequence[int]]) -> list[str]:
         return self.tokenizer.batch_decode(completions, skip_special_tokens=True)
@@ -45,18 +44,16 @@ class Study:
     def rows_at_once(self) -> int:
         from refusal.lm.memory import rows_at_once
 
-        s = self.params.sweep
-        return rows_at_once(s.batch_size, self.model, s.max_new_tokens + 1, "sweep")
+        return rows_at_once(self.params.generation.batch_size, self.model, self.params.generation.max_new_tokens + 1, "sweep")
 
     def decoding(self) -> dict[str, Any]:
         from refusal.lm.load import stop_ids
 
-        s = self.params.sweep
         stop, pad_id = stop_ids(self.model, self.tokenizer), self.tokenizer.pad_token_id
         return {
             "stop": stop,
             "pad_id": pad_id,
-            "max_new_tokens": s.max_new_tokens,
+            "max_new_tokens": self.params.generation.max_new_tokens,
             "batch_size": self.rows_at_once,
             "store": self.store,
         }
@@ -78,7 +75,8 @@ class Study:
         from refusal.method.arms import BASELINE_ARM, complete_arms
 
         rows = [
-            self.unrelated[i] for i in subsample_indices(len(self.unrelated), self.budget.n_harmless, self.params.science.seed)
+            self.unrelated[i]
+            for i in subsample_indices(len(self.unrelated), self.params.science.n_harmless, self.params.science.seed)
         ]
         ids = self.ids([row["safe"] for row in rows])
         arms, label = [BASELINE_ARM], "science: harmless answers"

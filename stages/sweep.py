@@ -26,13 +26,13 @@ def main(params: Params) -> str:
     completions = complete(
         model,
         weights_hash(BASE),
-        encode_chats(tokenizer, [row["harmful"] for row in val], params.model.system_prompt, s.max_new_tokens),
+        encode_chats(tokenizer, [row["harmful"] for row in val], params.model.system_prompt, params.generation.max_new_tokens),
         cells,
         params.ablation.sites,
         stop_ids(model, tokenizer),
         tokenizer.pad_token_id,
-        s.max_new_tokens,
-        rows_at_once(s.batch_size, model, s.max_new_tokens + 1, "sweep"),
+        params.generation.max_new_tokens,
+        rows_at_once(params.generation.batch_size, model, params.generation.max_new_tokens + 1, "sweep"),
         Store(STORE / "store.sqlite"),
         "sweep",
     )

@@ -1,7 +1,6 @@
 """The arms of the science stage and its tables: which directions and subspaces are compared, and what is said of each."""
 
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,40 +19,6 @@ from refusal.stats.comparison import holm, independent_difference, sign_flip_p
 from refusal.stats.statistics import paired_difference
 
 RANKS = (2, 3, 5)
-
-
-@dataclass(frozen=True)
-class Budget:
-    """What a level spends; None is all there are.
-
-    n_val, n_test: prompts an arm; n_control: test prompts a random arm; n_subspaces: random subspaces of each rank;
-    n_harmless: texts that cost is measured on. n_fit: train pairs that logistic regression and Fisher's discriminant are fitted
-    on. optimiser_steps of optimiser_batch pairs. n_resamples, of the directions'
-    own bootstrap. pads: how many; n_padding: pairs padded. alphas, and n_alpha test prompts at each. Without alphas,
-    sensitivity, padding and strength are left out.
-    """
-
-    n_val: int | None
-    n_test: int | None
-    n_control: int | None
-    n_subspaces: int
-    n_harmless: int | None
-    n_fit: int
-    optimiser_steps: int
-    optimiser_batch: int
-    n_resamples: int
-    pads: tuple[int, ...]
-    n_padding: int
-    alphas: tuple[float, ...]
-    n_alpha: int
-
-
-QUARTERS = tuple(i / 4 for i in range(13))  # 0 to 3
-LEVELS = {
-    "mediation": Budget(40, 100, 30, 2, 40, 2000, 100, 16, 0, (), 0, (), 0),
-    "basic": Budget(40, 60, 30, 2, 40, 2000, 60, 16, 100, (8, 32), 40, (0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0), 12),
-    "full": Budget(None, None, 100, 5, None, 5000, 200, 32, 500, (1, 2, 4, 8, 16, 32, 64), 200, QUARTERS, 60),
-}
 
 
 def single_arms(

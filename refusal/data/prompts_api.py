@@ -16,7 +16,7 @@ from typing import Any
 from refusal.data.prompts import NearDuplicateIndex, share_out, split_rows, words
 from refusal.io import store as stores
 from refusal.io.errors import UserError
-from refusal.io.params import PromptsApi
+from refusal.io.params import Endpoint, PromptsApi
 from refusal.io.store import Store, progress
 from refusal.judges.endpoint import Chat, Rejected, Unanswered
 from refusal.organism import grammar
@@ -35,21 +35,28 @@ TELLS_HOW = re.compile(
 
 
 def api_pairs(
-    n: int, splits: dict[str, float], near_duplicate: float, seed: int, api: PromptsApi, store: Store
+    n: int, splits: dict[str, float], near_duplicate: float, seed: int, api: PromptsApi, endpoint: Endpoint, store: Store
 ) -> list[dict[str, Any]]:
     """`n` pairs over the grammar's categories, in equal shares, split by near-duplicate group.
 
     Raises UserError as `Chat.run` does, and where `api.max_rounds` rounds do not give `n` valid pairs.
     """
-    rows, categories = _collect("pairs", list(grammar.CATEGORIES), n, near_duplicate, api, store)
+    rows, categories = _collect("pairs", list(grammar.CATEGORIES), n, near_duplicate, api, endpoint, store)
     return split_rows(rows, "params.yaml: prompts.source: api", splits, near_duplicate, seed, categories)
 
 
 def api_unrelated(
-    n: int, splits: dict[str, float], near_duplicate: float, seed: int, api: PromptsApi, store: Store, others: Iterable[str]
+    n: int,
+    splits: dict[str, float],
+    near_duplicate: float,
+    seed: int,
+    api: PromptsApi,
+    endpoint: Endpoint,
+    store: Store,
+    others: Iterable[str],
 ) -> list[dict[str, Any]]:
     """`n` safe prompts on everyday subjects, none of them a near-duplicate of `others` (the pairs); raises as `api_pairs`."""
-    rows, _ = _collect("requests", list(grammar.UNRELATED), n, near_duplicate, api, store, others)
+    rows, _ = _collect("requests", list(grammar.UNRELATED), n, near_duplicate, api, endpoint, store, others)
     return split_rows(rows, "params.yaml: prompts.unrelated: api", splits, near_duplicate, seed)
 
 
@@ -103,12 +110,19 @@ def _rows(what: str, content: str) -> list[tuple[Any, ...]]:
 
 
 def _collect(
-    what: str, categories: list[str], n: int, near_duplicate: float, api: PromptsApi, store: Store, others: Iterable[str] = ()
+    what: str,
+    categories: list[str],
+    n: int,
+    near_duplicate: float,
+    api: PromptsApi,
+    endpoint: Endpoint,
+    store: Store,
+    others: Iterable[str] = (),
 ) -> tuple[list[tuple[str, ...]], list[str]]:
     """`n` valid rows and the category of each. `what` is the answer's key: `pairs` or `requests`."""
     name = "pairs" if what == "pairs" else "unrelated"
     system = Path(__file__).with_name(f"ask_for_{name}.txt").read_text(encoding="utf-8")
-    chat = Chat(api, "params.yaml: prompts.api")
+    chat = Chat(endpoint, "params.yaml: endpoint")
     wanted = dict(zip(categories, share_out(n, [1 / len(categories)] * len(categories)), strict=True))
     kept: dict[str, list[tuple[str, ...]]] = {category: [] for category in categories}
     known, left_out, batches, declined = _Known(near_duplicate, others), Counter[str](), 0, 0
@@ -117,7 +131,9 @@ def _collect(
             short = [category for category in categories if len(kept[category]) < wanted[category]]
             if not short:
                 break
-            answers = _answers(chat, store, system, what, round_, {c: [row[0] for row in kept[c]] for c in short})
+            answers = _answers(
+                chat, api.pairs_per_request, store, system, what, round_, {c: [row[0] for row in kept[c]] for c in short}
+            )
             for category in short:
                 batches += 1
                 rows = _rows(what, answers[category])
@@ -146,24 +162,25 @@ def _collect(
         )
         count, source = ("n_pairs", "source") if what == "pairs" else ("n_unrelated", "unrelated")
         raise UserError(
-            f"params.yaml: prompts.{source}: {api.model} gave {made} of {n} valid {name} in {api.max_rounds} rounds ({said}; "
-            f"still lacking: {lacking}); every answer is kept: raise prompts.api.max_rounds, lower prompts.{count}, or choose "
+            f"params.yaml: prompts.{source}: {endpoint.model} gave {made} of {n} valid {name} in {api.max_rounds} rounds "
+            f"({said}; still lacking: {lacking}); every answer is kept: raise prompts.api.max_rounds, lower prompts.{count}, or choose "
             "another model"
         )
-    print(f"prompts: {n} {name} by {api.model} at {api.base_url}; {said}", file=sys.stderr)
+    print(f"prompts: {n} {name} by {endpoint.model} at {endpoint.base_url}; {said}", file=sys.stderr)
     return [row for c in categories for row in kept[c]], [c for c in categories for _ in kept[c]]
 
 
-def _answers(chat: Chat, store: Store, system: str, what: str, round_: int, known: dict[str, list[str]]) -> dict[str, str]:
+def _answers(
+    chat: Chat, number: int, store: Store, system: str, what: str, round_: int, known: dict[str, list[str]]
+) -> dict[str, str]:
     """{category: the model's answer} of one round; "" where the endpoint rejects the request, as its filters do.
 
     An endpoint that rejects the whole first round has no filter but another trouble: that is an error, and not kept.
     """
-    api = chat.endpoint
-    assert isinstance(api, PromptsApi)
+    endpoint = chat.endpoint
     messages, keys, found, rejected = {}, {}, {}, {}
     for category, texts in known.items():
-        user = {"category": category, "number": api.batch, "already_there": texts[-SHOWN:]}
+        user = {"category": category, "number": number, "already_there": texts[-SHOWN:]}
         messages[category] = [
             {"role": "system", "content": system},
             {"role": "user", "content": json.dumps(user, ensure_ascii=False, indent=1)},
@@ -171,8 +188,8 @@ def _answers(chat: Chat, store: Store, system: str, what: str, round_: int, know
         keys[category] = stores.key(
             "prompts",
             (),
-            base_url=api.base_url,
-            model=api.model,
+            base_url=endpoint.base_url,
+            model=endpoint.model,
             messages=messages[category],
             temperature=TEMPERATURE,
             round=round_,
@@ -182,12 +199,12 @@ def _answers(chat: Chat, store: Store, system: str, what: str, round_: int, know
 
     async def work(category: str) -> str | None:
         try:
-            answer = await chat.ask(messages[category], TEMPERATURE, 500 + 300 * api.batch)
+            answer = await chat.ask(messages[category], TEMPERATURE, 500 + 300 * number)
         except Rejected as error:
             rejected[category] = str(error)
             return None
         except Unanswered as error:
-            raise chat.error(f"{api.model} at {api.base_url} did not answer ({error})", "mend the cause") from None
+            raise chat.error(f"{endpoint.model} at {endpoint.base_url} did not answer ({error})", "mend the cause") from None
         keep(category, answer.text)
         return None
 
@@ -200,7 +217,7 @@ def _answers(chat: Chat, store: Store, system: str, what: str, round_: int, know
         chat.run(todo, work)
     if round_ == 0 and len(rejected) == len(known):
         why = next(iter(rejected.values()))
-        raise chat.error(f"{api.model} at {api.base_url} rejects every request ({why})", "mend the cause")
+        raise chat.error(f"{endpoint.model} at {endpoint.base_url} rejects every request ({why})", "mend the cause")
     for category in rejected:
         keep(category, "")
     return found

@@ -4,7 +4,7 @@ import re
 import reprlib
 import unicodedata
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 import yaml
@@ -19,6 +19,20 @@ Count = Annotated[int, Field(ge=1, le=1_000_000_000)]
 Batch = Count | Literal["auto"]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 Share = Annotated[float, Field(gt=0, lt=1)]
+
+
+# A parameter that changed its name: what it is called now.
+RENAMED = {
+    "sweep.max_new_tokens": "generation.max_new_tokens",
+    "sweep.batch_size": "generation.batch_size",
+    "prompts.api.batch": "prompts.api.pairs_per_request",
+    **{
+        f"{old}.{key}": f"endpoint.{key}"
+        for old in ("judge", "prompts.api")
+        for key in ("base_url", "model", "api_key_variable", "concurrency", "timeout_seconds", "max_attempts", "max_calls")
+    },
+    "science.level": "science.n_val, n_test, optimised, sensitivity, padding and strength, which say what a level spent",
+}
 
 
 class Section(BaseModel):
@@ -47,7 +61,7 @@ class Endpoint(Section):
     model: Annotated[str, Field(min_length=1)] = "deepseek-chat"
     api_key_variable: str | None = "DEEPSEEK_API_KEY"
     concurrency: Annotated[int, Field(ge=1, le=256)] = 8
-    timeout_seconds: Annotated[float, Field(gt=0, le=300)] = 60.0
+    timeout_seconds: Annotated[float, Field(gt=0, le=300)] = 120.0
     max_attempts: Annotated[int, Field(ge=1, le=20)] = 6
     max_calls: Count | None = None
 
@@ -76,12 +90,12 @@ class Endpoint(Section):
 
 def _each_once(values: list) -> list:
     if len(set(values)) < len(values):
-        raise ValueError("one stands twice; delete it")
+        raise ValueError("duplicate value; delete it")
     return values
 
 
-class PromptsApi(Endpoint):
-    batch: Annotated[int, Field(ge=1, le=50)]
+class PromptsApi(Section):
+    pairs_per_request: Annotated[int, Field(ge=1, le=50)]
     max_rounds: Count
 
 
@@ -126,7 +140,7 @@ class Model(Section):
     @classmethod
     def _text(cls, text: str | None) -> str | None:
         if text is not None and any(unicodedata.category(c) in ("Cc", "Cs") and c not in "\t\n\r" for c in text):
-            raise ValueError("holds a control character or half a character; delete it")
+            raise ValueError("holds a control character or an unpaired surrogate; delete it")
         return text
 
     @model_validator(mode="after")
@@ -165,6 +179,11 @@ class Organism(Section):
         return self
 
 
+class Generation(Section):
+    max_new_tokens: Count
+    batch_size: Batch
+
+
 class Activations(Section):
     methods: Annotated[list[Method], Field(min_length=1), AfterValidator(_each_once)]
     batch_size: Count
@@ -194,8 +213,6 @@ class Sweep(Section):
     layers: list[Annotated[int, Field(ge=0)]] | None
     alphas: Annotated[list[Annotated[float, Field(gt=0, le=10)]], Field(min_length=1)]
     n_random: Annotated[int, Field(ge=1, le=10_000)]
-    max_new_tokens: Count
-    batch_size: Batch
     seed: Seed
 
     @model_validator(mode="after")
@@ -206,7 +223,7 @@ class Sweep(Section):
         return self
 
 
-class Judge(Endpoint):
+class Judge(Section):
     kind: Literal["rules", "llm"]
     allow_missing: bool
     labelled: Where | None
@@ -228,9 +245,37 @@ class Evaluate(Section):
     seed: Seed
 
 
+class Optimised(Section):
+    steps: Count
+    batch_size: Count
+
+
+class Sensitivity(Section):
+    n_resamples: Count
+
+
+class Padding(Section):
+    n_pads: Annotated[list[Count], Field(min_length=1), AfterValidator(_each_once)]
+    n: Count
+
+
+class Strength(Section):
+    alphas: Annotated[list[Annotated[float, Field(ge=0, le=10)]], Field(min_length=1), AfterValidator(_each_once)]
+    n: Count
+
+
 class Science(Section):
-    level: Literal["mediation", "basic", "full"]
     n_random: Annotated[int, Field(ge=1, le=10_000)]
+    n_subspaces: Annotated[int, Field(ge=1, le=1_000)]
+    n_val: Count | None
+    n_test: Count | None
+    n_control: Count | None
+    n_harmless: Count | None
+    n_fit: Count
+    optimised: Optimised
+    sensitivity: Sensitivity | None
+    padding: Padding | None
+    strength: Strength | None
     n_resamples: Count
     seed: Seed
 
@@ -270,15 +315,20 @@ class Compute(Section):
 
 
 class Params(Section):
-    """All of params.yaml, a section a stage and three that stages share."""
+    """All of params.yaml: a section a stage, sections that stages share, and the seed and number of resamples that a section
+    takes where it has none of its own."""
 
+    seed: Seed
+    n_resamples: Count
     prompts: Prompts
     model: Model
     organism: Organism
+    generation: Generation
     activations: Activations
     directions: DirectionsSection
     ablation: AblationSection
     sweep: Sweep
+    endpoint: Endpoint
     judge: Judge
     select: Select
     orthogonalize: Orthogonalize
@@ -287,6 +337,20 @@ class Params(Section):
     benchmark: Benchmark
     report: Report
     compute: Compute
+
+    @model_validator(mode="before")
+    @classmethod
+    def _shared(cls, raw: Any) -> Any:
+        """The file's own seed and n_resamples in every section that takes one and names none."""
+        if not isinstance(raw, dict):
+            return raw
+        shared = {name: raw[name] for name in ("seed", "n_resamples") if name in raw}
+        filled = dict(raw)
+        for section, field in cls.model_fields.items():
+            if isinstance(raw.get(section), dict) and isinstance(field.annotation, type) and section != "organism":
+                fields = getattr(field.annotation, "model_fields", {})
+                filled[section] = {name: value for name, value in shared.items() if name in fields} | raw[section]
+        return filled
 
     @model_validator(mode="after")
     def _sweep_is_collected(self) -> "Params":
@@ -304,7 +368,7 @@ class _Loader(yaml.SafeLoader):
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode) and keys.count(key.value) > 1:
-                raise yaml.YAMLError(f"line {key.start_mark.line + 1}: {key.value} stands twice; delete one")
+                raise yaml.YAMLError(f"line {key.start_mark.line + 1}: {key.value} is a duplicate key; delete one")
         return super().construct_mapping(node, deep)
 
 
@@ -327,6 +391,9 @@ def load_params(path: Path) -> Params:
             # Of a union pydantic names the member too, which is no key of the file.
             parts = [str(part) for part in problem["loc"] if part not in ("constrained-int", "literal['auto']")]
             key = ".".join(parts) or "the file"
+            if problem["type"] == "extra_forbidden" and key in RENAMED:
+                problems.append(f"{key} is now {RENAMED[key]}: change the name")
+                continue
             given = "" if problem["type"] in {"missing", "value_error"} else f" (it is {reprlib.repr(problem['input'])[:100]})"
             message = problem["msg"].removeprefix("Value error, ")
             problems.append(f"{key}: {message}{given}")

@@ -78,7 +78,9 @@ class LLMJudge:
     reported for them. With `allow_missing`, running out of calls leaves verdicts missing and is no error.
     """
 
-    def __init__(self, endpoint: Endpoint, store: Store, where: str = "params.yaml: judge", allow_missing: bool = False) -> None:
+    def __init__(
+        self, endpoint: Endpoint, store: Store, where: str = "params.yaml: endpoint", allow_missing: bool = False
+    ) -> None:
         self.endpoint, self.store, self.allow_missing = endpoint, store, allow_missing
         self.chat = Chat(endpoint, where)
         self.reported: Counter[str] = Counter()

@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from refusal.io.params import Judge
+from refusal.io.params import Endpoint, Judge
 from refusal.io.store import Store
 from refusal.judges.llm import RUBRIC, LLMJudge
 from refusal.judges.verdicts import Judged, judge_all
@@ -29,22 +29,22 @@ def by_rules(prompts: Sequence[str], completions: Sequence[str], label: str, exa
     return [*judge_all(prompts, completions, exact, label)]
 
 
-def judge_with(settings: Judge, store: Store) -> Panelist:
-    """The judge that `settings.kind` names."""
-    return by_rules if settings.kind == "rules" else LLMJudge(settings, store, allow_missing=settings.allow_missing)
+def judge_with(settings: Judge, endpoint: Endpoint, store: Store) -> Panelist:
+    """The judge that `settings.kind` names: the rules, or a chat model behind the endpoint."""
+    return by_rules if settings.kind == "rules" else LLMJudge(endpoint, store, allow_missing=settings.allow_missing)
 
 
-def identity(settings: Judge, judge: Panelist) -> dict[str, Any]:
+def identity(judge: Panelist) -> dict[str, Any]:
     """What determines a judge's verdicts, for the metrics; all but `kind` is None for the rules.
 
     `versions` counts verdicts by the version that the endpoint reported, sorted by version.
     """
     if not isinstance(judge, LLMJudge):
-        return {"kind": settings.kind, "base_url": None, "model": None, "rubric_sha256": None, "versions": None}
+        return {"kind": "rules", "base_url": None, "model": None, "rubric_sha256": None, "versions": None}
     return {
-        "kind": settings.kind,
-        "base_url": settings.base_url,
-        "model": settings.model,
+        "kind": "llm",
+        "base_url": judge.endpoint.base_url,
+        "model": judge.endpoint.model,
         "rubric_sha256": hashlib.sha256(RUBRIC.encode()).hexdigest(),
         "versions": [{"version": version, "n": n} for version, n in sorted(judge.reported.items())],
     }

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from refusal.analysis.benchmark import TASKS, packaged, tasks_of
-from refusal.analysis.science import LEVELS, RANKS
+from refusal.analysis.science import RANKS
 from refusal.io.params import Params
 from refusal.lm.architecture import Anatomy
 
@@ -66,7 +66,7 @@ def steps(params: Params, size: Size, prompts: Prompts) -> list[Step]:
     """
     s, n, t = params.sweep, prompts.n, prompts.tokens
     width = {"float32": 4, "float16": 2, "bfloat16": 2}[params.model.dtype]
-    n_layers, new = size.anatomy.n_layers, s.max_new_tokens
+    n_layers, new = size.anatomy.n_layers, params.generation.max_new_tokens
 
     def some(sets: Sequence[str], arms: int, at_most: int | None) -> tuple[int, int]:
         """(rows, tokens) of at most so many prompts of each set, by so many arms."""
@@ -107,28 +107,29 @@ def steps(params: Params, size: Size, prompts: Prompts) -> list[Step]:
         ),
     }
     # The science stage: every arm on val, one of each estimator on test, controls; what each costs; then its other sections.
-    b, defined = LEVELS[params.science.level], n_layers - 1
+    b, defined = params.science, n_layers - 1
+    alphas, pads = b.strength.alphas if b.strength else [], b.padding.n_pads if b.padding else []
     affine, planted = params.ablation.sites == "resid_pre", organism and params.organism.kind == "planted"
     several = 2 * len(RANKS) + 1 + planted
     on_val, on_test = 2 + (4 + affine) * defined + 1 + several, 2 + defined + 4 + affine + several
     n_controls = 1 + params.science.n_random + len(RANKS) * b.n_subspaces
     pairs, both = ["train.harmful", "train.safe"], ["train.harmful", "train.safe", "val.harmful", "val.safe"]
-    batch = some(pairs, 1, b.optimiser_batch)
+    batch = some(pairs, 1, b.optimised.batch_size)
     judged = [  # completions that a judge sees: prompts, arms, and at most how many of them
         (["val.harmful"], on_val, b.n_val),
         (["test.harmful"], on_test, b.n_test),
         (["test.harmful"], n_controls, b.n_control),
-        (["test.safe"], 4 + 6, b.n_test),
-        (["test.harmful"], 4 * len(b.alphas), b.n_alpha),
+        (["test.safe"], 4 + 6 * bool(alphas), b.n_test),
+        (["test.harmful"], 4 * len(alphas), b.strength.n if b.strength else 0),
     ]
     passes["science"] = total(
-        (3 * b.optimiser_steps * batch[0] // 2, 3 * b.optimiser_steps * batch[1] // 2),
+        (3 * b.optimised.steps * batch[0] // 2, 3 * b.optimised.steps * batch[1] // 2),
         *(completed(*arms) for arms in judged),
         completed(["test.unrelated"], 1, b.n_harmless),
-        read(["test.unrelated"], 1 + on_test + 2 + len(RANKS) + (4 + 4 * len(b.alphas) if b.alphas else 0), new, b.n_harmless),
+        read(["test.unrelated"], 1 + on_test + 2 + len(RANKS) + (4 + 4 * len(alphas) if alphas else 0), new, b.n_harmless),
         read(test),
-        read(both, 1, 0, b.n_padding),
-        read(pairs, 2 * (len(b.pads) + 1), max(b.pads, default=0), b.n_padding),
+        read(both if b.padding else [], 1, 0, b.padding.n if b.padding else 0),
+        read(pairs if b.padding else [], 2 * (len(pads) + 1), max(pads, default=0), b.padding.n if b.padding else 0),
     )
     checkpoints = params.select.top + 1
     tasks = tasks_of(params.benchmark.suite)
@@ -143,7 +144,7 @@ def steps(params: Params, size: Size, prompts: Prompts) -> list[Step]:
         science_calls = sum(some(*arms)[0] for arms in judged)
     p = params.prompts
     written = sum(
-        -(-(count or 0) // p.api.batch)
+        -(-(count or 0) // p.api.pairs_per_request)
         for source, count in ((p.source, p.n_pairs), (p.unrelated, p.n_unrelated))
         if source == "api"
     )
@@ -166,7 +167,7 @@ def steps(params: Params, size: Size, prompts: Prompts) -> list[Step]:
             note=f"{checkpoints} {'adapters of kilobytes' if params.orthogonalize.format == 'lora' else 'checkpoints'}",
         ),
         Step("evaluate", *passes["evaluate"], calls=test_calls),
-        Step("science", *passes["science"], calls=science_calls, note=f"science.level {params.science.level}"),
+        Step("science", *passes["science"], calls=science_calls, note=""),
         Step(
             "benchmark",
             None if unknown else round(sum(docs * requests for docs, requests, _ in scored) * (checkpoints + 1)),
