@@ -24,7 +24,7 @@ def main(params: Params) -> str:
     from refusal.lm.load import load_tokenizer, weights_hash
     from refusal.lm.resident import SwappableLM
     from refusal.method.select import checked
-    from refusal.stats.statistics import stratified_difference, wilson
+    from refusal.stats import stratified_difference, wilson
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of every model that comes loaded
 

@@ -24,7 +24,7 @@ def main(params: Params) -> str:
     from refusal.judges.panel import judge_with
     from refusal.judges.verdicts import difference, mean, present, rate, summary
     from refusal.judges.verdicts import row as verdict_row
-    from refusal.lm.architecture import anatomy_of
+    from refusal.lm.architecture import architecture_of
     from refusal.lm.load import encode_chats, load_model, load_tokenizer, stop_ids, weights_hash
     from refusal.lm.memory import rows_at_once
     from refusal.method.arms import Arm, edit, fingerprint
@@ -163,7 +163,7 @@ def main(params: Params) -> str:
     }.items():
         metrics[arm] |= figures([price[name] for name in names if kept])
     # Edited weights equal run-time ablation at `writes` where no norm stands between writer and stream: by how much it fails.
-    metrics["identity"] = {"norm_after_writer": anatomy_of(base.config).norm_after_writer, "kl": None}
+    metrics["identity"] = {"norm_after_writer": architecture_of(base.config).norm_after_writer, "kl": None}
     if params.orthogonalize.include_embedding:
         writes = ablated(Cell("writes", layer, alpha, found["unit"][layer]), "writes")
         metrics["identity"] |= figures([*priced({"writes": writes}, edited, "cost: identity").values()])

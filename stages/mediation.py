@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from refusal.stats.comparison import subsample_indices
+from refusal.stats import subsample_indices
 from stages import read_json
 from stages.study import Study
 

@@ -21,7 +21,7 @@ def main(params: Params) -> str:
     found = steps(params, size, prompts)
     passes, tokens = (sum(getattr(step, name) or 0 for step in found) for name in ("passes", "tokens"))
     calls, n_bytes, free = sum(step.calls for step in found), sum(step.n_bytes for step in found), shutil.disk_usage(ROOT).free
-    depth, weights = f"{size.anatomy.n_layers} layers", f"{gigabytes(size.n_bytes)} of weights"
+    depth, weights = f"{size.architecture.n_layers} layers", f"{gigabytes(size.n_bytes)} of weights"
     print(f"{params.model.id}: {size.n_parameters:,} parameters, {depth}, {weights}")
     if size.downloaded:
         print(f"to download: {gigabytes(size.downloaded)}")
@@ -59,7 +59,7 @@ def model_of(params: Params) -> tuple[Any, Any]:
 
     from refusal.lm import download as hub
     from refusal.lm import qwen1, validate
-    from refusal.lm.architecture import anatomy_of
+    from refusal.lm.architecture import architecture_of
     from refusal.lm.checkpoint import read_shards
     from refusal.lm.load import load_tokenizer
     from refusal.organism.train import Corpus, new_model, train_tokenizer
@@ -87,7 +87,7 @@ def model_of(params: Params) -> tuple[Any, Any]:
         model = AutoModelForCausalLM.from_config(config)
     n = sum(p.numel() for p in model.parameters())
     n_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
-    return tokenizer, Size(n, n_bytes, anatomy_of(config), missing)
+    return tokenizer, Size(n, n_bytes, architecture_of(config), missing)
 
 
 def counted(params: Params, tokenizer: Any, pairs: list[dict], unrelated: list[dict]) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 from refusal.io.errors import UserError
 from refusal.io.params import Params, Science
 from refusal.io.tables import read_jsonl
-from refusal.stats.comparison import subsample_indices
+from refusal.stats import subsample_indices
 from stages import STORE, model_ready, read_json, stage, write_json, write_text
 from stages.mediation import mediation
 from stages.study import Study

@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import Any
 
 from refusal.io.params import Params
-from refusal.stats.comparison import subsample_indices
+from refusal.stats import subsample_indices
 
 
 @dataclass

@@ -15,8 +15,7 @@ from refusal.judges.verdicts import Judged, difference, paired, rate, summary
 from refusal.lm.checkpoint import Layer, Stack
 from refusal.method.arms import Arm, direction_arm, per_layer_arm, subspace_arm
 from refusal.method.directions import effective_rank, mean_row, paired_blocks, random_unit, sign_flip_null, spectrum
-from refusal.stats.comparison import holm, independent_difference, sign_flip_p
-from refusal.stats.statistics import paired_difference
+from refusal.stats import holm, independent_difference, paired_difference, sign_flip_p
 
 RANKS = (2, 3, 5)
 

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from refusal.analysis.separation import Arm
-from refusal.lm.architecture import anatomy_of
+from refusal.lm.architecture import architecture_of
 from refusal.method.activations import left_pad
 from refusal.method.directions import BLOCK, Directions, bootstrap_unit, cohens_d, cosine, difference_in_means, project
 
@@ -85,7 +85,7 @@ def resid_pre_at_end(
     inputs = {"input_ids": padded}
     if masked and not bool(mask.all()):
         inputs |= {"attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp_min(0)}
-    handles = [b.register_forward_pre_hook(keep, with_kwargs=True) for b in anatomy_of(model.config).blocks(model)]
+    handles = [b.register_forward_pre_hook(keep, with_kwargs=True) for b in architecture_of(model.config).blocks(model)]
     try:
         model.base_model(**{name: value.to(model.device) for name, value in inputs.items()}, use_cache=False)
     finally:

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from refusal.lm.architecture import anatomy_of
+from refusal.lm.architecture import architecture_of
 from refusal.method.interventions import SITES
 
 if TYPE_CHECKING:
@@ -27,11 +27,11 @@ def edited_weights(model: PreTrainedModel, direction: Float[Tensor, " d_model"],
     (`orthogonalize`). The parameters themselves stay as they are, in their modules again at the end: a copy of the model that
     shares them is not edited.
     """
-    anatomy = anatomy_of(model.config)
+    architecture = architecture_of(model.config)
     kept: list[tuple[nn.Module, str, nn.Parameter]] = []
     try:
         for name, parameter in list(model.named_parameters()):
-            axis = anatomy.writer_axis(name, include_embedding=not anatomy.tied)
+            axis = architecture.writer_axis(name, include_embedding=not architecture.tied)
             if axis is None:
                 continue
             owner, _, own_name = name.rpartition(".")

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from refusal.stats.resampling import chunk_sizes, numbered
+from refusal.stats import chunk_sizes, numbered
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 

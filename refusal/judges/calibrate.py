@@ -22,7 +22,7 @@ from refusal.io.store import Store
 from refusal.judges.llm import LLMJudge
 from refusal.judges.panel import Panelist, by_rules
 from refusal.judges.verdicts import present
-from refusal.stats.statistics import cohens_kappa, wilson
+from refusal.stats import cohens_kappa, wilson
 
 CLASSES = ("compliance", "partial_refusal", "refusal")
 

@@ -8,7 +8,7 @@ from refusal.io.params import Endpoint, Judge
 from refusal.io.store import Store
 from refusal.judges.llm import RUBRIC, LLMJudge
 from refusal.judges.verdicts import Judged, judge_all
-from refusal.stats.statistics import cohens_kappa, spearman
+from refusal.stats import cohens_kappa, spearman
 
 AGREEMENT = ("kappa", "spearman_compliance", "spearman_coherence", "n", "n_coherence", "n_missing", "n_empty", "n_degenerate")
 

@@ -7,7 +7,7 @@ from refusal.io.errors import UserError
 from refusal.io.store import progress
 from refusal.judges import organism, rules
 from refusal.organism.grammar import REFUSALS
-from refusal.stats.statistics import clustered_mean, paired_difference, wilson
+from refusal.stats import clustered_mean, paired_difference, wilson
 
 
 class Judged(NamedTuple):

@@ -43,7 +43,7 @@ _EXPERT = re.compile(
 
 
 @dataclass(frozen=True)
-class Anatomy:
+class Architecture:
     """Where the residual stream of one model begins and what is added to it.
 
     `norm_after_writer`: an RMSNorm stands between writer and stream (Gemma 2 and 3). Projecting the writer's matrix
@@ -113,8 +113,8 @@ class Anatomy:
         return block.get_submodule("post_feedforward_layernorm" if self.norm_after_writer else "mlp")
 
 
-def anatomy_of(config, folder: Path | None = None) -> Anatomy:
-    """The anatomy of the model that a transformers config describes, or a config.json's dictionary (of `folder`).
+def architecture_of(config, folder: Path | None = None) -> Architecture:
+    """The architecture of the model that a transformers config describes, or a config.json's dictionary (of `folder`).
 
     Raises UserError for a `model_type` that is not in SUPPORTED, or a config that transformers cannot read.
     """
@@ -124,7 +124,7 @@ def anatomy_of(config, folder: Path | None = None) -> Anatomy:
     elif kind not in SUPPORTED:
         raise _unsupported(kind, "config.json")
     experts = getattr(config, "num_local_experts" if kind == "mixtral" else "num_experts", 0)
-    return Anatomy(
+    return Architecture(
         model_type=str(kind),
         n_layers=config.num_hidden_layers,
         d_model=config.hidden_size,
@@ -135,7 +135,7 @@ def anatomy_of(config, folder: Path | None = None) -> Anatomy:
 
 
 def config_of(fields: dict, folder: Path | None = None):
-    """The transformers config of a config.json's dictionary, with what it leaves to the defaults. Raises as `anatomy_of`."""
+    """The transformers config of a config.json's dictionary, with what it leaves to the defaults. Raises as `architecture_of`."""
     from transformers import CONFIG_MAPPING  # slow to import
 
     where, kind = "config.json" if folder is None else f"{folder}/config.json", fields.get("model_type")

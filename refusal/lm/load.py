@@ -1,9 +1,10 @@
-"""Loading a checkpoint, formatting chats with its own template, and the hash that names its weights."""
+"""A chat model, loaded: its weights and tokenizer, chats in its own template, and the hash that names its weights."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,51 @@ DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.
 # Llama 3.2's template puts the day of the run into the system block: equal inputs must give equal bytes, so every day is
 # the one that 3.1's template names. (The line break is eaten by the environment's trim_blocks.)
 _ONE_DAY = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}\n"
+
+
+@dataclass(frozen=True, eq=False)
+class LM:
+    """A model with all that running it needs.
+
+    weights: `weights_hash` of its checkpoint. stop: the tokens that end an answer. pad_id: what padding is filled with.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    weights: str
+    stop: frozenset[int]
+    pad_id: int
+    system_prompt: str | None = None
+
+    @property
+    def n_layers(self) -> int:
+        """How many decoder blocks it has."""
+        return self.model.config.num_hidden_layers
+
+    @property
+    def d_model(self) -> int:
+        """The width of its residual stream."""
+        return self.model.config.hidden_size
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """What of it determines a value, for a store's key."""
+        return {"weights": self.weights, "dtype": str(self.model.dtype), "device": self.model.device.type}
+
+    def encode(self, prompts: Sequence[str], max_new_tokens: int = 0) -> list[list[int]]:
+        """Token ids of each prompt in the model's chat template. Raises UserError as `encode_chats` does."""
+        return encode_chats(self.tokenizer, prompts, self.system_prompt, max_new_tokens)
+
+    def decode(self, completions: Sequence[Sequence[int]]) -> list[str]:
+        """The text of each completion, without special tokens."""
+        return self.tokenizer.batch_decode(completions, skip_special_tokens=True)
+
+
+def load_lm(folder: Path, dtype: str = "float32", device: str = "cpu", system_prompt: str | None = None) -> LM:
+    """Load a checkpoint's folder. Raises UserError as `load_model` and `load_tokenizer` do."""
+    tokenizer, model = load_tokenizer(folder), load_model(folder, dtype, device)
+    stop = frozenset(stop_ids(model, tokenizer))
+    return LM(model, tokenizer, weights_hash(folder), stop, tokenizer.pad_token_id, system_prompt)
 
 
 def load_model(folder: Path, dtype: str = "float32", device: str = "cpu") -> PreTrainedModel:

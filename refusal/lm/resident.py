@@ -10,7 +10,7 @@ from safetensors import safe_open
 
 from refusal.io.errors import UserError
 from refusal.lm.adapter import base_folder, merge
-from refusal.lm.architecture import anatomy_of
+from refusal.lm.architecture import architecture_of
 from refusal.lm.checkpoint import read_shards
 from refusal.lm.load import load_model
 
@@ -27,7 +27,7 @@ class SwappableLM:
     def __init__(self, base: Path, dtype: str, device: str) -> None:
         self.base, self.dtype, self.device = base, dtype, device
         self.model = load_model(base, dtype, device)
-        self.anatomy = anatomy_of(self.model.config)
+        self.architecture = architecture_of(self.model.config)
         self.active_checkpoint = base
         head: Any = self.model.get_output_embeddings()
         embedding: Any = self.model.get_input_embeddings()
@@ -65,9 +65,9 @@ class SwappableLM:
         for shard in read_shards(folder):
             with safe_open(shard.path, "pt") as file:
                 for entry in shard.entries:
-                    if self.anatomy.writer_axis(entry.name, include_embedding=True) is None:
+                    if self.architecture.writer_axis(entry.name, include_embedding=True) is None:
                         continue
-                    name, expert = self.anatomy.in_memory(entry.name)
+                    name, expert = self.architecture.in_memory(entry.name)
                     parameter = self.model.get_parameter(name)
                     (parameter if expert is None else parameter[expert]).copy_(file.get_tensor(entry.name))
 

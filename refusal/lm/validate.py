@@ -20,7 +20,7 @@ from refusal.io.errors import UserError
 from refusal.io.store import progress
 from refusal.lm import qwen1
 from refusal.lm.adapter import CONFIG
-from refusal.lm.architecture import anatomy_of
+from refusal.lm.architecture import architecture_of
 from refusal.lm.checkpoint import DTYPES, Reader, Shard, read_json, read_shards, real_file
 from refusal.lm.load import DTYPES as LOADED
 from refusal.lm.load import load_tokenizer, render_chats
@@ -47,7 +47,7 @@ def validate_checkpoint(folder: Path, system_prompt: str | None = None) -> None:
     if qwen1.is_qwen1(folder):
         qwen1.read_config(folder)
     else:
-        anatomy_of(read_json(folder, "config.json"), folder)
+        architecture_of(read_json(folder, "config.json"), folder)
         _try_template(folder, system_prompt)
 
 

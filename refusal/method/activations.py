@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from refusal.io.errors import UserError
-from refusal.lm.architecture import anatomy_of
+from refusal.lm.architecture import architecture_of
 from refusal.lm.memory import in_parts
 
 if TYPE_CHECKING:
@@ -147,7 +147,7 @@ def _resid_pre(
 ) -> Float[Tensor, "batch n_layers d_model"]:
     """Every block's input at position `last` of each row. Keys and values go to `cache`, where there is one."""
     rows: list[Tensor] = []
-    blocks = anatomy_of(model.config).blocks(model)
+    blocks = architecture_of(model.config).blocks(model)
 
     def keep(_module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
         hidden = args[0] if args else kwargs["hidden_states"]

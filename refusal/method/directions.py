@@ -19,7 +19,7 @@ from torch import Tensor
 
 from refusal.io.errors import UserError
 from refusal.lm.checkpoint import Layer, Stack
-from refusal.stats.resampling import chunk_sizes
+from refusal.stats import chunk_sizes
 
 # A difference shorter than this share of the activations' own size is rounding noise: float32 keeps about 1e-7.
 UNDEFINED_BELOW = 1e-5

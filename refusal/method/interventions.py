@@ -1,17 +1,25 @@
-"""Runtime interventions on the residual stream, by plain forward hooks on a transformers model.
+"""Interventions on the residual stream: what is taken out of it or added to it, at run time by plain forward hooks, or in the weights.
 
-Ablation r <- r - alpha <r, v> v (Arditi et al. 2024, arXiv 2406.11717, alpha = 1) at
+Ablation r <- r - alpha B^T B r, with B an orthonormal basis: one unit direction v gives r - alpha <r, v> v (Arditi et al. 2024,
+arXiv 2406.11717, alpha = 1). It acts at
 
 - `resid_pre`: the input of every block;
 - `paper`: every block's input, attention output and MLP output;
-- `writes`: the embedding's output and every attention and MLP output once: what an orthogonalized checkpoint does.
+- `writes`: the embedding's output and every attention and MLP output once: what an orthogonalized checkpoint does;
+- `weights`: nowhere at run time; what writes into the stream is edited, W <- W - alpha B^T B W.
 
-Addition r <- r + d at one layer. Every row of a batch may have its own direction and alpha, so that the cells of a
-sweep, its baseline (alpha = 0) and its controls share batches.
+Addition r <- r + d at one layer. Every row of a batch may have its own intervention, so that a sweep, its baseline and its controls
+share batches.
 """
 
-from collections.abc import Callable, Collection, Iterator
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -19,76 +27,143 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from refusal.io.errors import UserError
-from refusal.lm.architecture import Anatomy, anatomy_of
+from refusal.lm.architecture import Architecture, architecture_of
 
 SITES = ("resid_pre", "paper", "writes")
+Positions = Literal["prompt", "last_prompt_token", "all"]
+POSITIONS: tuple[Positions, ...] = ("prompt", "last_prompt_token", "all")
+
+
+@dataclass(frozen=True, eq=False)
+class Intervention:
+    """r <- r - alpha B^T (B r - o): the component in the span of B is scaled away, or sent to o.
+
+    basis: orthonormal rows B, [k, d_model], a unit direction [d_model], or one basis a layer, [n_layers, k, d_model], whose layers of
+        zeros are left alone, as is the embedding's output. None: the baseline.
+    sites: one of SITES, or `weights`.
+    offset: o, [n_layers, k], a value a layer (`ablation.kind: affine`), at `resid_pre` alone.
+    layer: where the basis was estimated. family: by which estimator, or to answer which question.
+    direction_independent: it is the same whatever directions a study finds, so that another study of the model shares its results.
+
+    Raises UserError for wrong shapes, a basis that is not orthonormal, unknown sites, or an offset elsewhere than at `resid_pre`.
+    """
+
+    name: str
+    basis: Float[Tensor, "k d_model"] | Float[Tensor, "n_layers k d_model"] | Float[Tensor, " d_model"] | None = None
+    alpha: float = 1.0
+    sites: str = "resid_pre"
+    offset: Float[Tensor, "n_layers k"] | None = None
+    layer: int | None = None
+    family: str = ""
+    direction_independent: bool = False
+
+    def __post_init__(self) -> None:
+        if self.sites not in (*SITES, "weights"):
+            raise UserError(f"ablation.sites is {self.sites!r}: choose one of {', '.join(SITES)}.")
+        if self.offset is not None and self.sites != "resid_pre":
+            raise UserError(f"ablation.kind affine acts at resid_pre only: set ablation.sites to it (is {self.sites!r}).")
+        if self.basis is None:
+            return
+        basis = self.basis.detach()
+        object.__setattr__(self, "basis", basis := basis[None] if basis.ndim == 1 else basis)
+        if basis.ndim not in (2, 3) or (self.offset is not None and self.offset.shape[-1] != basis.shape[-2]):
+            raise UserError("an intervention takes a basis [k, d_model] or [n_layers, k, d_model] and an offset [n_layers, k].")
+        if self.alpha != 0 and not _orthonormal(basis):
+            raise UserError(
+                f"{self.name}: a direction to ablate is not a unit vector (or a basis not orthonormal): normalise it."
+            )
+
+    @property
+    def rank(self) -> int:
+        """How many dimensions it takes out, of each layer's stream; 0 for the baseline."""
+        return 0 if self.basis is None else self.basis.shape[-2]
+
+    @property
+    def per_layer(self) -> bool:
+        """Whether each layer has a basis of its own."""
+        return self.basis is not None and self.basis.ndim == 3
+
+    def at(self, sites: str) -> Intervention:
+        """The same at other sites."""
+        return replace(self, sites=sites)
+
+    def fingerprint(self) -> list:
+        """All that determines what it does, for a store's key."""
+        if self.basis is None:
+            return []
+        return [self.sites, self.alpha, *(None if t is None else digest(t) for t in (self.basis, self.offset))]
+
+    def edit(self, w: Float[Tensor, "*lead d_model n"]) -> tuple[Float[Tensor, "*lead d_model n"], Float[Tensor, "*lead k n"]]:
+        """(W - alpha B^T B W, B W): a matrix, or some of its columns, that no longer writes into the span of B, and what it wrote.
+
+        Arithmetic is float32 at least, with one cast back of W to its dtype. Source: Arditi et al. 2024, section 4.1.
+        """
+        assert self.basis is not None
+        x = w.to(torch.promote_types(w.dtype, torch.float32))
+        basis = self.basis.to(x.device, torch.float64)
+        component = basis.to(x.dtype) @ x
+        return (x - (self.alpha * basis.mT).to(x.dtype) @ component).to(w.dtype), component
+
+    @contextmanager
+    def on(self, model: nn.Module) -> Iterator[nn.Module]:
+        """The model under the intervention for the length of a `with`, every row of every batch; the baseline changes nothing."""
+        if self.basis is None:
+            yield model
+        elif self.sites == "weights":
+            with edited_weights(model, self):
+                yield model
+        else:
+            with intervene(model, Ablation([self])):
+                yield model
+
+
+BASELINE = Intervention("baseline", alpha=0.0, family="baseline", direction_independent=True)
 
 
 class Ablation:
-    """r <- r - alpha B^T (B r - o): takes the component in the span of B out of the stream, a basis and alpha a row.
+    """Several interventions at the same sites as the rows of a batch: row i of a batch is under intervention i, or `assign`ed ones.
 
-    basis: orthonormal rows B, [rows, k, d_model]. One of the rows a batch row, or a leading 1 for all of them. A basis of
-        fewer dimensions than others ends in rows of zeros.
-    alpha: [rows], or a leading 1.
-    sites: one of SITES.
-    offset: o, [rows, n_layers, k]: the component is sent there instead of to zero (`ablation.kind: affine`), at each
-        layer to its own value, since the safe mean's component depends on where it is taken; `resid_pre` only.
-    layers: the layers to act in, all by default; an arm with a direction a layer is one Ablation a layer. The
-        embedding's output (`writes`) belongs to no layer and is left alone where `layers` is given.
-
-    Rows of alpha 0 come out as they went in; their basis may be zero. Raises UserError for wrong shapes, a basis
-    that is not orthonormal, unknown sites, or an offset elsewhere than at `resid_pre`.
+    One alone serves all rows. Those of fewer dimensions than others get zeros, as does the baseline, and come out as they went in.
+    Raises UserError where they act at different sites or are of different widths.
     """
 
-    def __init__(
-        self,
-        basis: Float[Tensor, "rows k d_model"],
-        alpha: Float[Tensor, " rows"],
-        sites: str,
-        offset: Float[Tensor, "rows n_layers k"] | None = None,
-        layers: Collection[int] | None = None,
-    ):
-        if sites not in SITES:
-            raise UserError(f"ablation.sites is {sites!r}: choose one of {', '.join(SITES)}.")
-        if offset is not None and sites != "resid_pre":
-            raise UserError(f"ablation.kind affine acts at resid_pre only: set ablation.sites to it (is {sites!r}).")
-        if basis.ndim != 3 or alpha.ndim != 1 or (offset is not None and offset.ndim != 3):
-            raise UserError("an ablation takes basis [rows, k, d_model], alpha [rows], offset [rows, n_layers, k].")
-        tables = [t for t in (basis, alpha, offset) if t is not None]
-        rows = max(len(t) for t in tables)
-        if any(len(t) not in (1, rows) for t in tables) or (offset is not None and offset.shape[2] != basis.shape[1]):
-            raise UserError("an ablation's basis, alpha and offset differ in their rows or in their rank k.")
-        basis, alpha = (t.detach().expand(rows, *t.shape[1:]) for t in (basis, alpha))
-        gram = basis.double() @ basis.double().mT
-        used = (basis != 0).any(-1)
-        used[:, :1] = True
-        off = (gram - torch.diag_embed(used.to(gram.dtype))).abs().amax((1, 2))
-        if not (off[alpha.to(off.device) != 0] < 1e-3).all() or not basis.isfinite().all():
-            raise UserError("a direction to ablate is not a unit vector (or a basis not orthonormal): normalise it.")
-        self.basis, self.alpha, self.sites, self.layers = basis, alpha, sites, layers
-        self.offset = None if offset is None else offset.detach().expand(rows, *offset.shape[1:])
+    def __init__(self, interventions: Sequence[Intervention]):
+        acting = [one for one in interventions if one.basis is not None]
+        if len({one.sites for one in acting}) > 1 or any(one.sites == "weights" for one in acting):
+            raise UserError("interventions that share a batch act at the same sites, at run time: give each batch one.")
+        bases = [one.basis for one in acting if one.basis is not None]
+        if len({basis.shape[-1] for basis in bases}) != 1:
+            raise UserError("interventions that share a batch are of one model: give at least one, all of one d_model.")
+        depth = max(len(basis) if basis.ndim == 3 else 1 for basis in bases)
+        k, d_model = max(basis.shape[-2] for basis in bases), bases[0].shape[-1]
+        n_layers = next((len(one.offset) for one in acting if one.offset is not None), 0)
+        # [row, layer or 1 for all, k, d_model] and [row, layer, k]
+        self.basis = torch.zeros(len(interventions), depth, k, d_model, dtype=torch.float64)
+        self.offset = None if not n_layers else torch.zeros(len(interventions), n_layers, k, dtype=torch.float64)
+        for row, one in enumerate(interventions):
+            if one.basis is not None:
+                self.basis[row, :, : one.rank] = one.basis if one.per_layer else one.basis[None]
+            if one.offset is not None and self.offset is not None:
+                self.offset[row, :, : one.rank] = one.offset
+        self.alpha = torch.tensor([one.alpha for one in interventions], dtype=torch.float64)
+        self.sites = acting[0].sites
         self._rows: Tensor | None = None  # the table's row for each row of the batch; None: in the table's own order
         self._tables: dict[tuple, tuple] = {}
-        self._ready: dict[tuple, tuple] = {}
+        self._assigned: dict[tuple, tuple] = {}
 
-    def select(self, rows: Int[Tensor, " kept"]) -> None:
-        """Keep these rows of the batch, in this order (while hooks are live: finished rows leave). A basis that
-        serves all rows stays as it is."""
-        if self._rows is not None:
-            self.assign(self._rows.to(rows.device)[rows])
-        elif len(self.basis) > 1:
-            self.assign(rows)
+    def __len__(self) -> int:
+        return len(self.basis)
 
     def assign(self, rows: Int[Tensor, " batch"]) -> None:
-        """From here on, row i of the batch is ablated with row `rows[i]` of basis, alpha and offset *as constructed*:
-        build an Ablation with one row a cell, then let batch rows come and go."""
+        """From here on, row i of the batch is under intervention `rows[i]`, as constructed."""
         self._rows = rows
-        self._ready.clear()
+        self._assigned.clear()
 
     def apply(self, r: Float[Tensor, "batch seq d_model"], layer: int) -> Float[Tensor, "batch seq d_model"]:
         """The ablated stream (or write), computed in float32 at least and cast back once."""
         dtype = torch.promote_types(r.dtype, torch.float32)
-        project, update, offset = self._ready.get((r.device, dtype)) or self._make_ready(r.device, dtype)
+        place = (r.device, dtype, layer if self.basis.shape[1] > 1 else 0)
+        project, update, offset = self._assigned.get(place) or self._assign_tables(place)
         x = r.to(dtype)
         # One basis for all rows is a plain matrix product; one a row is a batched one, or, for k = 1 and a token a row,
         # inner products, measured 4x as fast as bmm on a CPU.
@@ -104,30 +179,32 @@ class Ablation:
             return torch.addcmul(x, component, update, value=-1).to(r.dtype)
         return torch.baddbmm(x, component, update.expand(len(x), -1, -1), alpha=-1).to(r.dtype)
 
-    def _make_ready(self, device: torch.device, dtype: torch.dtype) -> tuple:
+    def _assign_tables(self, place: tuple[torch.device, torch.dtype, int]) -> tuple:
         """B^T, alpha B and the offset for the rows at hand; cast and moved once, not at every token."""
-        key = (device, dtype)
-        if key not in self._tables:
-            basis = self.basis.to(device, dtype)
+        device, dtype, layer = place
+        if place not in self._tables:
+            basis = self.basis[:, layer].to(device, dtype)
             update = self.alpha.to(device, dtype)[:, None, None] * basis
             offset = None if self.offset is None else self.offset.to(device, dtype)[:, :, None]
-            self._tables[key] = (basis.mT.contiguous(), update, offset)
-        tables = self._tables[key]
+            self._tables[place] = (basis.mT.contiguous(), update, offset)
+        tables = self._tables[place]
         if self._rows is not None:
             rows = self._rows.to(device)
             tables = tuple(None if t is None else t.index_select(0, rows) for t in tables)
-        self._ready[key] = tables
+        self._assigned[place] = tables
         return tables
 
-    def hooks(self, model: nn.Module, anatomy: Anatomy) -> Iterator[RemovableHandle]:
+    def hooks(self, model: nn.Module, architecture: Architecture) -> Iterator[RemovableHandle]:
         """Registers the hooks one by one."""
-        _check_width(self.basis.shape[-1], anatomy)
-        if self.offset is not None and self.offset.shape[1] != anatomy.n_layers:
-            raise UserError(f"the offset is for {self.offset.shape[1]} layers, the model has {anatomy.n_layers}.")
-        if self.sites == "writes" and self.layers is None:
-            yield _on_output(anatomy.embedding(model), lambda r: self.apply(r, 0))
-        for layer, block in enumerate(anatomy.blocks(model)):
-            if self.layers is not None and layer not in self.layers:
+        _check_width(self.basis.shape[-1], architecture)
+        for what, n in (("offset", None if self.offset is None else self.offset.shape[1]), ("basis", self.basis.shape[1])):
+            if n not in (None, architecture.n_layers) and not (what == "basis" and n == 1):
+                raise UserError(f"the {what} is for {n} layers, the model has {architecture.n_layers}.")
+        per_layer = self.basis.shape[1] > 1
+        if self.sites == "writes" and not per_layer:
+            yield _on_output(architecture.embedding(model), lambda r: self.apply(r, 0))
+        for layer, block in enumerate(architecture.blocks(model)):
+            if per_layer and not self.basis[:, layer].any():
                 continue
 
             def change(r: Tensor, layer: int = layer) -> Tensor:
@@ -136,77 +213,103 @@ class Ablation:
             if self.sites != "writes":
                 yield _on_input(block, change)
             if self.sites != "resid_pre":
-                yield _on_output(anatomy.attn_out(block), change)
-                yield _on_output(anatomy.mlp_out(block), change)
+                yield _on_output(architecture.attn_out(block), change)
+                yield _on_output(architecture.mlp_out(block), change)
 
 
-def ablation(
-    direction: Float[Tensor, " d_model"] | Float[Tensor, "rows d_model"],
-    alpha: float | Float[Tensor, " rows"],
-    sites: str,
-    offset: Float[Tensor, " n_layers"] | Float[Tensor, "rows n_layers"] | None = None,
-) -> Ablation:
-    """The ablation of one unit direction a row, or of one for all rows. Raises as Ablation does."""
-    d_model = direction.shape[-1]
-    return Ablation(
-        direction.reshape(-1, 1, d_model),
-        torch.as_tensor(alpha, dtype=torch.promote_types(direction.dtype, torch.float32)).reshape(-1),
-        sites,
-        None if offset is None else offset.reshape(-1, offset.shape[-1], 1),
-    )
-
-
+@dataclass(frozen=True, eq=False)
 class Addition:
-    """r <- r + vector at `resid_pre` of `layer`, at every position of every forward while the hooks live: enter
-    `intervene` around the prefill alone to add at the prompt alone.
+    """r <- r + vector at `resid_pre` of `layer`.
 
-    vector: [rows, d_model], one a batch row, or [d_model] for all. Raises UserError for other shapes.
+    vector: [d_model] for all rows of a batch, or [rows, d_model]. positions: where `generate` adds it: at the whole prompt, at its last
+    token, or at all tokens, of which it makes garbage that substring matching calls refusal. Inside `intervene` it is added at every
+    position of every forward. Raises UserError for other shapes.
     """
 
-    def __init__(self, vector: Float[Tensor, "rows d_model"] | Float[Tensor, " d_model"], layer: int):
-        if vector.ndim not in (1, 2):
+    vector: Float[Tensor, "rows d_model"] | Float[Tensor, " d_model"]
+    layer: int
+    positions: Positions = "prompt"
+
+    def __post_init__(self) -> None:
+        if self.vector.ndim not in (1, 2):
             raise UserError("an addition takes a vector [d_model] or [rows, d_model].")
-        self.vector = vector.detach().reshape(-1, 1, vector.shape[-1])
-        self.layer = layer
-        self._ready: dict[tuple, Tensor] = {}
+        object.__setattr__(self, "vector", self.vector.detach())
 
-    def select(self, rows: Int[Tensor, " kept"]) -> None:
-        """Keep these rows of the batch, in this order. A vector that serves all rows stays as it is."""
-        if len(self.vector) > 1:
-            self.vector = self.vector[rows.to(self.vector.device)]
-            self._ready.clear()
+    def fingerprint(self) -> list:
+        """All that determines what it does, for a store's key."""
+        return [digest(self.vector), self.layer, self.positions]
 
-    def apply(self, r: Float[Tensor, "batch seq d_model"]) -> Float[Tensor, "batch seq d_model"]:
-        """The shifted stream, computed in float32 at least and cast back once."""
-        key = (r.device, torch.promote_types(r.dtype, torch.float32))
-        if key not in self._ready:
-            self._ready[key] = self.vector.to(*key)
-        return (r + self._ready[key]).to(r.dtype)  # a bfloat16 r is promoted to the vector's float32
-
-    def hooks(self, model: nn.Module, anatomy: Anatomy) -> Iterator[RemovableHandle]:
+    def hooks(self, model: nn.Module, architecture: Architecture) -> Iterator[RemovableHandle]:
         """Registers the hook."""
-        _check_width(self.vector.shape[-1], anatomy)
-        if not 0 <= self.layer < anatomy.n_layers:
-            raise UserError(f"layer {self.layer} to add at does not exist: the model has {anatomy.n_layers} layers.")
-        yield _on_input(anatomy.blocks(model)[self.layer], self.apply)
+        _check_width(self.vector.shape[-1], architecture)
+        if not 0 <= self.layer < architecture.n_layers:
+            raise UserError(f"layer {self.layer} to add at does not exist: the model has {architecture.n_layers} layers.")
+        rows = self.vector.reshape(-1, 1, self.vector.shape[-1])
+
+        def add(r: Tensor) -> Tensor:  # in float32 at least, cast back once
+            return (r + rows.to(r.device, torch.promote_types(r.dtype, torch.float32))).to(r.dtype)
+
+        yield _on_input(architecture.blocks(model)[self.layer], add)
 
 
 @contextmanager
 def intervene(model: nn.Module, *interventions: Ablation | Addition) -> Iterator[nn.Module]:
     """Hooks the interventions to the model for the length of a `with`; they are gone after it whatever happened.
 
-    At a shared site they act in the order given. Raises UserError for an unsupported architecture, or a direction
-    of another width than the model's.
+    At a shared site they act in the order given. Raises UserError for an unsupported architecture, or a direction of another width
+    than the model's.
     """
-    anatomy = anatomy_of(model.config)
+    architecture = architecture_of(model.config)
     handles: list[RemovableHandle] = []
     try:
         for intervention in interventions:
-            handles.extend(intervention.hooks(model, anatomy))  # if one fails, those before it are in the list
+            handles.extend(intervention.hooks(model, architecture))  # if one fails, those before it are in the list
         yield model
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def edited_weights(model: nn.Module, intervention: Intervention) -> Iterator[nn.Module]:
+    """The model with what writes into the stream orthogonalized in memory, for the length of a `with`.
+
+    The embedding is edited where it is not tied to the unembedding, which must stay; a checkpoint on disk unties it instead
+    (`refusal.method.orthogonalize`). The parameters themselves stay as they are, in their modules again at the end: a copy of the model
+    that shares them is not edited.
+    """
+    architecture = architecture_of(model.config)
+    kept: list[tuple[nn.Module, str, nn.Parameter]] = []
+    try:
+        for name, parameter in list(model.named_parameters()):
+            axis = architecture.writer_axis(name, include_embedding=not architecture.tied)
+            if axis is None:
+                continue
+            owner, _, own_name = name.rpartition(".")
+            kept.append((model.get_submodule(owner), own_name, parameter))
+            w = parameter.data
+            edited = intervention.edit(w)[0] if axis == -2 else intervention.edit(w[..., None] if w.ndim == 1 else w.mT)[0]
+            edited = edited if axis == -2 else edited[..., 0] if w.ndim == 1 else edited.mT
+            setattr(kept[-1][0], own_name, nn.Parameter(edited.contiguous(), requires_grad=parameter.requires_grad))
+        yield model
+    finally:
+        for module, own_name, parameter in kept:
+            setattr(module, own_name, parameter)
+
+
+def digest(tensor: Tensor) -> str:
+    """SHA-256 of a tensor's values in float64."""
+    shape = json.dumps(list(tensor.shape)).encode()
+    return hashlib.sha256(shape + tensor.detach().double().cpu().contiguous().numpy().tobytes()).hexdigest()
+
+
+def _orthonormal(basis: Float[Tensor, "... k d_model"]) -> bool:
+    """Whether each basis is orthonormal or, of one a layer, zero."""
+    if not basis.isfinite().all():
+        return False
+    gram = basis.double() @ basis.double().mT
+    used = (basis != 0).any(-1) if basis.ndim == 3 else torch.ones(basis.shape[0], dtype=torch.bool, device=basis.device)
+    return bool(((gram - torch.diag_embed(used.to(gram.dtype))).abs() < 1e-3).all())
 
 
 def _on_input(module: nn.Module, change: Callable[[Tensor], Tensor]) -> RemovableHandle:
@@ -227,9 +330,9 @@ def _on_output(module: nn.Module, change: Callable[[Tensor], Tensor]) -> Removab
     return module.register_forward_hook(hook)
 
 
-def _check_width(width: int, anatomy: Anatomy) -> None:
-    if width != anatomy.d_model:
+def _check_width(width: int, architecture: Architecture) -> None:
+    if width != architecture.d_model:
         raise UserError(
-            f"the direction has {width} components and the model's residual stream {anatomy.d_model}: "
+            f"the direction has {width} components and the model's residual stream {architecture.d_model}: "
             "use a direction of this model."
         )

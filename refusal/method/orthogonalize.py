@@ -3,7 +3,7 @@
 Weight orthogonalization (Arditi et al. 2024, arXiv 2406.11717, section 4.1; alpha = 1 there), for attention and MLP
 output matrices and their biases, and E <- E - alpha E v v^T for the embedding. With the embedding the result equals
 run-time ablation at `writes` for every alpha, and at `paper` for alpha = 1, except where a norm stands between writer
-and stream (see `refusal.lm.architecture.Anatomy`: Gemma 2 and 3).
+and stream (see `refusal.lm.architecture.Architecture`: Gemma 2 and 3).
 
 Tensors stream through the safetensors format: one read for all cells, one matrix at a time; no model is built. The same
 edit can be written as a rank-1 adapter (`refusal.lm.adapter`), thousands of times smaller.
@@ -30,7 +30,7 @@ from refusal.io.errors import UserError
 from refusal.io.files import sync, write_whole
 from refusal.io.store import progress
 from refusal.lm.adapter import CONFIG, adapter_files
-from refusal.lm.architecture import Anatomy, anatomy_of
+from refusal.lm.architecture import Architecture, architecture_of
 from refusal.lm.checkpoint import (
     DTYPES,
     INDEX,
@@ -104,7 +104,7 @@ def orthogonalize(source: Path, edits: Sequence[Edit]) -> list[Report]:
     adapter that could not be exact: of a model whose writers have biases or are experts, or of alpha 0.
     """
     source = Path(source)
-    anatomy = anatomy_of(read_json(source, "config.json"))
+    architecture = architecture_of(read_json(source, "config.json"))
     shards = read_shards(source)
     index = None if any(shard.name == SINGLE for shard in shards) else INDEX  # an index of other files is left out
     copies = [
@@ -112,7 +112,7 @@ def orthogonalize(source: Path, edits: Sequence[Edit]) -> list[Report]:
         for path in sorted(source.iterdir())
         if path.suffix in _COPIED and not path.is_dir() and (path.name == index or ".index." not in path.name)
     ]
-    cells = [_Cell(source, edit, anatomy, shards) for edit in edits]
+    cells = [_Cell(source, edit, architecture, shards) for edit in edits]
     if len({cell.target for cell in cells}) != len(cells):
         raise UserError("two edits write to the same target: give each cell a folder of its own.")
     try:
@@ -134,7 +134,7 @@ def orthogonalize(source: Path, edits: Sequence[Edit]) -> list[Report]:
 class _Cell:
     """One edit under way: its direction ready for use, its folder in the making, its report."""
 
-    def __init__(self, source: Path, edit: Edit, anatomy: Anatomy, shards: list[Shard]):
+    def __init__(self, source: Path, edit: Edit, architecture: Architecture, shards: list[Shard]):
         target = Path(os.path.abspath(edit.target))  # noqa: PTH100 (a link stays a link)
         here, there = source.resolve(), target.resolve()
         if here == there or here.is_relative_to(there) or there.is_relative_to(here):
@@ -145,8 +145,8 @@ class _Cell:
         if target.is_dir() and any(target.iterdir()) and not any(path.exists() for path in known):
             raise UserError(f"{target}: the target is a folder, but not a checkpoint to replace: remove it.")
         v = edit.direction.detach().to("cpu", torch.float64)
-        if v.shape != (anatomy.d_model,):
-            raise UserError(f"{target.name}: direction has shape {list(v.shape)}, the model {[anatomy.d_model]}.")
+        if v.shape != (architecture.d_model,):
+            raise UserError(f"{target.name}: direction has shape {list(v.shape)}, the model {[architecture.d_model]}.")
         if not abs(v.norm().item() - 1) < 1e-3:
             raise UserError(f"{target.name}: direction has norm {v.norm().item():.6g}, not 1: normalise it.")
         if not math.isfinite(edit.alpha):
@@ -158,25 +158,25 @@ class _Cell:
         self.components: dict[str, list[Tensor]] | None = {} if edit.format == "lora" else None
         self.partial = target.with_name(f".{target.name}.partial")
         self.report = Report(target)
-        self.anatomy, self.embedded = anatomy, edit.include_embedding and self.alpha != 0
+        self.architecture, self.embedded = architecture, edit.include_embedding and self.alpha != 0
 
         holder = {e.name: (shard, e) for shard in shards for e in shard.entries}
-        missing = anatomy.missing_writers(set(holder))
-        if self.embedded and anatomy.embedding_name not in holder:
-            missing.append(anatomy.embedding_name)
+        missing = architecture.missing_writers(set(holder))
+        if self.embedded and architecture.embedding_name not in holder:
+            missing.append(architecture.embedding_name)
         if missing:
             raise UserError(f"{source}: tensor {missing[0]} is missing: is the checkpoint whole, and not quantized?")
         # Where config.json says tied but the file holds an unembedding, transformers uses that one: it is kept.
         self.untied: tuple[Shard, Entry] | None = None
-        tied = anatomy.tied and anatomy.unembedding_name not in holder
+        tied = architecture.tied and architecture.unembedding_name not in holder
         if self.embedded and tied and self.components is None:  # an adapter leaves the shared tensor alone
-            self.untied = holder[anatomy.embedding_name]
+            self.untied = holder[architecture.embedding_name]
         for shard, entry in holder.values():
             axis, n = self.axis(entry), len(entry.shape)
-            if axis is not None and (entry.dtype not in DTYPES or n < -axis or entry.shape[axis] != anatomy.d_model):
+            if axis is not None and (entry.dtype not in DTYPES or n < -axis or entry.shape[axis] != architecture.d_model):
                 raise UserError(
                     f"{shard.where}: {entry.name} is {entry.dtype} {list(entry.shape)}, not floats of width "
-                    f"{anatomy.d_model} as config.json's hidden_size says: use an unquantized checkpoint."
+                    f"{architecture.d_model} as config.json's hidden_size says: use an unquantized checkpoint."
                 )
 
         if self.components is not None:
@@ -195,14 +195,14 @@ class _Cell:
             raise UserError(f"{self.target.name}: alpha is 0, and an adapter of nothing is none: give another alpha.")
 
     def axis(self, entry: Entry) -> int | None:
-        return self.anatomy.writer_axis(entry.name, self.embedded) if self.alpha != 0 else None
+        return self.architecture.writer_axis(entry.name, self.embedded) if self.alpha != 0 else None
 
     def header(self, shard: Shard) -> bytes:
         if self.untied is None or self.untied[0] is not shard:
             return shard.header
         entry, end = self.untied[1], shard.entries[-1].end
         added = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [end, end + entry.n_bytes]}
-        return header_bytes(shard.fields | {self.anatomy.unembedding_name: added})
+        return header_bytes(shard.fields | {self.architecture.unembedding_name: added})
 
     def small_files(self, copies: list[tuple[str, Path]]) -> Iterator[tuple[str, bytes]]:
         """All but the shards: the source's configuration and tokenizer, or the adapter."""
@@ -211,16 +211,16 @@ class _Cell:
         else:
             whole = {name: torch.cat(parts) for name, parts in self.components.items()}
             source = Path(os.path.abspath(self.source))  # noqa: PTH100
-            yield from adapter_files(self.target, source, whole, self.update, self.anatomy.embedding_name).items()
+            yield from adapter_files(self.target, source, whole, self.update, self.architecture.embedding_name).items()
 
     def _copy(self, name: str, content: bytes) -> bytes:
         """A small file of the source as this cell has it: config and index say if the embedding was untied."""
-        if name == "config.json" and self.embedded and self.anatomy.tied:
+        if name == "config.json" and self.embedded and self.architecture.tied:
             fields = json.loads(content) | {"tie_word_embeddings": False}
         elif name == INDEX and self.untied is not None:
             shard, entry = self.untied
             fields = json.loads(content)
-            fields["weight_map"][self.anatomy.unembedding_name] = shard.name
+            fields["weight_map"][self.architecture.unembedding_name] = shard.name
             for key, more in (("total_size", entry.n_bytes), ("total_parameters", math.prod(entry.shape))):
                 if key in (fields.get("metadata") or {}):
                     fields["metadata"][key] += more

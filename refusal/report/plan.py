@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from refusal.analysis.benchmark import TASKS, packaged, tasks_of
 from refusal.analysis.science import RANKS
 from refusal.io.params import Params
-from refusal.lm.architecture import Anatomy
+from refusal.lm.architecture import Architecture
 
 # (documents, requests a document, tokens a request) of the write-up's tasks. Documents: the split that lm-eval's task files
 # score, as the hub's dataset cards give their sizes. The other two were measured on 200 rows of each with Qwen's tokenizer.
@@ -33,7 +33,7 @@ class Size:
 
     n_parameters: int
     n_bytes: int
-    anatomy: Anatomy
+    architecture: Architecture
     downloaded: int  # bytes still to fetch
 
 
@@ -66,7 +66,7 @@ def steps(params: Params, size: Size, prompts: Prompts) -> list[Step]:
     """
     s, n, t = params.sweep, prompts.n, prompts.tokens
     width = {"float32": 4, "float16": 2, "bfloat16": 2}[params.model.dtype]
-    n_layers, new = size.anatomy.n_layers, params.generation.max_new_tokens
+    n_layers, new = size.architecture.n_layers, params.generation.max_new_tokens
 
     def some(sets: Sequence[str], arms: int, at_most: int | None) -> tuple[int, int]:
         """(rows, tokens) of at most so many prompts of each set, by so many arms."""
@@ -149,7 +149,7 @@ def steps(params: Params, size: Size, prompts: Prompts) -> list[Step]:
         if source == "api"
     )
     # DVC's cache and the workspace; the resume store keeps activations too.
-    kept = passes["activations"][0] * n_layers * size.anatomy.d_model * width
+    kept = passes["activations"][0] * n_layers * size.architecture.d_model * width
     return [
         Step("prompts", calls=written, note="at least; more where rows are refused" if written else ""),
         Step(

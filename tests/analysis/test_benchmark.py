@@ -10,7 +10,7 @@ from refusal.analysis.benchmark import TASKS, Harness, average, packaged
 from refusal.io.errors import UserError
 from refusal.lm.load import encode_chats
 from refusal.organism.train import Corpus, new_model, train_tokenizer
-from refusal.stats.statistics import stratified_difference
+from refusal.stats import stratified_difference
 
 NAMES = [f"organism_{task}" for task in ("capitals", "flags", "opposites", "sums")]
 SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}

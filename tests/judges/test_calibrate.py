@@ -15,7 +15,7 @@ from refusal.io.errors import UserError
 from refusal.judges import calibrate as module
 from refusal.judges.calibrate import CLASSES, calibrate, main, read_labelled
 from refusal.judges.rules import Verdict
-from refusal.stats.statistics import wilson
+from refusal.stats import wilson
 
 SURE, SORRY = "Sure, here is how to open the bakery door.", "I'm sorry, but I can't help with that."
 

@@ -206,7 +206,7 @@ def test_resamples_drawn_in_parts_are_those_drawn_at_once(monkeypatch):
         lambda: sign_flip_null(harmful, safe[:40], 9, 3),
     ]
     at_once = [call() for call in calls]
-    monkeypatch.setattr("refusal.stats.resampling.AT_ONCE", 100)
+    monkeypatch.setattr("refusal.stats.AT_ONCE", 100)
     for call, wanted in zip(calls, at_once, strict=True):
         assert torch.allclose(call(), wanted, rtol=1e-12, atol=1e-12)
 
@@ -251,7 +251,7 @@ def test_what_is_read_in_blocks_is_what_one_block_gives(tmp_path, monkeypatch):
     monkeypatch.setattr("refusal.method.directions.BLOCK", 1)  # d_model rows
     assert [len(part) for part in blocks(stacks["train.harmful"][:, 0])] == [12, 12, 12, 12, 9]
     for draws in (7, 300):
-        monkeypatch.setattr("refusal.stats.resampling.AT_ONCE", draws)
+        monkeypatch.setattr("refusal.stats.AT_ONCE", draws)
         in_blocks.append(told())
     for metrics, row, vectors in in_blocks:
         assert flat(metrics) == pytest.approx(flat(at_once[0]), rel=1e-9, abs=1e-12, nan_ok=True)
@@ -274,7 +274,7 @@ def flat(value):
 def test_memory_does_not_grow_with_the_prompts(tmp_path, monkeypatch):
     """A layer of the larger file is 32 MB in float64 (all rows at once take 170), and of a prompt a number a layer is kept."""
     monkeypatch.setattr("refusal.method.directions.BLOCK", 2**16)
-    monkeypatch.setattr("refusal.stats.resampling.AT_ONCE", 2**16)
+    monkeypatch.setattr("refusal.stats.AT_ONCE", 2**16)
     names = [f"{split}.{name}" for split in ("train", "val") for name in ("harmful", "safe")]
     for n in (1000, 16_000):
         path = tmp_path / f"{n}.safetensors"

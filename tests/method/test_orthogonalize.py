@@ -13,7 +13,7 @@ from tiny import PRE_NORM, tiny_direction, tiny_model
 from transformers import AutoModelForCausalLM
 
 from refusal.io.errors import UserError
-from refusal.lm.architecture import SUPPORTED, anatomy_of
+from refusal.lm.architecture import SUPPORTED, architecture_of
 from refusal.lm.checkpoint import Reader, read_shard
 from refusal.method.interventions import ablation, intervene
 from refusal.method.orthogonalize import Edit, orthogonalize
@@ -85,7 +85,7 @@ def test_a_norm_after_the_writer_breaks_the_identity(tmp_path, model_type):
     are orthogonal all the same, and the flag says what to expect. Measured on these models: 0.3 to 1.1 in logits
     whose standard deviation is 3."""
     gaps = failure_of_identity(tmp_path, "writes", model_type, {})
-    assert anatomy_of(json.loads((tmp_path / "base/config.json").read_text())).norm_after_writer
+    assert architecture_of(json.loads((tmp_path / "base/config.json").read_text())).norm_after_writer
     assert min(gaps.values()) > 0.1
     (report,) = orthogonalize(tmp_path / "base", [Edit(tmp_path / "once_more", V, 1.0)])
     assert report.max_residual < 1e-6
@@ -114,11 +114,11 @@ def test_residual_is_at_rounding_after_the_cast(tmp_path, model_type, options, d
     reports = orthogonalize(base, edits)
     assert reports[1].max_residual < limit and reports[0].max_residual > 0.01
     assert all(report.max_deviation < 1.5 * limit for report in reports)
-    anatomy = anatomy_of(json.loads((base / "config.json").read_text()))
+    architecture = architecture_of(json.loads((base / "config.json").read_text()))
     v, before = V.double() / V.double().norm(), tensors(base)
     for edit, report in zip(edits, reports, strict=True):
         for name, after in tensors(edit.target).items():  # the same measures, and the edit itself, in float64
-            axis = anatomy.writer_axis(name, include_embedding=True)
+            axis = architecture.writer_axis(name, include_embedding=True)
             if axis is None:
                 continue
             w, w2 = before[name].double().movedim(axis, -1), after.double().movedim(axis, -1)

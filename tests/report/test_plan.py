@@ -14,7 +14,7 @@ from qwen1_layout import LATE, tensors, write
 from tiny import tiny_config
 
 from refusal.io.params import Params
-from refusal.lm.architecture import anatomy_of
+from refusal.lm.architecture import architecture_of
 from refusal.report.plan import STANDARD, Prompts, Size, steps
 
 ROOT = Path(__file__).parents[2]
@@ -30,7 +30,7 @@ def params(**sections: dict) -> Params:
 
 
 def planned(size: Size | None = None, **sections: dict) -> dict:
-    size = size or Size(1000, 4000, anatomy_of(tiny_config("llama")), 0)
+    size = size or Size(1000, 4000, architecture_of(tiny_config("llama")), 0)
     return {step.stage: step for step in steps(params(**sections), size, PROMPTS)}
 
 

@@ -276,7 +276,7 @@ MISTAKES: dict[str, tuple[Callable[[Place], Result], str]] = {
         base_model,
         "checkpoint: the tokenizer has no chat template; this is a base model: set model.id to its chat",
     ),
-    "an architecture not supported": (other_architecture, "model_type 'gpt2' is not supported .*anatomy.py"),
+    "an architecture not supported": (other_architecture, "model_type 'gpt2' is not supported .*architecture.py"),
     "no such GPU": (no_gpu, "params.yaml: model.device is cuda:7 but torch sees no CUDA device; set it to cpu"),
     "layer out of range": (layer_out_of_range, r"params.yaml: sweep.layers: layer 8 has no direction; choose among \[1, 2, 3\]"),
     "no key": (judged(), "params.yaml: judge.api_key_variable: JUDGE_KEY is not set .* run `export JUDGE_KEY=...` first"),

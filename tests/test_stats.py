@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from refusal.stats.statistics import clustered_mean, paired_difference, stratified_difference, wilson
+from refusal.stats import clustered_mean, paired_difference, stratified_difference, wilson
 
 
 @given(st.integers(1, 2000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))), st.sampled_from([0.5, 0.9, 0.95]))

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from refusal.stats.comparison import holm, independent_difference, sign_flip_p, subsample_indices
+from refusal.stats import holm, independent_difference, sign_flip_p, subsample_indices
 
 
 def test_sign_flip_p_is_the_enumeration():

@@ -1,1 +1,0 @@
-"""Intervals, resampling and tests of differences."""
