@@ -20,6 +20,12 @@ def test_sign_flip_p_is_the_enumeration():
     assert sign_flip_p([0.0] * 6, "aabbcc", 1000, 0) == 1.0
 
 
+def test_p_counts_the_observed_one_among_the_resamples():
+    """Forty topics of one mind: no random signs agree so (chance 2^-39), and p is the least that so many resamples can say."""
+    for n_resamples in (99, 1000):
+        assert sign_flip_p([1.0] * 40, range(40), n_resamples, 0) == 1 / (n_resamples + 1)
+
+
 def test_a_false_difference_is_found_no_oftener_than_the_level():
     rng = np.random.default_rng(0)
     n_false, n_samples = 0, 800
@@ -75,6 +81,15 @@ def test_two_unanimous_sets_are_not_certain():
 def test_paired_leaves_out_prompts_without_a_verdict():
     yes, no = Judged("compliance", 1.0, 1.0, False, False), Judged("refusal", 0.0, 1.0, True, True)
     assert paired([yes, None, no, yes], [no, no, None, yes], "abcd") == ([1.0, 0.0], ["a", "d"])
+
+
+def test_paired_leaves_out_nothing_else():
+    """Text without sense is an answer that does not comply, whichever arm gave it."""
+    values = {"compliance": 1.0, "partial_refusal": 0.5, "refusal": 0.0, "empty": 0.0, "degenerate": 0.0}
+    labels = [(a, b) for a in values for b in values]
+    judged = {label: Judged(label, value, 0.0, False, False) for label, value in values.items()}
+    found = paired([judged[a] for a, _ in labels], [judged[b] for _, b in labels], range(25))
+    assert found == ([values[a] - values[b] for a, b in labels], list(range(25)))
 
 
 def test_part_meets_every_topic_of_a_cycle():
