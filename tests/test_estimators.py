@@ -79,6 +79,58 @@ def test_the_gradient_is_the_finite_difference():
     assert float(parameter.grad @ along) == pytest.approx(float(slope), rel=0.02)
 
 
+def test_the_first_step_is_adams_along_the_mean_gradient_of_the_pairs_drawn(tmp_path):
+    """Adam's first step is by the learning rate against the sign of the gradient; the loss is that before the step."""
+    model = tiny_model("qwen2").requires_grad_(False)
+    unit, loss = optimised(model, "w", HARMFUL, SAFE, "resid_pre", 0, 1, 12, 5, Store(tmp_path / "s.sqlite"))
+    generator = torch.Generator().manual_seed(5)  # the same draws: a start, and with replacement the pairs of the step
+    start = torch.randn(32, generator=generator)
+    chosen = torch.randint(0, 12, (12,), generator=generator).tolist()
+    vector = nn.Parameter(start / start.norm())
+    v, divergences = vector / vector.norm(), []
+    hooks = [
+        block.register_forward_pre_hook(lambda _, args: (args[0] - (args[0] @ v)[..., None] * v, *args[1:]))
+        for block in model.model.layers
+    ]
+    edited = [[model(torch.tensor([p])).logits[0, -1].log_softmax(-1) for p in (HARMFUL[i], SAFE[i])] for i in chosen]
+    for hook in hooks:
+        hook.remove()
+    for i, answers in zip(chosen, edited, strict=True):
+        wanted = model(torch.tensor([SAFE[i]])).logits[0, -1].log_softmax(-1)  # the safe half of the same pair
+        divergences += [(wanted.exp() * (wanted - q)).sum() for q in answers]
+    total = torch.stack(divergences).mean()
+    total.backward()
+    assert loss == pytest.approx(total.item(), rel=1e-4) and loss > 0.01
+    after = vector.detach() - 0.05 * vector.grad.sign()
+    assert torch.allclose(unit.float(), after / after.norm(), atol=1e-4)
+
+
+def test_one_store_keeps_apart_all_that_changes_a_direction(tmp_path):
+    """Another start, step or model gives another direction, though the store holds the first."""
+    model, other, half = (
+        tiny_model("qwen2", **how).requires_grad_(False) for how in ({}, {"seed": 1}, {"dtype": torch.bfloat16})
+    )
+    store = Store(tmp_path / "s.sqlite")
+
+    def run(**change):
+        given = {"model": model, "weights": "w", "harmful": HARMFUL, "safe": SAFE, "sites": "resid_pre", "pad_id": 0}
+        return optimised(**given | {"steps": 3, "batch_size": 4, "seed": 0, "store": store} | change)
+
+    changes = (
+        {},
+        {"model": other, "weights": "other"},
+        {"model": half},
+        {"harmful": HARMFUL[::-1]},
+        {"safe": SAFE[::-1]},
+        {"sites": "writes"},
+        {"steps": 4},
+        {"batch_size": 5},
+        {"seed": 1},
+    )
+    found = [run(**change) for change in changes]
+    assert len({(loss, *unit.tolist()) for unit, loss in found}) == len(changes)
+
+
 def test_optimising_finds_a_lower_loss_once_and_the_store_keeps_it(tmp_path, monkeypatch):
     model = tiny_model("qwen2").requires_grad_(False)
     calls = []
