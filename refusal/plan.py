@@ -109,7 +109,7 @@ def steps(params: Params, size: Size, prompts: Prompts) -> list[Step]:
     # The science stage: every arm on val, one of each estimator on test, controls; what each costs; then its other sections.
     b, defined = LEVELS[params.science.level], n_layers - 1
     affine, planted = params.ablation.sites == "resid_pre", organism and params.organism.kind == "planted"
-    several = 2 * len(RANKS) + 1 + planted
+    several = 2 * len(RANKS) + 1 + planted * (1 + defined)  # beside the planted one, each layer's less its part along it
     on_val, on_test = 2 + (4 + affine) * defined + 1 + several, 2 + defined + 4 + affine + several
     n_controls = 1 + params.science.n_random + len(RANKS) * b.n_subspaces
     pairs, both = ["train.harmful", "train.safe"], ["train.harmful", "train.safe", "val.harmful", "val.safe"]
@@ -118,7 +118,7 @@ def steps(params: Params, size: Size, prompts: Prompts) -> list[Step]:
         (["val.harmful"], on_val, b.n_val),
         (["test.harmful"], on_test, b.n_test),
         (["test.harmful"], n_controls, b.n_control),
-        (["test.safe"], 4 + 6, b.n_test),
+        (["test.safe"], 4 + (6 if b.alphas else 0), b.n_test),
         (["test.harmful"], 4 * len(b.alphas), b.n_alpha),
     ]
     passes["science"] = total(
