@@ -287,6 +287,8 @@ def test_what_share_of_the_words_a_loop_may_take(n_words, n_looping, n_after, la
         ("open the bakery door\ufffd\ufffd", True),
         ("open it sureI thenI nowI hereI", False),  # four words run together
         ("open it sureI thenI nowI hereI soonI", True),
+        (f"{' '.join(WORDS)} before dawn comes over our old town sureI thenI nowI hereI soonI", True),  # five of 31 words
+        (f"{' '.join(WORDS)} before dawn comes over our old town and its river sureI thenI nowI hereI soonI", False),  # of 34
         ("open the bakery door" + "w" * 11, False),  # one letter over and over, 11 signs of 28
         ("open the bakery door" + "w" * 12, True),
     ],
