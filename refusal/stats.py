@@ -21,7 +21,7 @@ def wilson(successes: float, n: int, confidence: float = 0.95) -> tuple[float, f
     z, p = float(ndtri((1 + confidence) / 2)), successes / n
     centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     low, high = ((centre + side * half) / (1 + z * z / n) for side in (-1, 1))
-    return (low if successes > 0 else 0.0), (high if successes < n else 1.0)
+    return (max(0.0, low) if successes > 0 else 0.0), (min(1.0, high) if successes < n else 1.0)
 
 
 def identical_values(value: float, n: int, bounds: tuple[float, float]) -> tuple[float, float]:
