@@ -8,7 +8,7 @@ from tiny import tiny_lm
 from refusal.analysis.sensitivity import by_size, collect, common_suffix, padding, positions, sizes
 from refusal.analysis.separation import bootstrap_unit, contrast
 from refusal.method.activations import last_token_resid_pre
-from refusal.method.directions import cosine, difference_in_means
+from refusal.method.directions import difference_in_means
 
 IDS = [[1, 5, 9, 30, 3, 4], [1, 6, 3, 4], [1, 7, 8, 11, 12, 3, 4], [1, 9, 3, 4], [1, 60, 61, 3, 4]]
 
@@ -29,7 +29,9 @@ def test_collect_is_the_plain_forward_at_each_position_whatever_the_masked_paddi
         rows = collect(lm, IDS, 3, 2, n_pads)
         for i, ids in enumerate(IDS):
             assert torch.allclose(rows[i], plain(lm, ids)[-3:], atol=1e-5), (n_pads, i)
-    assert torch.equal(collect(lm, IDS, 3, 2, of=lambda resid_pre: resid_pre[:, -1, 1]), collect(lm, IDS, 3, 2)[:, -1, 1])
+    batches = []
+    of_each = collect(lm, IDS, 3, 2, of=lambda resid_pre: batches.append(len(resid_pre)) or resid_pre[:, -1, 1])
+    assert torch.equal(of_each, collect(lm, IDS, 3, 2)[:, -1, 1]) and sorted(batches) == [1, 2, 2]
 
 
 def test_unmasked_padding_is_a_prompt_that_begins_with_it(lm):
@@ -50,15 +52,17 @@ def test_sizes():
     assert [sizes(n) for n in (10, 16, 17, 60, 64)] == [[10], [16], [16, 17], [16, 32, 60], [16, 32, 64]]
 
 
-def test_fewer_prompts_are_less_certain_and_all_of_them_are_the_bootstrap():
-    of = contrast(activations(60), "matched", 0)
+@pytest.mark.parametrize(("pairing", "n"), [("matched", 60), ("unrelated", 50)])
+def test_fewer_prompts_are_less_certain_and_all_of_them_are_the_bootstrap(pairing, n):
+    sets = activations(60)
+    of = contrast(sets | {"train.unrelated": sets["train.unrelated"][:50]}, pairing, 0)
     rows = by_size(of, of.directions, 200, 0)
     assert {r["layer"] for r in rows} == {1, 2, 3}
     at_layer = [r for r in rows if r["layer"] == 1]
     medians = [r["cosine"] for r in at_layer]
     assert medians == sorted(medians) and medians[-1] > medians[0] + 0.02
-    assert [(r["n"], r["all"]) for r in at_layer] == [(16, False), (32, False), (60, True)]
-    resampled = cosine(bootstrap_unit(of.harmful[:, 1], of.safe[:, 1], 200, 0, True), of.directions.unit[1])
+    assert [(r["n"], r["all"]) for r in at_layer] == [(16, False), (32, False), (n, True)]
+    resampled = bootstrap_unit(of.harmful[:, 1], of.safe[:, 1], 200, 0, pairing == "matched") @ of.directions.unit[1]
     assert [at_layer[-1][k] for k in ("low", "high")] == pytest.approx([float(resampled.quantile(q)) for q in (0.025, 0.975)])
     assert all(r["to_reference"] == pytest.approx(1) for r in rows)
 
