@@ -82,7 +82,7 @@ def bring_in(params: Params) -> str | None:
     source, commit = Path(m.id), None
     ready = partial(validate.validate_checkpoint, system_prompt=m.system_prompt)
     if m.revision is not None:
-        source, commit = hub.fetch(m.id, m.revision, STORE / "hub", ready)
+        source, commit = hub.fetch(m.id, m.revision, ready, BASE)
     elif not source.is_dir():
         raise UserError(
             f"params.yaml: model.id: {m.id} is neither organism nor a folder; give the path of a checkpoint, or a hub id "

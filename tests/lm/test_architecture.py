@@ -110,7 +110,7 @@ def test_tied_from_config_and_from_config_json(model_type, overrides, tied):
 
 def test_unknown_architecture_says_what_to_add_and_where():
     for config in (CONFIG_MAPPING["gpt2"](), {"model_type": "gpt2"}, {"model_type": "nonesuch"}):
-        with pytest.raises(UserError, match=r"model_type '\w+'.*refusal/architecture\.py"):
+        with pytest.raises(UserError, match=r"model_type '\w+'.*refusal/lm/architecture\.py"):
             architecture_of(config)
     with pytest.raises(UserError, match=r"config\.json"):
         architecture_of({"model_type": "qwen2", "hidden_size": "many"})

@@ -65,7 +65,7 @@ def test_a_weight_that_is_no_number_is_named(folder, dtype, value):
 
 
 def test_the_last_value_of_many_pieces_is_seen(folder, monkeypatch):
-    monkeypatch.setattr(intake, "_PIECE", 64)
+    monkeypatch.setattr(validate, "_CHUNK", 64)
     validate.check_weights(folder, "float32")
     change(folder, Q, lambda t: put(t, float("nan")))
     with pytest.raises(UserError, match=Q):
@@ -211,8 +211,8 @@ def test_a_template_that_breaks_out_or_runs_away_is_refused(folder, template, sa
 def test_a_trial_that_hangs_ends(folder, monkeypatch):
     """Without taking time of the processor: no limit on that would ever meet it."""
     (folder / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
-    monkeypatch.setattr(intake, "_PATIENCE", 0.2)
-    monkeypatch.setattr(intake, "render_chats", lambda *_: time.sleep(600))
+    monkeypatch.setattr(validate, "_WALL_SECONDS", 0.2)
+    monkeypatch.setattr(validate, "render_chats", lambda *_: time.sleep(600))
     with pytest.raises(UserError, match=r"its chat template cannot be used \(it runs for"):
         validate.validate_checkpoint(folder)
 
