@@ -163,7 +163,7 @@ def servers(study):
         return verdict(found.compliance, found.coherence)
 
     with serve_hub(Hub(repositories)) as hub, serve_api(reply) as api:
-        yield {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "api": api.url}
+        yield {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp / "huggingface"), "api": api.url}
 
 
 def type_in(folder: Path, text: str, servers: dict[str, str]) -> str:
