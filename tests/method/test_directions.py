@@ -223,7 +223,9 @@ def test_a_file_read_layer_by_layer_is_the_tensor(tmp_path, dtype):
         assert len(stack) == len(value) and stack.shape == value.shape
         assert all(torch.equal(stack[:, layer][:], value[:, layer]) for layer in range(4))
     assert torch.equal(stacks["train.safe"][order][order][:, 2][:], data["train.safe"][order][order][:, 2])
-    assert torch.equal(stacks["train.safe"][:7][2:][:, 3][:], data["train.safe"][2:7][:, 3]) and len(stacks["train.safe"][:7]) == 7
+    assert (
+        torch.equal(stacks["train.safe"][:7][2:][:, 3][:], data["train.safe"][2:7][:, 3]) and len(stacks["train.safe"][:7]) == 7
+    )
     topics = [f"topic {i % 8}" for i in range(len(data["val.harmful"]))]
     for pairing in ("matched", "shuffled", "unrelated"):
         ours, theirs = arm(stacks, pairing, 0), arm(data, pairing, 0)

@@ -83,7 +83,10 @@ def test_every_completion_is_its_cells_and_prompts_own(model, tmp_path, sites, b
 
 
 def test_affine_cells_and_others_share_a_batch(model, tmp_path, calls):
-    chosen = [Cell("baseline"), Cell("affine", 1, 1.0, tiny_direction().double(), torch.tensor([0.5, -2.0, 3.0], dtype=torch.float64))]
+    chosen = [
+        Cell("baseline"),
+        Cell("affine", 1, 1.0, tiny_direction().double(), torch.tensor([0.5, -2.0, 3.0], dtype=torch.float64)),
+    ]
     found = run(model, Store(tmp_path / "s.sqlite"), chosen, batch_size=100)
     assert calls == [2 * len(PROMPTS)]
     edit = lambda: ablation(chosen[1].direction, 1.0, "resid_pre", chosen[1].offset)  # noqa: E731
