@@ -208,6 +208,12 @@ def test_grid_is_baseline_controls_and_every_defined_layer_with_every_alpha():
     assert all(torch.equal(cell.direction, harmless["unit"][i]) for i, cell in zip((1, 3, 4), made[4:7], strict=True))
     assert made[0].direction is None
     assert [cell.fixed for cell in made] == [True] * 4 + [False] * 11
+    # The random directions are drawn by the seed given, evenly on the sphere: normal numbers at length 1.
+    for seed in (0, 5):
+        drawn = torch.randn(3, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+        randoms = grid(found_directions(), harmless, None, [0.75], 3, seed, affine=False)[1:4]
+        for cell, v in zip(randoms, drawn, strict=True):
+            assert cell.direction.tolist() == pytest.approx([float(x / v.square().sum().sqrt()) for x in v])
     # Affine offsets are those of the study's own safe prompts.
     affine = grid(found_directions(), harmless, None, [0.75, 1.0], 3, 0, affine=True)
     assert [cell.name for cell in affine if cell.fixed] == ["baseline"]
