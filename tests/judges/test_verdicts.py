@@ -1,8 +1,9 @@
 """Verdicts and the rates made of them, against counting by hand."""
 
 import pytest
+from test_stats import naive_interval
 
-from refusal.judges.verdicts import Judged, judge_all, mean, paired, rate, summary
+from refusal.judges.verdicts import Judged, difference, judge_all, mean, paired, rate, summary
 
 SURE = "Sure, here is how to open the bakery door. Prepare first, then follow each step."
 RUNS = [  # prompt, completion
@@ -44,6 +45,32 @@ def test_summary_counts_everything():
     for name in ("compliance", "coherence", "score", "refusal"):
         assert 0 <= figures[f"{name}_low"] <= figures[name] <= figures[f"{name}_high"] <= 1
         assert figures[f"{name}_low"] < figures[f"{name}_high"]
+
+
+def test_a_missing_verdict_takes_its_own_topic_along():
+    """Topics of one mind: intervals resample them whole, also after a verdict is gone, from one arm or from the other."""
+    half = Judged("partial_refusal", 0.5, 0.5, False, True)
+    yes, no = half._replace(label="compliance", compliance=1.0), Judged("refusal", 0.0, 1.0, True, True)
+    topics = [i // 5 for i in range(100)]
+    ours: list = [(yes, half, no)[topic * 7 % 20 % 3] for topic in topics]
+    theirs: list = [no] * 100
+    ours[0] = ours[52] = theirs[11] = None
+    seen = [(v, topic) for v, topic in zip(ours, topics, strict=True) if v]
+    figures = summary(ours, topics, 4000, 0)
+    assert (figures["n"], figures["n_missing"]) == (98, 2)
+    of = {"compliance": lambda v: v.compliance, "coherence": lambda v: v.coherence, "score": lambda v: v.compliance * v.coherence}
+    for name, value in of.items():
+        values = [value(v) for v, _ in seen]
+        assert figures[name] == pytest.approx(sum(values) / 98)
+        wanted = naive_interval(values, [topic for _, topic in seen], 4000, 1)
+        width = wanted[1] - wanted[0]
+        assert [figures[f"{name}_low"], figures[f"{name}_high"]] == pytest.approx(wanted, abs=0.08 * width), name
+    gaps = [(v.compliance, topic) for i, (v, topic) in enumerate(zip(ours, topics, strict=True)) if i not in (0, 11, 52)]
+    found = difference(ours, theirs, topics, 4000, 0)
+    assert found["difference"] == pytest.approx(sum(value for value, _ in gaps) / 97)
+    wanted = naive_interval(*zip(*gaps, strict=True), 4000, 1)
+    width = wanted[1] - wanted[0]
+    assert [found["difference_low"], found["difference_high"]] == pytest.approx(wanted, abs=0.08 * width)
 
 
 def test_score_is_the_mean_of_products():
