@@ -260,8 +260,8 @@ def test_the_notebook_runs(finished, tmp_path):
     end = """
 from safetensors.torch import load_file
 stored = load_file(ROOT / "models/directions.safetensors")
-assert float((found.unit[layer].double() * stored["batched-matched.unit"][layer].double()).sum()) > 1 - 1e-9
-assert list(said) == ["untouched", "ablated", "random direction"] and all(len(texts) == 3 for texts in said.values())
+assert float((unit[layer].double() * stored["batched-matched.unit"][layer].double()).sum()) > 1 - 1e-9
+assert list(answers) == ["baseline", "ablated", "random direction"] and all(len(texts) == 3 for texts in answers.values())
 """
     text = "\n\n".join("".join(cell["source"]) for cell in code) + end
     (finished[0] / "docs").mkdir(exist_ok=True)
