@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from refusal.io.errors import UserError
-from refusal.lm.load import encode_chats, load_model, load_tokenizer, stop_ids
+from refusal.lm.load import encode_chats, load_lm, load_tokenizer
 from refusal.lm.qwen1 import convert, is_qwen1, peek
 from refusal.lm.qwen1_tokenizer import PATTERN, SPECIALS, fast_tokenizer
 from refusal.method.activations import last_token_resid_pre, left_pad
@@ -54,11 +54,11 @@ def test_logits_and_every_resid_pre_equal_the_original_layout(tmp_path, weights,
     convert(source, tmp_path / "base")
     assert not is_qwen1(tmp_path / "base") and not list((tmp_path / "base").glob("*.py"))
     assert len(list((tmp_path / "base").glob("*.safetensors"))) == n_shards
-    model = load_model(tmp_path / "base")
+    lm = load_lm(tmp_path / "base")
     for ids in PROMPTS:
-        assert_equal(model, config, weights, torch.tensor([ids]))
-    stream = assert_equal(model, config, weights, *left_pad(PROMPTS, 266))
-    kept = last_token_resid_pre(model, PROMPTS, "batched", 266)
+        assert_equal(lm.model, config, weights, torch.tensor([ids]))
+    stream = assert_equal(lm.model, config, weights, *left_pad(PROMPTS, lm.pad_id))
+    kept = last_token_resid_pre(lm, PROMPTS, "batched")
     assert (kept - torch.stack([r[:, -1] for r in stream], dim=1)).abs().max() < 1e-5
 
 
@@ -106,11 +106,11 @@ def test_loads_in_lm_eval(converted, weights):
 
 
 def test_chat_is_chatml_and_stops_at_the_end_of_turn(converted):
-    tokenizer, model = load_tokenizer(converted), load_model(converted)
-    [ids], [with_system] = encode_chats(tokenizer, ["Is the ink dry?"]), encode_chats(tokenizer, ["x"], "Be brief.")
+    lm = load_lm(converted)
+    [ids], [with_system], tokenizer = lm.encode(["Is the ink dry?"]), encode_chats(lm.tokenizer, ["x"], "Be brief."), lm.tokenizer
     assert tokenizer.decode(ids) == "<|im_start|>user\nIs the ink dry?<|im_end|>\n<|im_start|>assistant\n"
     assert ids[0] == 267 and tokenizer.convert_tokens_to_ids("<|im_end|>") == 268
-    assert stop_ids(model, tokenizer) == {266, 268} and tokenizer.pad_token_id == 266
+    assert lm.stop == {266, 268} and lm.pad_id == 266
     assert tokenizer.decode(with_system).startswith("<|im_start|>system\nBe brief.<|im_end|>\n")
 
 
