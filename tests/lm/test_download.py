@@ -123,6 +123,8 @@ def test_what_the_users_cache_holds_is_not_fetched_again(hub, tmp_path):
     hub.requests.clear()
     assert get() == folder
     assert [path for _, path, _ in hub.requests] == ["api/models/lab/tiny/revision/v1.0"]
+    constants.ENDPOINT = "http://127.0.0.1:9"  # nobody there, and nobody needed
+    assert get() == folder
 
 
 HOSTILE = ["../up.json", "a/../../up.json", "/tmp/up.json", ".hidden.json", "up\0.json", "up\n.json", "..", "sub/config.json"]

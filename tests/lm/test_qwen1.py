@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from refusal.io.errors import UserError
-from refusal.lm.load import encode_chats, load_lm, load_tokenizer
+from refusal.lm.load import encode_chats, load_lm
 from refusal.lm.qwen1 import convert, is_qwen1, peek
 from refusal.lm.qwen1_tokenizer import PATTERN, SPECIALS, fast_tokenizer
 from refusal.method.activations import last_token_resid_pre, left_pad
@@ -89,38 +89,13 @@ def test_loads_in_transformerlens(converted, weights):
         assert (cache[f"blocks.{layer}.hook_resid_pre"] - stream[layer]).abs().max() < 1e-5
 
 
-def test_loads_in_lm_eval(converted, weights):
-    from lm_eval.api.instance import Instance
-    from lm_eval.models.huggingface import HFLM
-
-    model = HFLM(pretrained=str(converted), device="cpu", dtype="float32", batch_size=2)
-    assert model.max_length == 64
-    text, answer = "What is in the box?", " the thing"
-    request = Instance(request_type="loglikelihood", doc={}, arguments=(text, answer), idx=0)
-    tokenizer = load_tokenizer(converted)
-    head, tail = tokenizer(text)["input_ids"], tokenizer(answer)["input_ids"]
-    logits, _ = forward(LATE, weights, torch.tensor([head + tail]))
-    expected = logits[0, len(head) - 1 : -1].log_softmax(-1).gather(1, torch.tensor(tail)[:, None]).sum()
-    [(got, _)] = model.loglikelihood([request], disable_tqdm=True)
-    assert got == pytest.approx(expected.item(), abs=1e-4)
-
-
 def test_chat_is_chatml_and_stops_at_the_end_of_turn(converted):
     lm = load_lm(converted)
     [ids], [with_system], tokenizer = lm.encode(["Is the ink dry?"]), encode_chats(lm.tokenizer, ["x"], "Be brief."), lm.tokenizer
     assert tokenizer.decode(ids) == "<|im_start|>user\nIs the ink dry?<|im_end|>\n<|im_start|>assistant\n"
     assert ids[0] == 267 and tokenizer.convert_tokens_to_ids("<|im_end|>") == 268
-    assert lm.stop == {266, 268} and lm.pad_id == 266
+    assert lm.stop == {266, 268} and lm.pad_id == 266 and tokenizer.model_max_length == LATE["seq_length"]
     assert tokenizer.decode(with_system).startswith("<|im_start|>system\nBe brief.<|im_end|>\n")
-
-
-def test_inputs_beyond_seq_length_are_refused(converted):
-    tokenizer = load_tokenizer(converted)
-    fixed = len(encode_chats(tokenizer, [""])[0])
-    assert len(encode_chats(tokenizer, ["x" * (64 - fixed)])[0]) == 64
-    for prompts, more in ((["x", "x" * (65 - fixed)], 0), (["y", "x" * (60 - fixed)], 5)):
-        with pytest.raises(UserError, match=r"prompt 1 .*the model takes 64"):
-            encode_chats(tokenizer, prompts, max_new_tokens=more)
 
 
 BASE = b'{"chat_format": "raw"}'
