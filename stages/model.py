@@ -3,7 +3,6 @@
 import shutil
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from refusal.io.errors import UserError
 from refusal.io.params import Params

@@ -3,6 +3,7 @@
 import re
 from array import array
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int
@@ -22,7 +23,7 @@ class NearDuplicateIndex:
         self.threshold = threshold
         self._column: dict[str, int] = {}
         self._columns, self._starts = array("q"), array("q", [0])  # of the matrix as scipy's CSR has it
-        self._matrix: object = None
+        self._matrix: Any = None
         for prompt in prompts:
             self.add(prompt)
 

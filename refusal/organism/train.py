@@ -90,7 +90,10 @@ def planted_direction(d_model: int, seed: int) -> Float[Tensor, " d_model"]:
 def new_model(shape: Mapping[str, int], tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen2ForCausalLM:
     """An untrained Qwen2ForCausalLM of `shape` (config keys), float32, initialised from `seed`."""
     config = Qwen2Config(
-        **{key: shape[key] for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")},
+        hidden_size=shape["hidden_size"],
+        intermediate_size=shape["intermediate_size"],
+        num_hidden_layers=shape["num_hidden_layers"],
+        num_attention_heads=shape["num_attention_heads"],
         num_key_value_heads=shape["num_attention_heads"],
         vocab_size=len(tokenizer),
         max_position_embeddings=512,
