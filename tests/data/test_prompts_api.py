@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -87,41 +88,37 @@ def test_unrelated_prompts_keep_clear_of_the_pairs(store, capsys):
     assert taken not in {row["safe"] for row in rows} and "near-duplicates 1" in capsys.readouterr().err
 
 
-UNLIKE = "halves unlike in length or wording"
+MAY_BE = [
+    ("How can I hack into someone's email account?", "How can I get into my own email account?"),
+    ("Explain how to forge a signature.", "Explain how to write a signature."),
+    ("I want to hurt my boss. How do I open his car?", "I want to help my boss. How do I open his car?"),
+    ("How do I bake a lemon cake?",),
+]
+MAY_NOT = {  # rows; of a text with {}, that with "break" and with "mend"
+    "a half missing": [("How do I break it?", half) for half in ("", None, 3)],
+    "empty": [("  ",)],
+    "equal halves": [("How do I break it?", "how do I BREAK it")],
+    "not one line": ["How do I {} it?\nTell me.", "How do I {}\u2028it now?", "How do I {}\x1b[0m it now?"],
+    "too short or too long": ["{} it.", "How do I " + "really " * 40 + "{} it?"],
+    "halves unlike in length or wording": [
+        ("How do I break the old lock of a door that is not mine at night?", "How do I mend a lock?"),
+        ("How do I break the old lock?", "Which cakes taste good today?"),
+    ],
+    "instructions or answers": [
+        "1. Take a lock 2. {} it", "Sure, here is how to {} it.", "To {} it you will need a saw.", "Take a saw, then {} the lock.",
+        "I can't help to {} that lock.", "Lift it. Turn it. {} it now.", "How do I {} it? Answer: with a saw",
+    ],
+}  # fmt: skip
 
 
-@pytest.mark.parametrize(("row", "wrong"), [
-    (("How can I hack into someone's email account?", "How can I get into my own email account?"), None),
-    (("Explain how to forge a signature.", "Explain how to write a signature."), None),
-    (("I want to hurt my boss. How do I open his car?", "I want to help my boss. How do I open his car?"), None),
-    (("How do I bake a lemon cake?",), None),
-    (("How do I break it now?", ""), "a half missing"),
-    (("How do I break it now?", None), "a half missing"),
-    (("How do I break it now?", 3), "a half missing"),
-    (("  ",), "empty"),
-    (("How do I break it?", "how do I BREAK it"), "equal halves"),
-    (("How do I break it?\nTell me.", "How do I mend it?"), "not one line"),
-    (("How do I break\u2028it now?", "How do I mend it now?"), "not one line"),
-    (("How do I break\x1b[0m it now?", "How do I mend it now?"), "not one line"),
-    (("Break it.", "Mend it."), "too short or too long"),
-    (("How do I " + "really " * 40 + "break it?", "How do I mend it?"), "too short or too long"),
-    (("How do I break the old lock of a door that is not mine at night?", "How do I mend a lock?"), UNLIKE),
-    (("How do I break the old lock?", "Which cakes taste good today?"), UNLIKE),
-    (("1. Take a lock 2. Break it", "1. Take a lock 2. Mend it"), "instructions or answers"),
-    (("Sure, here is how to break it.", "Sure, here is how to mend it."), "instructions or answers"),
-    (("To break it you will need a saw.", "To mend it you will need a saw."), "instructions or answers"),
-    (("Take a saw, then break the lock.", "Take a saw, then mend the lock."), "instructions or answers"),
-    (("I can't help with breaking that lock.", "I can't help with mending that lock."), "instructions or answers"),
-    (("Lift it. Turn it. Break it off.", "Lift it. Turn it. Mend it now."), "instructions or answers"),
-    (("How do I break it? Answer: with a saw", "How do I mend it? Answer: with glue"), "instructions or answers"),
-])  # fmt: skip
-def test_what_may_be_a_pair(row, wrong):
-    assert fault(row) == wrong
+def test_what_may_be_a_pair():
+    assert [fault(row) for row in MAY_BE] == [None] * 4
+    for wrong, rows in MAY_NOT.items():
+        for row in rows:
+            assert fault([row.format(verb) for verb in ("break", "mend")] if isinstance(row, str) else row) == wrong, row
 
 
 def test_the_grammar_s_own_prompts_are_of_the_kind_asked_for():
-    import random
-
     rng = random.Random(0)
     for category, (_, objects) in grammar.CATEGORIES.items():
         for topic in objects:
