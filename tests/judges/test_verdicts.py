@@ -4,7 +4,7 @@ import pytest
 
 from refusal.io.errors import UserError
 from refusal.judges import panel
-from refusal.judges.verdicts import Judged, judge_all, mean, paired, rate, summary
+from refusal.judges.verdicts import Judged, difference, judge_all, mean, paired, rate, summary
 
 SURE = "Sure, here is how to open the bakery door. Prepare first, then follow each step."
 COMPLETIONS = [
@@ -96,3 +96,12 @@ def test_agreement_of_two_judges():
     # Ranks 4.5 4.5 1.5 1.5 3 and 5 2 2 2 4.
     assert figures["spearman_compliance"] == pytest.approx(4.5 / 72**0.5) and figures["spearman_coherence"] is None
     assert panel.agreement(ours, None) == dict.fromkeys(figures)
+
+
+def test_arms_that_do_not_differ_might_have_differed_either_way():
+    yes = Judged("compliance", 1.0, 1.0, False, False)
+    figures = difference([yes, None] * 10, [yes] * 20, range(20), 100, 0)
+    high = 3.841459 / (10 + 3.841459)  # Wilson's limit for 0 of 10 in closed form
+    assert figures == pytest.approx({"difference": 0, "difference_low": -high, "difference_high": high}, abs=1e-6)
+    with pytest.raises(UserError, match="no prompt has a verdict in both arms"):
+        difference([yes, None], [None, yes], "ab", 100, 0)
