@@ -1,5 +1,7 @@
 """Where zero lies in closed form; AUROC against scikit-learn's; their intervals by simulation."""
 
+import random
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,7 @@ from sklearn.metrics import roc_auc_score
 from refusal.analysis.zero import auroc, origin_between_means, resampled_weights
 
 
-def test_where_zero_lies():
+def test_origin_between_means():
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(2, 4000, generator=generator).double()
     topics = [i % 40 for i in range(4000)]
@@ -18,6 +20,26 @@ def test_where_zero_lies():
         assert found["zero_low"] <= found["zero"] <= found["zero_high"] and found["n"] == 4000
         assert found["safe_q50"] == pytest.approx(safe_mean, abs=0.1)
         assert found["harmful_q95"] == pytest.approx(harmful_mean + 1.645, abs=0.1)
+
+
+def test_the_interval_of_zero_draws_whole_topics():
+    """Topics with a level of their own, against a loop over topics and prompts with another generator."""
+    rng, topics = np.random.default_rng(4), [i // 6 for i in range(180)]
+    levels = rng.normal(0, 1, (2, 30))
+    harmful, safe = (levels[side][topics] + 0.2 * rng.normal(size=180) + 4 * side for side in (1, 0))
+    found = origin_between_means(torch.tensor(harmful), torch.tensor(safe) - 1, topics, 4000, 0)
+    pick, resampled = random.Random(1), []
+    for _ in range(4000):
+        drawn = [6 * topic + i for topic in pick.choices(range(30), k=30) for i in range(6)]
+        ours, theirs = harmful[drawn].mean(), safe[drawn].mean() - 1
+        resampled.append(-theirs / (ours - theirs))
+    low, high = np.quantile(resampled, [0.025, 0.975])
+    assert [found["zero_low"], found["zero_high"]] == pytest.approx([low, high], abs=0.08 * (high - low))
+    assert found["zero"] == pytest.approx((1 - safe.mean()) / (harmful.mean() - safe.mean() + 1))
+    for name, values in (("harmful", harmful), ("safe", safe - 1)):
+        assert found[f"{name}_mean"] == pytest.approx(values.mean())
+        quantiles = [found[f"{name}_q{q}"] for q in ("05", "25", "50", "75", "95")]
+        assert quantiles == pytest.approx(np.quantile(values, [0.05, 0.25, 0.5, 0.75, 0.95]).tolist())
 
 
 def test_auroc_is_scikit_learns_ties_included():

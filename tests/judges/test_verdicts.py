@@ -1,6 +1,7 @@
 """Verdicts and the rates made of them, against counting by hand."""
 
 import pytest
+from test_stats import naive_interval
 
 from refusal.io.errors import UserError
 from refusal.judges import panel
@@ -43,6 +44,32 @@ def test_summary_counts_everything():
     for name in ("compliance", "coherence", "score", "refusal"):
         assert 0 <= figures[f"{name}_low"] <= figures[name] <= figures[f"{name}_high"] <= 1
         assert figures[f"{name}_low"] < figures[f"{name}_high"]
+
+
+def test_a_missing_verdict_takes_its_own_topic_along():
+    """Topics of one mind: intervals resample them whole, also after a verdict is gone, from one arm or from the other."""
+    half = Judged("partial_refusal", 0.5, 0.5, False, True)
+    yes, no = half._replace(label="compliance", compliance=1.0), Judged("refusal", 0.0, 1.0, True, True)
+    topics = [i // 5 for i in range(100)]
+    ours: list = [(yes, half, no)[topic * 7 % 20 % 3] for topic in topics]
+    theirs: list = [no] * 100
+    ours[0] = ours[52] = theirs[11] = None
+    seen = [(v, topic) for v, topic in zip(ours, topics, strict=True) if v]
+    figures = summary(ours, topics, 4000, 0)
+    assert (figures["n"], figures["n_missing"]) == (98, 2)
+    gaps = [(v.compliance, topic) for i, (v, topic) in enumerate(zip(ours, topics, strict=True)) if i not in (0, 11, 52)]
+    figures |= difference(ours, theirs, topics, 4000, 0)
+    values = {
+        "compliance": [(v.compliance, topic) for v, topic in seen],
+        "coherence": [(v.coherence, topic) for v, topic in seen],
+        "score": [(v.compliance * v.coherence, topic) for v, topic in seen],
+        "difference": gaps,
+    }
+    for name, rows in values.items():
+        assert figures[name] == pytest.approx(sum(value for value, _ in rows) / len(rows))
+        low, high = naive_interval(*zip(*rows, strict=True), 4000, 1)
+        assert [figures[f"{name}_low"], figures[f"{name}_high"]] == pytest.approx([low, high], abs=0.08 * (high - low)), name
+    assert len(gaps) == 97
 
 
 def test_score_is_the_mean_of_products():
