@@ -21,7 +21,7 @@ STOPS = {  # statuses after which asking on is of no use: what is wrong, and wha
     401: ("refuses the key", "export a valid one"),
     402: ("says that the account has nothing left to spend", "top it up"),
     403: ("denies access", "use another key or model"),
-    404: ("does not exist", "correct base_url or model"),
+    404: ("has no such model or path", "correct base_url or model"),
 }
 
 
@@ -134,7 +134,7 @@ class Chat:
             status = 402 if error.code == "insufficient_quota" else error.status_code
             if status in STOPS:
                 problem, fix = STOPS[status]
-                raise self.error(f"{self.name} {problem} ({said})", fix) from None
+                raise self.error(f"{self.endpoint.base_url} {problem} ({said})", fix) from None
             client_error = error.status_code < 500 and error.status_code not in {408, 409, 429}
             raise (Rejected if client_error else Unanswered)(said) from None
         except openai.APITimeoutError:
