@@ -10,13 +10,13 @@ def gaussian(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> 
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
-def activations(n: int = 40, n_val: int = 24, n_layers: int = 4, d_model: int = 12) -> dict[str, torch.Tensor]:
+def activations(n: int = 40, n_val: int = 24, n_layers: int = 4, d_model: int = 12, seed: int = 0) -> dict[str, torch.Tensor]:
     """Layer 0 alike for all prompts; from layer 1 on harmful prompts lie off in a direction of the layer's own."""
-    offset = gaussian(n_layers, d_model, seed=100)
+    offset = gaussian(n_layers, d_model, seed=seed + 100)
     sets = {}
     for i, (split, size) in enumerate((("train", n), ("val", n_val))):
         for j, (name, shift) in enumerate((("harmful", offset), ("safe", 0), ("unrelated", 0.3))):
-            sets[f"{split}.{name}"] = gaussian(size, n_layers, d_model, seed=10 * i + j) + shift
+            sets[f"{split}.{name}"] = gaussian(size, n_layers, d_model, seed=seed + 10 * i + j) + shift
             sets[f"{split}.{name}"][:, 0] = 3.0
     return sets
 
