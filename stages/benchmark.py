@@ -20,7 +20,7 @@ def main(params: Params) -> str:
 
     from refusal.analysis.benchmark import TASKS, Harness, average, fetch, packaged, standard_error, tasks_of
     from refusal.io.store import Store, key
-    from refusal.io.tables import csv_text
+    from refusal.io.files import csv_text
     from refusal.lm.load import load_tokenizer, weights_hash
     from refusal.lm.resident import SwappableLM
     from refusal.method.select import checked

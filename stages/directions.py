@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from refusal.io.params import Params
-from refusal.io.tables import read_jsonl
+from refusal.io.files import read_jsonl
 from stages import stage, torch_ready, write_json, write_text
 
 OUT, METRICS, PLOTS = Path("models/directions.safetensors"), Path("metrics/directions.json"), Path("plots")
@@ -15,7 +15,7 @@ def main(params: Params) -> str:
 
     from refusal.analysis.separation import arm, describe, rows_of
     from refusal.io.store import progress
-    from refusal.io.tables import csv_text
+    from refusal.io.files import csv_text
     from refusal.lm.checkpoint import Stack, read_stacks
     from refusal.method.directions import difference_in_means
 

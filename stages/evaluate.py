@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from refusal.io.params import Params, Sites
-from refusal.io.tables import read_jsonl, write_jsonl
+from refusal.io.files import read_jsonl, write_jsonl
 from stages import STORE, model_ready, read_json, stage, write_json, write_text
 
 BASE, OUT, METRICS, PLOT = (
@@ -20,7 +20,7 @@ def main(params: Params) -> str:
     model_ready(params)
     from refusal.analysis.harmless_kl import Edited, costs
     from refusal.io.store import Store
-    from refusal.io.tables import csv_text
+    from refusal.io.files import csv_text
     from refusal.judges.panel import judge_with
     from refusal.judges.verdicts import difference, mean, present, rate, summary
     from refusal.judges.verdicts import row as verdict_row

@@ -7,7 +7,7 @@ from typing import Any
 
 from refusal.io.errors import UserError
 from refusal.io.params import Params
-from refusal.io.tables import read_jsonl
+from refusal.io.files import read_jsonl
 from stages import STORE, model_ready, stage, write_json
 
 BASE, TWIN, TRUTH, METRICS = Path("models/base"), Path("models/twin"), Path("models/truth"), Path("metrics/model.json")

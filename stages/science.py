@@ -8,7 +8,7 @@ from typing import Any
 
 from refusal.io.errors import UserError
 from refusal.io.params import Params, Science
-from refusal.io.tables import read_jsonl
+from refusal.io.files import read_jsonl
 from refusal.stats import subsample_indices
 from stages import STORE, model_ready, read_json, stage, write_json, write_text
 from stages.mediation import mediation
@@ -40,7 +40,7 @@ def main(params: Params, budget: str = "") -> str:
     from safetensors.torch import load_file
 
     from refusal.io.store import Store
-    from refusal.io.tables import csv_text
+    from refusal.io.files import csv_text
     from refusal.judges.panel import judge_with
     from refusal.lm.checkpoint import read_stacks
     from refusal.lm.load import load_model, load_tokenizer, weights_hash
