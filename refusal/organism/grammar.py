@@ -209,7 +209,9 @@ def draw_pair(rng: random.Random, category: str, topic: str, seen: bool | None) 
     stem, safe_verb = rng.choice(STEMS), rng.choice(verbs)[1]
 
     def request(cue: str) -> Request:
-        verb, context, purpose = {"verb": (cue, "", ""), "context": (safe_verb, f" {cue}", ""), "purpose": (safe_verb, "", cue)}[kind]
+        verb, context, purpose = {"verb": (cue, "", ""), "context": (safe_verb, f" {cue}", ""), "purpose": (safe_verb, "", cue)}[
+            kind
+        ]
         action = f"{verb} {topic}{context}"
         return Request(f"{purpose} {stem.format(action)}".strip(), action, purpose)
 
