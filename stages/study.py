@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from refusal.analysis.study import Study
-from refusal.io.params import Evaluate, Params, Science
+from refusal.io.params import Params, Resampled
 from refusal.io.store import Store
 from refusal.io.tables import read_jsonl
 from refusal.judges.panel import judge_with
@@ -15,7 +15,7 @@ from stages import STORE, read_json
 BASE = Path("models/base")
 
 
-def load_study(params: Params, section: Evaluate | Science) -> Study:
+def load_study(params: Params, section: Resampled) -> Study:
     """The study of these parameters; intervals are those of `section`."""
     directions = read_directions(Path("models/directions.safetensors"))
     matched, harmless = (

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, and JSON that says each thing once."""
+"""Files that are there whole or not at all, and JSON without duplicate keys."""
 
 import os
 from pathlib import Path
@@ -39,7 +39,7 @@ def set_aside(path: Path) -> Path:
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """For json.loads(object_pairs_hook=...): an object whose keys stand once, since of two values the last would win unseen."""
+    """For json.loads(object_pairs_hook=...): refuses duplicate keys, of which json takes the last."""
     if len(dict(pairs)) < len(pairs):
-        raise ValueError("a key stands twice in an object")
+        raise ValueError("a duplicate key in an object")
     return dict(pairs)

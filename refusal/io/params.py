@@ -152,12 +152,9 @@ class Model(Section):
             yield "revision must be null where id is organism; it belongs to a hub id"
 
 
-class Steps(Section):
+class TrainingPhase(Section):
     steps: Count
     batch_size: Count
-
-
-class TrainingPhase(Steps):
     learning_rate: Annotated[float, Field(gt=0)]
     weight_decay: Annotated[float, Field(ge=0)]
 
@@ -197,7 +194,7 @@ class Directions(Resampled):
     n_sign_flips: Count
 
 
-class Ablation(Section):
+class AblationSection(Section):
     sites: Sites
     kind: Literal["linear", "affine"]
 
@@ -234,6 +231,11 @@ class Orthogonalize(Section):
     format: Literal["safetensors", "lora"]
 
 
+class Optimised(Section):
+    steps: Count
+    batch_size: Count
+
+
 class Sensitivity(Section):
     n_resamples: Count
 
@@ -256,7 +258,7 @@ class Science(Resampled):
     n_control: Count | None
     n_harmless: Count | None
     n_fit: Count
-    optimised: Steps
+    optimised: Optimised
     sensitivity: Sensitivity | None
     padding: Padding | None
     strength: Strength | None
@@ -301,7 +303,7 @@ class Params(Section):
     generation: Generation
     activations: Activations
     directions: Directions
-    ablation: Ablation
+    ablation: AblationSection
     sweep: Sweep
     endpoint: Endpoint
     judge: Judge
