@@ -17,6 +17,7 @@ BASE = Path("models/base")
 
 def load_study(params: Params, section: Resampled) -> Study:
     """The study of these parameters; intervals are those of `section`."""
+    rank_1 = checked(read_json(Path("metrics/select.json")))["rank_1"]  # before anything that takes time
     directions = read_directions(Path("models/directions.safetensors"))
     matched, harmless = (
         select_directions(directions, params.sweep.method, pairing) for pairing in (params.sweep.pairing, "harmless")
@@ -32,7 +33,7 @@ def load_study(params: Params, section: Resampled) -> Study:
         harmless,
         {split: [row for row in pairs if row["split"] == split] for split in ("train", "val", "test")},
         [row for row in unrelated if row["split"] == "test"],
-        checked(read_json(Path("metrics/select.json")))["rank_1"],
+        rank_1,
         section.n_resamples,
         section.seed,
     )

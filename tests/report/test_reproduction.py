@@ -10,27 +10,34 @@ from refusal.report.reproduction import comparable, drop_off, low_layers, publis
 ARM = "sequential-matched"
 
 
-def _directions(n_layers: int = 3) -> dict:
-    def one(cosine: float) -> dict:
-        values = [None, *(float(i) for i in range(1, n_layers))]
+def _directions() -> dict:
+    """Three layers; separation on val peaks at one, and in-sample at another."""
+
+    def one(cosine: float, val: tuple[float, float], in_sample: tuple[float, float]) -> dict:
         return {
-            "separation": values,
-            "separation_in_sample": values,
-            "layers": list(range(1, n_layers)),
-            "peak_layer": n_layers - 1,
-            "peak_separation": values[-1],
-            "cosine_to_sequential": [None, *[cosine] * (n_layers - 1)],
+            "separation": [None, *val],
+            "separation_in_sample": [None, *in_sample],
+            "layers": [1, 2],
+            "peak_layer": 1 + val.index(max(val)),
+            "peak_separation": max(val),
+            "cosine_to_sequential": [None, cosine, cosine],
             "cosine_to_sequential_min": cosine,
         }
 
-    return {ARM: one(1.0), "batched_unmasked-matched": one(0.9)}
+    return {
+        ARM: one(1.0, val=(4.0, 3.0), in_sample=(2.5, 9.0)),
+        "batched_unmasked-matched": one(0.9, val=(5.0, 6.0), in_sample=(8.0, 7.0)),
+    }
 
 
 def _cell(layer: int | None, alpha: float, compliance: float) -> dict:
-    return {"layer": layer, "alpha": alpha, "compliance": compliance, "coherence": 0.5, "score": compliance / 2}
+    return {"layer": layer, "alpha": alpha, "compliance": compliance, "coherence": compliance + 0.125, "score": compliance / 2}
 
 
-def _inputs(n_layers: int = 3) -> dict:
+BEST = ("layer_2_alpha_100", "layer_15_alpha_75", "layer_1_alpha_100")
+
+
+def _inputs() -> dict:
     judge = {
         "baseline": _cell(None, 0.0, 0.0),
         "layer_1_alpha_100": _cell(1, 1.0, 0.5),
@@ -39,12 +46,12 @@ def _inputs(n_layers: int = 3) -> dict:
         "layer_15_alpha_75": _cell(15, 0.75, 0.625),
     }
     return {
-        "directions": _directions(n_layers),
+        "directions": _directions(),
         "judge": judge,
-        "select": {f"rank_{i}": _cell(2, 1.0, 0.75) for i in (1, 2, 3)},
+        "select": {f"rank_{i}": judge[name] for i, name in enumerate(BEST, 1)},
         "benchmark": {
             "baseline": {"average": 0.5},
-            **{f"rank_{i}": {"average": 0.4, "difference": -0.1} for i in (1, 2, 3)},
+            **{f"rank_{i}": {"average": 0.5 - i / 10, "difference": -i / 10} for i in (1, 2, 3)},
         },
     }
 
@@ -84,13 +91,47 @@ def test_ours_stands_beside_theirs_even_where_models_differ():
     )
     first = "sequential-matched.rank_1"
     assert (rows[f"{first}.layer"]["ours"], rows[f"{first}.compliance"]["ours"]) == (2, 0.75)
-    assert rows[f"{first}.same_cell.compliance"]["ours"] == 0.625
     assert rows[f"{first}.benchmark_difference"]["published"] == pytest.approx(0.5149 - 0.5182)
     assert rows[f"{first}.benchmark_difference"]["ours"] == -0.1
     assert rows["batched-matched.rank_1.layer"]["ours"] is None
     assert "batched_unmasked-matched" in rows["batched-matched.rank_1.layer"]["note"]
     assert rows["undefined_layer"]["ours"] == 0 and rows["settings.n_heads"]["ours"] is None
     assert all(row["ours"] is not None or row["note"] for row in rows.values() if row["published"] is not None)
+
+
+def test_each_separation_is_the_one_that_its_row_names():
+    rows = {
+        row["quantity"]: row["ours"]
+        for row in _reproduce()["rows"]
+        if "separation" in row["quantity"] or "peak" in row["quantity"]
+    }
+    assert rows == {
+        "separation.little_or_none_layers": [1, 1],  # in-sample: 2.5 is below a third of 9
+        "separation.peak_region": "early-mid",  # on val: layer 1 of 0 to 2
+        "in_sample_peak.sequential.layer": 2,
+        "in_sample_peak.sequential.separation": 9.0,
+        "in_sample_peak.batched.layer": 1,
+        "in_sample_peak.batched.separation": 8.0,
+    }
+    alone = {row["quantity"]: row for row in _reproduce(directions={ARM: _directions()[ARM]})["rows"]}
+    assert alone["in_sample_peak.sequential.layer"]["ours"] == 2
+    for what in ("layer", "separation"):
+        row = alone[f"in_sample_peak.batched.{what}"]
+        assert row["ours"] is None and row["note"] == "batched_unmasked-matched was not collected"
+
+
+def test_every_rank_stands_beside_the_published_one_of_its_place():
+    rows = {row["quantity"]: (row["published"], row["ours"]) for row in _reproduce()["rows"]}
+    judge, theirs = _inputs()["judge"], published()["arms"][ARM]
+    for i, (name, figures) in enumerate(zip(BEST, theirs, strict=True), 1):
+        for key in ("layer", "alpha", "compliance", "coherence"):
+            assert rows[f"{ARM}.rank_{i}.{key}"] == (figures[key], judge[name][key])
+        assert rows[f"{ARM}.rank_{i}.benchmark"] == (figures["benchmark"], pytest.approx(0.5 - i / 10))
+        assert rows[f"{ARM}.rank_{i}.benchmark_difference"][1] == -i / 10
+        for key, ours in (("compliance", 0.625), ("coherence", 0.75)):  # layer 15, alpha 0.75 alone of theirs was swept here
+            assert rows[f"{ARM}.rank_{i}.same_cell.{key}"] == (figures[key], ours if i == 1 else None)
+    assert rows["alpha_drop_off"] == (1.5, 2.5)  # scores 0.3125, 0.375, 0.125 at alphas 0.75, 1, 2.5
+    assert rows["benchmark.baseline"] == (0.5182, 0.5) and rows["settings.n_layers"] == (24, 3)
 
 
 def test_the_published_batched_arm_is_our_unmasked_one():
@@ -133,14 +174,27 @@ def test_drop_off():
     assert drop_off([]) is None
 
 
-def test_summary_is_twelve_numbers():
-    arm = {"compliance": 0.5, "coherence": 1.0, "kl": 0.1}
+def test_summary_is_twelve_numbers_each_from_its_own_place():
     inputs = _inputs()
-    evaluate = dict.fromkeys(("baseline", "random", "runtime", "orthogonalized"), arm)
-    for name in inputs["directions"]:
+    evaluate = {
+        name: {"compliance": i, "coherence": 10 + i, "kl": 20 + i}
+        for i, name in enumerate(("baseline", "random", "runtime", "orthogonalized"))
+    }
+    shared = {
+        "rank_1_layer": 2,
+        "rank_1_alpha": 1.0,
+        "baseline_compliance": 0,
+        "random_compliance": 1,
+        "runtime_compliance": 2,
+        "runtime_coherence": 12,
+        "orthogonalized_compliance": 3,
+        "runtime_kl": 22,
+        "benchmark_difference": -0.1,
+    }
+    for name, own in ((ARM, (1, 4.0, 1.0)), ("batched_unmasked-matched", (2, 6.0, 0.9))):
         figures = summary(name, inputs["directions"], inputs["select"], evaluate, inputs["benchmark"])
-        assert len(figures) <= 12 and all(isinstance(value, int | float) for value in figures.values())
-    assert figures["cosine_to_sequential_min"] == 0.9
+        found = dict(zip(("peak_layer", "peak_separation", "cosine_to_sequential_min"), own, strict=True))
+        assert figures == found | shared and len(figures) == 12
     alone = {"batched_unmasked-matched": inputs["directions"]["batched_unmasked-matched"]}
     assert (
         summary("batched_unmasked-matched", alone, inputs["select"], evaluate, inputs["benchmark"])["cosine_to_sequential_min"]

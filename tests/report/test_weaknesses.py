@@ -17,11 +17,19 @@ DIRECTIONS = {
     "batched-matched": {"cosine_to_sequential_min": 1.0},
     "batched_unmasked-matched": {"cosine_to_sequential": [None, 0.8, 0.9]},
 }
-RATES = {"compliance": 0.0, "compliance_low": 0.0, "compliance_high": 0.2, "n": 60}
+NAMES = ("compliance", "compliance_low", "compliance_high", "n")
+RATES = {
+    name: dict(zip(NAMES, figures, strict=True))
+    for name, figures in {
+        "baseline": (0.05, 0.0, 0.2, 60),
+        "random": (0.1, 0.06, 0.15, 300),
+        "rank_1": (0.9, 0.8, 0.97, 59),
+    }.items()
+}
 GAP = {"val_minus_test": 0.02, "val_minus_test_low": -0.1, "val_minus_test_high": 0.14}
 SCIENCE = {
-    "arms": {"baseline": RATES, "rank_1": RATES | {"compliance": 1.0} | GAP},
-    "controls": {"random_1": RATES | {"n_arms": 10}},
+    "arms": {"baseline": RATES["baseline"] | {"coherence": 1.0}, "rank_1": RATES["rank_1"] | GAP},
+    "controls": {"random_1": RATES["random"] | {"n_arms": 10, "rank": 1}},
     "padding": [
         {"masked": m, "n_pads": n, "layer": i, "cosine": c, "separation": 1.0, "separation_clean": 2.0, "n": 40}
         for m, n, i, c in (
@@ -82,16 +90,23 @@ def test_padding_pairing_separation_and_intervals():
     padding = found["unmasked padding"]
     assert (padding["published_lowest_cosine"], padding["published_lowest_layer"]) == (0.6896, 8)
     assert (padding["our_lowest_cosine"], padding["our_lowest_layer"], padding["our_cosine_masked"]) == (0.8, 1, 1.0)
-    assert (padding["most_pads_unmasked"]["n_pads"], padding["most_pads_unmasked"]["cosine"]) == (32, 0.5)
-    assert padding["most_pads_masked"]["cosine"] == 1.0
+    for masked, n_pads, cosine in (("masked", 8, 1.0), ("unmasked", 32, 0.5)):
+        measured = {"separation": 1.0, "separation_clean": 2.0, "n": 40}
+        assert padding[f"most_pads_{masked}"] == {"n_pads": n_pads, "layer": 1, "cosine": cosine} | measured
     assert found["a pairing effect within one set"] == {
         "cosine_to_matched_min_shuffled": 1.0,
         "cosine_to_matched_min_unrelated": 0.7,
     }
     assert found["in-sample separation"] == {"layer": 2, "in_sample": 7.0, "val": 5.0, "n_train": 600, "n_val": 200}
-    assert found["no intervals"]["our_cells_that_tie"] == 6
-    assert found["no intervals"]["published_range_of_ranked_cells"] == [0.851, 0.912]
-    assert found["no baseline"]["random"]["n_arms"] == 10 and found["no baseline"]["rank_1"]["compliance"] == 1.0
+    assert found["no intervals"] == {
+        "published_range_of_ranked_cells": [0.851, 0.912],
+        "our_rank_1_low": 0.84,
+        "our_rank_1_high": 1.0,
+        "our_cells_that_tie": 6,
+        "n": 200,
+        **GAP,
+    }
+    assert found["no baseline"] == RATES | {"random": RATES["random"] | {"n_arms": 10}}
 
 
 def test_what_was_not_measured_is_none():
