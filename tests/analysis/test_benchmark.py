@@ -16,8 +16,18 @@ from qwen1_layout import LATE, tensors, write
 from tiny import tiny_direction
 
 from refusal.analysis import benchmark
-from refusal.analysis.benchmark import SUITES, TASKS, Harness, average, fetch, packaged, score_checkpoints, standard_error, table
-from refusal.analysis.benchmark import tasks_of
+from refusal.analysis.benchmark import (
+    SUITES,
+    TASKS,
+    Harness,
+    average,
+    fetch,
+    packaged,
+    score_checkpoints,
+    standard_error,
+    table,
+    tasks_of,
+)
 from refusal.io.errors import UserError
 from refusal.io.params import Benchmark, Model
 from refusal.io.store import Store

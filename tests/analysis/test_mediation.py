@@ -7,7 +7,7 @@ import given
 import numpy as np
 import pytest
 import torch
-from test_stats import naive_interval
+from synthetic import naive_interval
 from tiny import tiny_direction
 
 from refusal.analysis import candidates
@@ -188,7 +188,7 @@ def test_the_table_holds_each_estimators_best_on_val_and_what_was_counted(made):
         assert row["compliance_val"] == pytest.approx(fmean(v.compliance for v in judged(name, "val")))
         assert row["val_minus_test"] == pytest.approx(row["compliance_val"] - row["compliance"])
         # Holm: of m values in order, the i-th times m - i + 1, and none below those before it.
-        ordered = sorted((other["p"] for other in table.values()))
+        ordered = sorted(other["p"] for other in table.values())
         assert row["p_holm"] == max(min(1, (len(table) - i) * p) for i, p in enumerate(ordered) if p <= row["p"])
     assert table["baseline"]["p"] == 1 and table["lda.2"]["p"] == pytest.approx(1 / 10_001)
     cosines = {name: (row["rank"], row["cosine_rank_1"], row["cosine_planted"]) for name, row in table.items()}
