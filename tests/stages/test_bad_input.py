@@ -152,7 +152,7 @@ def jsonl(*rows: object) -> str:
         ("a.jsonl", "[" * 200_000, "row 1 is not JSON .too many brackets in one another"),
         ("a.json", f"[[{'9' * 5000}, 1]]", "not JSON .*digits"),
         ("a.jsonl", f"[{'9' * 5000}, 1]", "row 1 is not JSON .*digits"),
-        ("a.jsonl", '{"harmful": "a", "harmful": "b", "safe": "c"}', "row 1 is not JSON .a key stands twice"),
+        ("a.jsonl", '{"harmful": "a", "harmful": "b", "safe": "c"}', "row 1 is not JSON .duplicate key"),
         ("a.csv", "harmful,safe,safe\na,b,c\n", "column safe stands twice"),
         ("a.csv", 'harmful,safe\n"a,b\n', "cannot be read as CSV .*correct the row"),
         ("a.csv", "harmful,safe\n" + "x" * 10_000_000 + ",b\n", "cannot be read as CSV .*field limit"),
