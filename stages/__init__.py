@@ -140,8 +140,6 @@ def _prepare(threads: int, online: bool) -> None:
         "OMP_WAIT_POLICY": "PASSIVE",
         "OMP_NUM_THREADS": str(threads),
         "HF_DATASETS_CACHE": str(STORE / "datasets"),
-        "HF_HUB_CACHE": str(STORE / "datasets" / "hub"),
-        "HF_XET_CACHE": str(STORE / "datasets" / "xet"),
         # Bars of other packages: in a log file few lines, and none of work that takes no time.
         **({} if sys.stderr.isatty() else {"TQDM_MININTERVAL": "15", "TQDM_DELAY": "2"}),
     }.items():

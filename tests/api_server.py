@@ -1,4 +1,4 @@
-"""A chat-completions server on loopback that answers as a script says: `python -m api_server` or `with serve(reply) as server`.
+"""A chat-completions server on loopback that answers as a script says: `with serve(reply) as server`.
 
 `reply(n, question)` is called for the n-th request (from 0) whose last message is `question`, counted by question, and
 returns what to do: a string is the content of the answer; a Reply says more.
@@ -102,17 +102,9 @@ def serve(reply: Callable[[int, str], str | Reply], port: int = 0):
                 text = json.dumps({"error": {"message": answer.error, "type": "scripted", "code": None}})
             else:
                 message = {"role": "assistant", "content": answer.content}
-                text = json.dumps(
-                    {
-                        "id": "1",
-                        "object": "chat.completion",
-                        "created": 0,
-                        "model": f"{body['model']}-{server.version}",
-                        "system_fingerprint": "fp_1",
-                        "choices": [{"index": 0, "message": message, "finish_reason": "stop"}],
-                        "usage": {"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 15},
-                    }
-                )
+                version = {"model": f"{body['model']}-{server.version}", "system_fingerprint": "fp_1"}
+                choices = [{"index": 0, "message": message, "finish_reason": "stop"}]
+                text = json.dumps({"id": "1", "object": "chat.completion", "created": 0, "choices": choices, **version})
             data = text.encode()
             steps = int(answer.drip / 0.05)
             self.send_response(answer.status)

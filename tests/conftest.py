@@ -1,7 +1,10 @@
 """Every test runs with the network off (loopback excepted) and on one thread."""
 
+import importlib
 import os
 import socket
+import sys
+from types import ModuleType
 
 # Before anything imports torch or the hub's client.
 for key, value in {
@@ -40,6 +43,25 @@ def _no_network(monkeypatch):
         return connect(self, address)
 
     monkeypatch.setattr(socket.socket, "connect", guarded)
+
+
+@pytest.fixture
+def stage_module(tmp_path, monkeypatch):
+    """The module of a stage by its name, not run, in an empty folder: for a test that calls its functions on what it gives."""
+
+    def load(name: str) -> ModuleType:
+        import stages
+
+        monkeypatch.setattr(stages, "stage", lambda main, **_: None)
+        monkeypatch.delitem(sys.modules, f"stages.{name}", raising=False)
+        module = importlib.import_module(f"stages.{name}")
+        monkeypatch.delitem(sys.modules, f"stages.{name}")
+        monkeypatch.setattr(module, "STORE", tmp_path / ".refusal-store")
+        monkeypatch.setattr(module, "model_ready", lambda params: None)  # this process keeps the settings of its other tests
+        monkeypatch.chdir(tmp_path)
+        return module
+
+    return load
 
 
 @pytest.fixture(scope="session")

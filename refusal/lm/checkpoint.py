@@ -266,13 +266,14 @@ def header_bytes(fields: dict) -> bytes:
 
 
 def real_file(folder: Path, name: str) -> Path:
-    """The regular file behind `name`. Links may stay inside the folder or, in a hub snapshot, lead to its blobs.
+    """The regular file behind `name`. Links may stay inside the folder or, in a hub snapshot, lead to the cache's blobs.
 
     Raises UserError for a missing file and for a path or link that leaves the folder.
     """
     root = folder.resolve()
     real = (root / name).resolve()
-    homes = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
+    # The repository's blobs, which may be links to those that all repositories share.
+    homes = [root, *(parent / "blobs" for parent in root.parents[1:3] if root.parent.name == "snapshots")]
     if Path(name).name != name or not any(real.is_relative_to(home) for home in homes):
         raise UserError(f"{folder / name}: the file lies outside its folder: put the file itself there.")
     if not real.is_file():
