@@ -68,4 +68,4 @@ $(READY): requirements.lock
 	touch $(READY)
 
 lock: $(READY) ## write down the resolved set of versions again
-	.venv/bin/python -m pip freeze --exclude-editable | sed 's/+cpu//' | grep -viE '^(nvidia|triton)' > requirements.lock
+	.venv/bin/python -m pip freeze --exclude-editable --exclude refusal | sed 's/+cpu//' | grep -viE '^(nvidia|triton)' > requirements.lock

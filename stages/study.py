@@ -4,7 +4,7 @@ from pathlib import Path
 
 from refusal.analysis.study import Study
 from refusal.io.files import read_jsonl
-from refusal.io.params import Evaluate, Params, Science
+from refusal.io.params import Params, Resampled
 from refusal.io.store import Store
 from refusal.judges.panel import judge_with
 from refusal.lm.load import load_lm
@@ -15,7 +15,7 @@ from stages import STORE, read_json
 BASE = Path("models/base")
 
 
-def load_study(params: Params, section: Evaluate | Science) -> Study:
+def load_study(params: Params, section: Resampled) -> Study:
     """The study of these parameters; intervals are those of `section`."""
     rank_1 = checked(read_json(Path("metrics/select.json")))["rank_1"]  # before anything that takes time
     directions = read_directions(Path("models/directions.safetensors"))

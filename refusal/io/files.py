@@ -41,9 +41,9 @@ def set_aside(path: Path) -> Path:
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """For json.loads(object_pairs_hook=...): refuses an object with a duplicate key, whose first value would be lost unseen."""
+    """For json.loads(object_pairs_hook=...): refuses duplicate keys, of which json takes the last."""
     if len(dict(pairs)) < len(pairs):
-        raise ValueError("duplicate key in an object")
+        raise ValueError("a duplicate key in an object")
     return dict(pairs)
 
 
