@@ -9,32 +9,44 @@ from small_study import study
 from refusal.report.reproduction import comparable, drop_off, low_layers, published, reproduce, summary
 from refusal.report.study import Study
 
+ARM = "sequential-matched"
+
 
 def cell(layer: int | None, alpha: float, compliance: float) -> dict:
-    return {"layer": layer, "alpha": alpha, "compliance": compliance, "coherence": 0.5, "score": compliance / 2}
+    return {"layer": layer, "alpha": alpha, "compliance": compliance, "coherence": compliance + 0.125, "score": compliance / 2}
 
 
-def arm(cosine: float) -> dict:
-    """Directions of three layers."""
-    val, in_sample = [None, 1.0, 4.0], [None, 2.5, 9.0]
-    d = {"separation": val, "separation_in_sample": in_sample, "layers": [1, 2], "peak_layer": 2, "peak_separation": 4.0}
-    return d | {"cosine_to_sequential": [None, cosine, cosine], "cosine_to_sequential_min": cosine}
+def arm(cosine: float, val: tuple[float, float] = (4.0, 3.0), in_sample: tuple[float, float] = (2.5, 9.0)) -> dict:
+    """Directions of three layers; separation on val peaks at one, and in-sample at another."""
+    return {
+        "separation": [None, *val],
+        "separation_in_sample": [None, *in_sample],
+        "layers": [1, 2],
+        "peak_layer": 1 + val.index(max(val)),
+        "peak_separation": max(val),
+        "cosine_to_sequential": [None, cosine, cosine],
+        "cosine_to_sequential_min": cosine,
+    }
 
 
-CELLS = [cell(None, 0.0, 0.0), cell(1, 1.0, 0.5), cell(2, 1.0, 0.75), cell(2, 2.5, 0.25), cell(15, 0.75, 0.625)]
-DIRECTIONS = {"sequential-matched": arm(1.0), "batched_unmasked-matched": arm(0.9)}
+CELLS = [cell(None, 0.0, 0.0), cell(2, 1.0, 0.75), cell(15, 0.75, 0.625), cell(1, 1.0, 0.5), cell(2, 2.5, 0.25)]
+DIRECTIONS = {ARM: arm(1.0), "batched_unmasked-matched": arm(0.9, val=(5.0, 6.0), in_sample=(8.0, 7.0))}
 
 
 def changed(model_id: str = "organism", method: str = "sequential", directions: dict = DIRECTIONS) -> Study:
-    """A study of these cells and directions, the best cell as all three ranks, that swept one of the methods."""
-    s, ranks = study(model_id), [f"rank_{i}" for i in (1, 2, 3)]
-    tasks = {"baseline": {"average": 0.5, "tasks": {"facts": {}}}}
+    """A study of these cells and directions, the best three cells ranked, that swept one of the methods."""
+    s = study(model_id)
+    scores = {f"rank_{i}": {"average": 0.5 - i / 10, "difference": -i / 10} for i in (1, 2, 3)}
     return s._replace(
         params=s.params | {"sweep": s.params["sweep"] | {"method": method}},
         directions=directions,
         judge={str(i): c for i, c in enumerate(CELLS)},
-        select=dict.fromkeys(ranks, CELLS[2]),
-        benchmark=tasks | {rank: {"average": 0.4, "difference": -0.1} for rank in ranks},
+        select={f"rank_{i}": CELLS[i] for i in (1, 2, 3)},
+        benchmark={"baseline": {"average": 0.5, "tasks": {"facts": {}}}, **scores},
+        evaluate={
+            name: {"compliance": i, "coherence": 10 + i, "kl": 20 + i}
+            for i, name in enumerate(("baseline", "random", "runtime", "orthogonalized"))
+        },
     )
 
 
@@ -59,33 +71,47 @@ def test_every_published_figure_has_a_row():
 
 
 def test_ours_is_given_even_where_models_differ():
-    made, first = rows(changed()), "sequential-matched.rank_1"
+    made = rows(changed())
     expected = {
         "settings.n_layers": (24, 3),
         "settings.n_heads": (16, study().params["organism"]["num_attention_heads"]),
         "undefined_layer": (0, 0),
-        "separation.little_or_none_layers": ([1, 10], [1, 1]),
-        "separation.peak_region": ("mid-late", "mid-late"),
+        "separation.little_or_none_layers": ([1, 10], [1, 1]),  # in-sample: 2.5 is below a third of 9
+        "separation.peak_region": ("mid-late", "early-mid"),  # on val: layer 1 of 0 to 2
         "in_sample_peak.sequential.layer": (19, 2),
         "in_sample_peak.sequential.separation": (5.33, 9.0),
+        "in_sample_peak.batched.layer": (20, 1),
+        "in_sample_peak.batched.separation": (3.57, 8.0),
         "cosine_sequential_batched.layer_2": (0.9656, 0.9),
         "cosine_sequential_batched.layer_3": (0.97, None),
-        "alpha_drop_off": (1.5, 2.5),
-        f"{first}.layer": (15, 2),
-        f"{first}.compliance": (0.912, 0.75),
-        f"{first}.same_cell.compliance": (0.912, 0.625),
-        f"{first}.benchmark_difference": (pytest.approx(0.5149 - 0.5182), -0.1),
+        "alpha_drop_off": (1.5, 2.5),  # scores 0.3125, 0.375, 0.125 at alphas 0.75, 1, 2.5
+        "benchmark.baseline": (0.5182, 0.5),
         "batched-matched.rank_1.layer": (15, None),
     }
+    for i, theirs in enumerate(published()["arms"][ARM], 1):
+        name, ours = f"{ARM}.rank_{i}", CELLS[i]
+        expected |= {f"{name}.{key}": (theirs[key], ours[key]) for key in ("layer", "alpha", "compliance", "coherence")}
+        expected |= {f"{name}.benchmark": (theirs["benchmark"], 0.5 - i / 10)}
+        expected |= {f"{name}.benchmark_difference": (pytest.approx(theirs["benchmark"] - 0.5182), -i / 10)}
+        for key in ("compliance", "coherence"):  # layer 15, alpha 0.75 alone of theirs was swept here
+            expected |= {f"{name}.same_cell.{key}": (theirs[key], CELLS[2][key] if i == 1 else None)}
     assert {quantity: (made[quantity]["published"], made[quantity]["ours"]) for quantity in expected} == expected
+    assert all(row["ours"] is not None or row["note"] for row in made.values() if row["published"] is not None)
     assert "0 to 2" in made["cosine_sequential_batched.layer_3"]["note"]
     assert "batched_unmasked-matched" in made["batched-matched.rank_1.layer"]["note"]
-    assert all(row["ours"] is not None or row["note"] for row in made.values() if row["published"] is not None)
-    # The published batched arm is our unmasked one, and without it the cosines say why they are not there.
+
+
+def test_the_published_batched_arm_is_our_unmasked_one():
     made = rows(changed(method="batched_unmasked"))
-    assert made["batched-matched.rank_1.layer"]["ours"] == 2 and made[f"{first}.layer"]["ours"] is None
-    row = rows(changed(directions={"sequential-matched": arm(1.0)}))["cosine_sequential_batched.layer_1"]
-    assert row["ours"] is None and "not both collected" in row["note"]
+    assert made["batched-matched.rank_1.layer"]["ours"] == 2 and made[f"{ARM}.rank_1.layer"]["ours"] is None
+    alone = rows(changed(directions={ARM: arm(1.0)}))
+    assert alone["in_sample_peak.sequential.layer"]["ours"] == 2
+    for quantity, note in {
+        "in_sample_peak.batched.layer": "batched_unmasked-matched was not collected",
+        "in_sample_peak.batched.separation": "batched_unmasked-matched was not collected",
+        "cosine_sequential_batched.layer_1": "sequential and batched_unmasked were not both collected",
+    }.items():
+        assert (alone[quantity]["ours"], alone[quantity]["note"]) == (None, note)
 
 
 SAME = ("Qwen/Qwen-1_8B-Chat", "models/converted/Qwen-1_8B-Chat")
@@ -107,11 +133,7 @@ def test_low_layers_and_the_drop_off():
 
 
 def test_summary_is_twelve_numbers_each_from_its_own_place():
-    arms = ("baseline", "random", "runtime", "orthogonalized")
-    evaluate = {name: {"compliance": i, "coherence": 10 + i, "kl": 20 + i} for i, name in enumerate(arms)}
     shared = {
-        "peak_layer": 2,
-        "peak_separation": 4.0,
         "rank_1_layer": 2,
         "rank_1_alpha": 1.0,
         "baseline_compliance": 0,
@@ -122,9 +144,9 @@ def test_summary_is_twelve_numbers_each_from_its_own_place():
         "runtime_kl": 22,
         "benchmark_difference": -0.1,
     }
-    for method, cosine in (("sequential", 1.0), ("batched_unmasked", 0.9)):
-        figures = summary(changed(method=method)._replace(evaluate=evaluate))
-        assert figures == shared | {"cosine_to_sequential_min": cosine} and len(figures) == 12
+    for method, layer, separation, cosine in (("sequential", 1, 4.0, 1.0), ("batched_unmasked", 2, 6.0, 0.9)):
+        own = {"peak_layer": layer, "peak_separation": separation, "cosine_to_sequential_min": cosine}
+        assert summary(changed(method=method)) == own | shared
     alone = changed(method="batched_unmasked", directions={"batched_unmasked-matched": arm(0.9)})
     assert summary(alone)["cosine_to_sequential_min"] is None
 

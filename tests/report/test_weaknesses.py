@@ -12,10 +12,24 @@ DIRECTIONS = {
     "batched-matched": {"cosine_to_sequential_min": 1.0},
     "batched_unmasked-matched": {"cosine_to_sequential": [None, 0.8, 0.9]},
 }
+NAMES = ("compliance", "compliance_low", "compliance_high", "n")
+RATES = {
+    "baseline": dict(zip(NAMES, (0.05, 0.0, 0.2, 60), strict=True)),
+    "random": dict(zip(NAMES, (0.1, 0.06, 0.15, 300), strict=True)) | {"n_arms": 10},
+    "rank_1": dict(zip(NAMES, (0.9, 0.8, 0.97, 59), strict=True)),
+}
+GAP = {"val_minus_test": 0.02, "val_minus_test_low": -0.1, "val_minus_test_high": 0.14}
+MEASURED = {"separation": 1.0, "separation_clean": 2.0, "n": 40}
 PADDING = [
-    {"masked": masked, "n_pads": n, "layer": i, "cosine": c, "separation": 1.0, "separation_clean": 2.0, "n": 40}
-    for masked, n, i, c in [(True, 8, 1, 1.0), *((False, *row) for row in [(8, 1, 0.99), (32, 1, 0.5), (32, 2, 0.9), ("as batched", 1, 0.1)])]
-]  # fmt: skip
+    {"masked": masked, "n_pads": n_pads, "layer": layer, "cosine": cosine, **MEASURED}
+    for masked, n_pads, layer, cosine in (
+        (True, 8, 1, 1.0),
+        (False, 8, 1, 0.99),
+        (False, 32, 1, 0.5),
+        (False, 32, 2, 0.9),
+        (False, "as batched", 1, 0.1),
+    )
+]
 
 
 def verdicts(cell, *labels):
@@ -24,11 +38,16 @@ def verdicts(cell, *labels):
 
 
 def evidence(rows=(), alphas=(), padding=PADDING, directions=DIRECTIONS):
-    s = study()
-    s = s._replace(
-        verdicts=rows, plots={"science/alphas": alphas}, directions=directions, science=s.science | {"padding": padding}
+    arms = {"baseline": RATES["baseline"] | {"coherence": 1.0}, "rank_1": RATES["rank_1"] | GAP}
+    made = weaknesses(
+        study()._replace(
+            verdicts=rows,
+            plots={"science/alphas": alphas},
+            directions=directions,
+            science={"arms": arms, "controls": {"random_1": RATES["random"] | {"rank": 1}}, "padding": padding},
+            select={"rank_1": {"low": 0.84, "high": 1.0, "n_tied": 6, "n": 200}},
+        )
     )
-    made = weaknesses(s)
     assert len(made) == 7 and all(list(row) == ["name", "what", "evidence"] for row in made)
     return {row["name"]: row["evidence"] for row in made}
 
@@ -62,23 +81,22 @@ def test_the_alpha_at_which_run_time_and_weights_differ_most():
 
 
 def test_padding_pairing_separation_and_intervals():
-    e, s = evidence(), study()
-    padding = e["unmasked padding"]
-    assert (padding["published_lowest_cosine"], padding["published_lowest_layer"]) == (0.6896, 8)
-    assert (padding["our_lowest_cosine"], padding["our_lowest_layer"], padding["our_cosine_masked"]) == (0.8, 1, 1.0)
-    assert (padding["most_pads_unmasked"]["n_pads"], padding["most_pads_unmasked"]["cosine"]) == (32, 0.5)
-    assert padding["most_pads_masked"]["cosine"] == 1.0
+    e = evidence()
+    assert e["unmasked padding"] == {
+        "published_lowest_cosine": 0.6896,
+        "published_lowest_layer": 8,
+        "our_lowest_cosine": 0.8,
+        "our_lowest_layer": 1,
+        "our_cosine_masked": 1.0,
+        "most_pads_masked": {"n_pads": 8, "layer": 1, "cosine": 1.0} | MEASURED,
+        "most_pads_unmasked": {"n_pads": 32, "layer": 1, "cosine": 0.5} | MEASURED,
+    }
     cosines = {"cosine_to_matched_min_shuffled": 1.0, "cosine_to_matched_min_unrelated": 0.7}
     assert e["a pairing effect within one set"] == cosines
     assert e["in-sample separation"] == {"layer": 2, "in_sample": 7.0, "val": 5.0, "n_train": 600, "n_val": 200}
-    intervals, first = e["no intervals"], s.select["rank_1"]
-    assert (intervals["our_cells_that_tie"], intervals["our_rank_1_low"]) == (first["n_tied"], first["low"])
-    assert intervals["published_range_of_ranked_cells"] == [0.851, 0.912]
-    rates = {key: e["no baseline"][key]["compliance"] for key in ("baseline", "random", "rank_1")}
-    arms = s.science["arms"] | {"random": s.science["controls"]["random_1"]}
-    assert rates == {key: arms[key]["compliance"] for key in rates}
-    names = ("compliance", "compliance_low", "compliance_high", "n", "n_arms")
-    assert e["no baseline"]["random"] == {name: arms["random"][name] for name in names}
+    first = {"our_rank_1_low": 0.84, "our_rank_1_high": 1.0, "our_cells_that_tie": 6, "n": 200}
+    assert e["no intervals"] == {"published_range_of_ranked_cells": [0.851, 0.912]} | first | GAP
+    assert e["no baseline"] == RATES
 
 
 def test_what_was_not_measured_is_none():
