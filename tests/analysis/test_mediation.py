@@ -66,7 +66,7 @@ def test_best_on_val_is_the_best_score_and_the_first_of_those_that_tie():
     y, h, r = (given.VERDICTS[letter] for letter in "yhr")
     judged = {"a": [r, r], "b": [y._replace(coherence=0.5), y], "c": [y, None], "d": [y, y]}
     assert best_on_val(some, judged).name == "c" and best_on_val(some[:2], judged).name == "b"
-    assert best_on_val(some, dict.fromkeys("abcd", [h])).name == "a" == best_on_val(some, dict.fromkeys("abcd", [None])).name
+    assert best_on_val(some, {key: [h] for key in "abcd"}).name == "a" == best_on_val(some, {key: [None] for key in "abcd"}).name
 
 
 def test_refusal_three_ways_tells_degenerate_text_from_refusal():

@@ -119,7 +119,7 @@ def study(place: Place, model, *stages: str, n_pairs: int = 15) -> list[str]:
         "activations": {"methods": ["sequential"]},
         "sweep": {"alphas": [1.0], "n_random": 1},
         "select": {"top": 1},
-        **dict.fromkeys(("judge", "evaluate"), {"n_resamples": 20}),
+        **{key: {"n_resamples": 20} for key in ("judge", "evaluate")},
     }.items():
         place.set(section, **values)
     # One process for all of them: what a stage costs here is its imports.
