@@ -5,8 +5,7 @@ import torch
 from refusal.method.arms import BASELINE_ARM, complete_arms, direction_arm, edit, fingerprint, per_layer_arm, subspace_arm
 from refusal.method.collection import collect
 from safetensors.torch import load_file
-from test_harmless_kl import ANSWERS, sequences
-from tiny import PRE_NORM, tiny_direction, tiny_model
+from tiny import PRE_NORM, tiny_direction, tiny_model, tiny_sequences
 
 from refusal.analysis.estimators import optimised
 from refusal.analysis.harmless_kl import Edited, costs
@@ -22,7 +21,8 @@ from refusal.method.generate import WHERE
 from refusal.method.sweep import BASELINE, complete
 
 pytestmark = pytest.mark.cuda
-PROMPTS = [[11, 12, *tokens] for tokens in sequences((3, 9, 5, 5, 1), 2)]
+PROMPTS = [[11, 12, *tokens] for tokens in tiny_sequences((3, 9, 5, 5, 1), 2)]
+ANSWERS = tiny_sequences((4, 9, 1, 6, 4), 1)
 V = tiny_direction()
 
 

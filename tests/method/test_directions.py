@@ -6,9 +6,9 @@ import weakref
 import numpy as np
 import pytest
 import torch
+from place import Place
 from safetensors.torch import load_file, save_file
 from synthetic import activations, gaussian, naive_d
-from test_mistakes import Place
 
 from perf.harness import Peak
 from refusal.analysis.separation import contrast, describe

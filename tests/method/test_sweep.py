@@ -9,7 +9,8 @@ from tiny import tiny_direction, tiny_lm, tiny_model
 
 from refusal.analysis.subspaces import random_subspaces
 from refusal.io.errors import UserError
-from refusal.io.params import AblationSection, load_params
+from refusal.io.params import AblationSection
+from refusal.io.params_file import load_params
 from refusal.io.store import Store
 from refusal.method import sweep
 from refusal.method.directions import random_unit

@@ -8,9 +8,9 @@ import time
 
 import pytest
 import torch
-from pipeline.test_other_models import LLAMA, checkpoint
+from checkpoints import LLAMA, byte_level
+from place import Place
 from safetensors.torch import load_file, save_file
-from test_mistakes import Place
 
 from refusal.io.errors import UserError
 from refusal.lm import validate
@@ -24,7 +24,7 @@ FLOATS, OTHERS = (torch.float32, torch.bfloat16, torch.float16), (torch.int8, to
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     folder = tmp_path_factory.mktemp("source")
-    checkpoint(folder, "llama", LLAMA)
+    byte_level(folder, "llama", LLAMA)
     return folder
 
 
@@ -97,7 +97,7 @@ def test_a_tensor_too_many_or_too_few_is_named(folder, new, named):
 
 @pytest.mark.parametrize("factor", [1, 2])
 def test_a_tied_embedding_stored_twice_is_one_model(tmp_path, factor):
-    checkpoint(tmp_path, "llama", LLAMA, tie_word_embeddings=True)
+    byte_level(tmp_path, "llama", LLAMA, tie_word_embeddings=True)
     name = "model.embed_tokens.weight"
     path = change(tmp_path, name, lambda t: {name: t, "lm_head.weight": factor * t})
     validate.check_weights(tmp_path, "float32")
