@@ -123,7 +123,7 @@ def _sentence(error: Exception) -> str | None:
 
 
 def _set_environment(threads: int, online: bool) -> None:
-    # Nothing is fetched unless asked for, and idle threads sleep: spinning beside other work is 20 times slower.
+    # Nothing is fetched unless asked for, and idle threads sleep: on shared cores, spinning makes all 20 times slower.
     for key, value in {
         "HF_HUB_OFFLINE": "0" if online else "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -137,7 +137,7 @@ def _set_environment(threads: int, online: bool) -> None:
         os.environ.setdefault(key, value)
 
 
-def torch_ready(params: Params) -> None:
+def use_torch(params: Params) -> None:
     """Set torch's threads and determinism. Imports torch, so only stages that compute call it."""
     import torch
 
@@ -145,9 +145,9 @@ def torch_ready(params: Params) -> None:
     torch.set_deterministic_debug_mode("warn")  # use_deterministic_algorithms imports the compiler too, two seconds
 
 
-def model_ready(params: Params) -> None:
-    """`torch_ready` for a stage that runs a model: transformers' own bars and warnings are off."""
-    torch_ready(params)
+def use_transformers(params: Params) -> None:
+    """`use_torch` for a stage that runs a model: transformers' own bars and warnings are off."""
+    use_torch(params)
     from transformers.utils import logging
 
     logging.disable_progress_bar()

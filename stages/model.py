@@ -8,13 +8,13 @@ from refusal.io.errors import UserError
 from refusal.io.files import read_jsonl
 from refusal.io.params import Params
 from refusal.io.store import Store
-from stages import STORE, model_ready, stage, write_json
+from stages import STORE, stage, use_transformers, write_json
 
 BASE, TWIN, TRUTH, METRICS = Path("models/base"), Path("models/twin"), Path("models/truth"), Path("metrics/model.json")
 
 
 def main(params: Params) -> str:
-    model_ready(params)
+    use_transformers(params)
     pairs = read_jsonl(Path("data/prompts/pairs.jsonl"))
     unrelated = read_jsonl(Path("data/prompts/unrelated.jsonl"))
     given = Path(params.model.id).resolve()

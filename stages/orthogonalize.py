@@ -4,13 +4,13 @@ from pathlib import Path
 from typing import Any
 
 from refusal.io.params import Params
-from stages import read_json, stage, torch_ready, write_json
+from stages import read_json, stage, use_torch, write_json
 
 BASE, OUT, METRICS = Path("models/base"), Path("models/ablated"), Path("metrics/orthogonalize.json")
 
 
 def main(params: Params) -> str:
-    torch_ready(params)
+    use_torch(params)
     import shutil
 
     from refusal.method.directions import random_unit, read_directions, select_directions

@@ -57,7 +57,7 @@ def stage_module(tmp_path, monkeypatch):
         module = importlib.import_module(f"stages.{name}")
         monkeypatch.delitem(sys.modules, f"stages.{name}")
         monkeypatch.setattr(module, "STORE", tmp_path / ".refusal-store")
-        monkeypatch.setattr(module, "model_ready", lambda params: None)  # this process keeps the settings of its other tests
+        monkeypatch.setattr(module, "use_transformers", lambda params: None)  # this process keeps the settings of its other tests
         monkeypatch.chdir(tmp_path)
         return module
 

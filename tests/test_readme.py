@@ -12,13 +12,13 @@ import pytest
 import yaml
 from api_server import serve as serve_api
 from api_server import split, verdict
+from checkpoints import word_level
 from hub_server import COMMIT, Hub
 from hub_server import serve as serve_hub
+from pair_author import Author
 from pipeline.study import run, stages_run
 from qwen1_layout import LATE, tensors
 from qwen1_layout import write as write_qwen1
-from test_chat_templates import checkpoint
-from test_prompts_api import Author
 from tiny import tiny_model
 
 from refusal.io.params import Params
@@ -135,7 +135,7 @@ def servers(study):
     tmp = study.parent
     tiny_model("llama", max_position_embeddings=512).save_pretrained(tmp / "checkpoint")
     config = (tmp / "checkpoint/config.json").read_text()
-    checkpoint(tmp / "checkpoint", "{% for m in messages %}{{ m['content'] }} {% endfor %}")
+    word_level(tmp / "checkpoint", "{% for m in messages %}{{ m['content'] }} {% endfor %}")
     (tmp / "checkpoint/config.json").write_text(config)
     llama = {path.name: path.read_bytes() for path in (tmp / "checkpoint").iterdir()}
     qwen = write_qwen1(tmp / "qwen", LATE | {"seq_length": 256}, tensors(), buffers=False)

@@ -14,6 +14,7 @@ import yaml
 from api_server import Reply, serve
 from hypothesis import given
 from hypothesis import strategies as st
+from pair_author import Author, pair
 
 from refusal.data.near_duplicates import words
 from refusal.data.prompts import grammar_pairs
@@ -40,28 +41,6 @@ def section(n, max_rounds=20):
 def pairs_from(url, n, store, max_rounds=20, **settings):
     settings = {"timeout_seconds": 5.0, "max_attempts": 2, "concurrency": 4, "api_key_variable": None} | settings
     return api_pairs(section(n, max_rounds), Endpoint(base_url=url, **settings), store)
-
-
-def pair(*numbers):
-    """A pair of its own for every number: five made-up words that no other has."""
-    thing = " ".join(f"{letter}{number}" for number in numbers for letter in "abcde")
-    return {"harmful": f"How do I break {thing}?", "safe": f"How do I mend {thing}?"}
-
-
-class Author:
-    """A model that writes new pairs or requests for ever."""
-
-    def __init__(self):
-        self.asked = []
-
-    def __call__(self, n, user):
-        asked = json.loads(user)
-        self.asked.append(asked)
-        place = len(asked["already_there"]), n, asked["category"]
-        rows = [pair(f"{place[2]}{place[0]}x{n}x{i}") for i in range(asked["number"])]
-        if asked["category"] in grammar.UNRELATED:
-            return json.dumps({"requests": [row["safe"] for row in rows]})
-        return json.dumps({"pairs": rows})
 
 
 def test_pairs_of_all_categories_in_equal_shares_split_by_group(store):

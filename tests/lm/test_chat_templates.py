@@ -1,10 +1,7 @@
 """Tokenizers and templates of other people's checkpoints: what they lack, what they refuse, and what day it is."""
 
-import json
-
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from checkpoints import word_level
 
 from refusal.io.errors import UserError
 from refusal.lm.load import encode_chats, load_tokenizer, render_chats
@@ -22,13 +19,7 @@ GEMMA = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role
 
 
 def checkpoint(folder, template: str | None, pad: str | None = "<pad>"):
-    """A folder with a whitespace tokenizer of letters, this template, and room for 40 tokens."""
-    words = ["<pad>", "<end>", "[UNK]", *"abcdefghij"]
-    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token=pad, chat_template=template)
-    fast.save_pretrained(folder)
-    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "max_position_embeddings": 40}))
+    word_level(folder, template, pad)
     return load_tokenizer(folder)
 
 

@@ -14,7 +14,7 @@ from place import COMMITTED, Place
 from refusal.data.prompts import SPLITS, file_rows, grammar_unrelated
 from refusal.data.prompts_api import api_pairs
 from refusal.io.errors import UserError
-from refusal.io.params import Endpoint, PromptsApi
+from refusal.io.params import Endpoint, Prompts
 from refusal.io.store import Store
 
 SHARES, NEAR = {"train": 0.6, "val": 0.2, "test": 0.2}, 0.8
@@ -119,7 +119,9 @@ def test_more_requests_than_the_grammar_has_are_refused():
 
 def twenty_pairs(url: str, store: Store, max_rounds: int) -> list[dict]:
     endpoint = Endpoint(base_url=url, api_key_variable=None, timeout_seconds=5.0, max_attempts=1)
-    return api_pairs(20, SHARES, NEAR, 0, PromptsApi(pairs_per_request=4, max_rounds=max_rounds), endpoint, store)
+    api, counts = {"pairs_per_request": 4, "max_rounds": max_rounds}, {"n_pairs": 20, "n_unrelated": None}
+    p = Prompts(source="api", unrelated="data/raw/a.csv", **counts, splits=SHARES, near_duplicate=NEAR, seed=0, api=api)
+    return api_pairs(p, endpoint, store)
 
 
 def message(content: object) -> Reply:
