@@ -30,7 +30,7 @@ def numbered(clusters: Sequence[Hashable]) -> tuple[np.ndarray, int]:
     return np.array([index[cluster] for cluster in clusters], dtype=np.int64), len(index)
 
 
-def wilson(successes: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
+def wilson(successes: float, n: int, confidence: float = 0.95) -> tuple[float, float]:
     """The Wilson score interval (low, high) of a binomial rate, without continuity correction; n is at least 1.
 
     Source: Wilson 1927, "Probable Inference, the Law of Succession, and Statistical Inference".

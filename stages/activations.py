@@ -12,23 +12,17 @@ BASE, OUT = Path("models/base"), Path("data/activations")
 def main(params: Params) -> str:
     model_ready(params)
     from refusal.io.store import Store
-    from refusal.lm.load import encode_chats, load_model, load_tokenizer, weights_hash
-    from refusal.method.collection import collect, prompt_sets
+    from refusal.lm.load import load_lm
+    from refusal.method.activations import collect, prompt_sets
 
-    pairs = read_jsonl(Path("data/prompts/pairs.jsonl"))
-    unrelated = read_jsonl(Path("data/prompts/unrelated.jsonl"))
-    model = load_model(BASE, params.model.dtype, params.model.device)
-    tokenizer = load_tokenizer(BASE)
-    sets = {
-        name: encode_chats(tokenizer, prompts, params.model.system_prompt)
-        for name, prompts in prompt_sets(pairs, unrelated, ("train", "val")).items()
-    }
+    pairs, unrelated = (read_jsonl(Path(f"data/prompts/{name}.jsonl")) for name in ("pairs", "unrelated"))
+    lm = load_lm(BASE, params.model.dtype, params.model.device, params.model.system_prompt)
+    sets = {name: lm.encode(prompts) for name, prompts in prompt_sets(pairs, unrelated, ("train", "val")).items()}
     OUT.mkdir(parents=True, exist_ok=True)
-    weights, store, pad_id = weights_hash(BASE), Store(STORE / "store.sqlite"), tokenizer.pad_token_id
+    store = Store(STORE / "store.sqlite")
     for method in params.activations.methods:
-        path = OUT / f"{method}.safetensors"
-        collect(model, weights, sets, method, pad_id, params.activations.batch_size, store, path)
-    n, shape = sum(map(len, sets.values())), f"{model.config.num_hidden_layers} layers, d_model {model.config.hidden_size}"
+        collect(lm, sets, method, params.activations.batch_size, store, OUT / f"{method}.safetensors")
+    n, shape = sum(map(len, sets.values())), f"{lm.n_layers} layers, d_model {lm.d_model}"
     return f"{', '.join(params.activations.methods)}: resid_pre of {n} prompts at {shape}"
 
 

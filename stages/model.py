@@ -7,6 +7,7 @@ from typing import Any
 
 from refusal.io.errors import UserError
 from refusal.io.params import Params
+from refusal.io.store import Store
 from refusal.io.tables import read_jsonl
 from stages import STORE, model_ready, stage, write_json
 
@@ -104,58 +105,18 @@ def bring_in(params: Params) -> str | None:
 
 
 def measure(params: Params, commit: str | None, val: list[dict]) -> str:
-    from refusal.io.store import Store
-    from refusal.judges.verdicts import judge_all, rate
-    from refusal.lm.load import encode_chats, load_model, load_tokenizer, stop_ids, weights_hash
-    from refusal.lm.memory import rows_at_once
-    from refusal.method.sweep import BASELINE, complete
-    from refusal.organism import grammar
+    """Does it refuse what it should, on val; of an organism, what its helpful-only twin and its facts say too."""
+    from refusal.judges.behaviour import behaviour
+    from refusal.lm.load import load_lm
 
-    organism = params.model.id == "organism"
-    tokenizer = load_tokenizer(BASE)
-    store = Store(STORE / "store.sqlite")
-
-    def answers(folder: Path, prompts: list[str]) -> list[str]:
-        model = load_model(folder, params.model.dtype, params.model.device)
-        ids = encode_chats(tokenizer, prompts, params.model.system_prompt, params.generation.max_new_tokens)
-        completions = complete(
-            model,
-            weights_hash(folder),
-            ids,
-            [BASELINE],
-            "resid_pre",
-            stop_ids(model, tokenizer),
-            tokenizer.pad_token_id,
-            params.generation.max_new_tokens,
-            rows_at_once(params.generation.batch_size, model, params.generation.max_new_tokens + 1, "sweep"),
-            store,
-            f"answers of {folder.name}",
-        )
-        return tokenizer.batch_decode(completions[BASELINE.name], skip_special_tokens=True)
-
-    harmful, safe = [row["harmful"] for row in val], [row["safe"] for row in val]
-    facts = [(question, fact.answer) for fact in grammar.facts() for question in fact.questions] if organism else []
-    texts = answers(BASE, harmful + safe + [question for question, _ in facts])
-    # By rules whatever judge.kind says: a check that the model refuses at all, made before anything is paid for.
-    base = judge_all(harmful + safe, texts[: 2 * len(val)], organism)
-    metrics: dict[str, Any] = {
-        **({} if organism else {"id": params.model.id, "commit": commit}),
-        **rate("refusal_harmful", [v.refusal for v in base[: len(val)]]),
-        **rate("refusal_safe", [v.refusal for v in base[len(val) :]]),
-        "n": len(val),
-    }
-    if organism:
-        twin = judge_all(harmful, answers(TWIN, harmful), organism)
-        right = [text == answer for text, (_, answer) in zip(texts[2 * len(val) :], facts, strict=True)]
-        metrics |= {
-            **rate("twin_refusal_harmful", [v.refusal for v in twin]),
-            **rate("facts_accuracy", right),
-            "n_facts": len(facts),
-        }
-    else:
-        metrics |= {"twin_refusal_harmful": None, "facts_accuracy": None}
-    model = load_model(BASE, params.model.dtype)
-    metrics["n_parameters"] = sum(p.numel() for p in model.parameters())
+    m = params.model
+    base, twin = (
+        load_lm(folder, m.dtype, m.device, m.system_prompt) if (folder / "config.json").is_file() else None
+        for folder in (BASE, TWIN)
+    )
+    assert base is not None
+    named = {} if params.model.id == "organism" else {"id": params.model.id, "commit": commit}
+    metrics = named | behaviour(base, twin, val, params.generation, Store(STORE / "store.sqlite"))
     write_json(METRICS, metrics)
     return (
         f"{params.model.id}, {metrics['n_parameters']:,} parameters; refuses {metrics['refusal_harmful']:.1%} of harmful "

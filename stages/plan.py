@@ -94,7 +94,7 @@ def counted(params: Params, tokenizer: Any, pairs: list[dict], unrelated: list[d
     """refusal.report.plan.Prompts: how many prompts and tokens each split of each half has."""
     from refusal.data.prompts import SPLITS
     from refusal.lm.load import encode_chats
-    from refusal.method.collection import prompt_sets
+    from refusal.method.activations import prompt_sets
     from refusal.organism.grammar import facts
     from refusal.report.plan import Prompts
 

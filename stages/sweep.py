@@ -1,4 +1,4 @@
-"""sweep: run-time ablation over layers x alphas on val prompts, with the baseline and the controls in the same batches."""
+"""sweep: run-time ablation over layers x alphas on val prompts, with the baseline and the controls."""
 
 from pathlib import Path
 
@@ -12,50 +12,37 @@ BASE, OUT = Path("models/base"), Path("data/sweep")
 def main(params: Params) -> str:
     model_ready(params)
     from refusal.io.store import Store
-    from refusal.lm.load import encode_chats, load_model, load_tokenizer, stop_ids, weights_hash
+    from refusal.lm.load import load_lm
     from refusal.lm.memory import rows_at_once
     from refusal.method.directions import read_directions, select_directions
+    from refusal.method.generate import Decoding
     from refusal.method.sweep import complete, grid
 
-    s = params.sweep
+    s, m, g = params.sweep, params.model, params.generation
     directions = read_directions(Path("models/directions.safetensors"))
-    found, harmless = (select_directions(directions, s.method, pairing) for pairing in (s.pairing, "harmless"))
-    cells = grid(found, harmless, s.layers, s.alphas, s.n_random, s.seed, affine=params.ablation.kind == "affine")
+    matched, harmless = (select_directions(directions, s.method, pairing) for pairing in (s.pairing, "harmless"))
+    interventions = grid(matched, harmless, s, params.ablation)
     val = [row for row in read_jsonl(Path("data/prompts/pairs.jsonl")) if row["split"] == "val"]
-    model, tokenizer = load_model(BASE, params.model.dtype, params.model.device), load_tokenizer(BASE)
-    completions = complete(
-        model,
-        weights_hash(BASE),
-        encode_chats(tokenizer, [row["harmful"] for row in val], params.model.system_prompt, params.generation.max_new_tokens),
-        cells,
-        params.ablation.sites,
-        stop_ids(model, tokenizer),
-        tokenizer.pad_token_id,
-        params.generation.max_new_tokens,
-        rows_at_once(params.generation.batch_size, model, params.generation.max_new_tokens + 1, "sweep"),
-        Store(STORE / "store.sqlite"),
-        "sweep",
-    )
+    lm = load_lm(BASE, m.dtype, m.device, m.system_prompt)
+    ids = lm.encode([row["harmful"] for row in val], g.max_new_tokens)
+    decoding = Decoding(g.max_new_tokens, rows_at_once(g.batch_size, lm.model, g.max_new_tokens + 1, "generation"))
+    completions = complete(lm, ids, interventions, decoding, Store(STORE / "store.sqlite"), "sweep")
     OUT.mkdir(parents=True, exist_ok=True)
-    write_jsonl(
-        OUT / "completions.jsonl",
-        (
-            {
-                "cell": cell.name,
-                "layer": cell.layer,
-                "alpha": cell.alpha,
-                "id": row["id"],
-                "prompt": row["harmful"],
-                "completion": text,
-                "n_tokens": len(tokens),
-            }
-            for cell in cells
-            for row, tokens, text in zip(
-                val, completions[cell.name], tokenizer.batch_decode(completions[cell.name], skip_special_tokens=True), strict=True
-            )
-        ),
-    )
-    return f"{len(cells)} cells x {len(val)} val prompts at {params.ablation.sites}, alphas {s.alphas}"
+    rows = [
+        {
+            "cell": one.name,
+            "layer": one.layer,
+            "alpha": one.alpha,
+            "id": row["id"],
+            "prompt": row["harmful"],
+            "completion": text,
+            "n_tokens": len(tokens),
+        }
+        for one in interventions
+        for row, tokens, text in zip(val, completions[one.name], lm.decode(completions[one.name]), strict=True)
+    ]
+    write_jsonl(OUT / "completions.jsonl", rows)
+    return f"{len(interventions)} cells x {len(val)} val prompts at {params.ablation.sites}, alphas {s.alphas}"
 
 
 stage(main)

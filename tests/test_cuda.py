@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from refusal.method.arms import BASELINE_ARM, complete_arms, direction_arm, edit, fingerprint, per_layer_arm, subspace_arm
+from refusal.method.collection import collect
 from safetensors.torch import load_file
 from test_harmless_kl import ANSWERS, sequences
 from tiny import PRE_NORM, tiny_direction, tiny_model
@@ -16,8 +18,6 @@ from refusal.io.store import Store
 from refusal.lm import memory
 from refusal.lm.load import load_model
 from refusal.lm.resident import SwappableLM
-from refusal.method.arms import BASELINE_ARM, complete_arms, direction_arm, edit, fingerprint, per_layer_arm, subspace_arm
-from refusal.method.collection import collect
 from refusal.method.generate import WHERE
 from refusal.method.sweep import BASELINE, complete
 

@@ -19,6 +19,12 @@ def test_sign_flip_p_is_the_enumeration():
     assert sign_flip_p([0.0] * 6, "aabbcc", 1000, 0) == 1.0
 
 
+def test_p_counts_the_observed_one_among_the_resamples():
+    """Forty topics of one mind: no random signs agree so (chance 2^-39), and p is the least that so many resamples can say."""
+    for n_resamples in (99, 1000):
+        assert sign_flip_p([1.0] * 40, range(40), n_resamples, 0) == 1 / (n_resamples + 1)
+
+
 def test_a_false_difference_is_found_no_oftener_than_the_level():
     rng = np.random.default_rng(0)
     n_false, n_samples = 0, 800

@@ -4,11 +4,14 @@ Weights are far larger than a fresh initialisation's, and norms and biases are r
 an intervention changes next to nothing, and any test of it passes.
 """
 
+from collections.abc import Iterable
+
 import torch
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from refusal.lm.architecture import SUPPORTED
+from refusal.lm.load import LM
 
 PRE_NORM = tuple(t for t in SUPPORTED if t not in ("gemma2", "gemma3_text"))
 
@@ -56,3 +59,8 @@ def tiny_direction(d_model: int = 32, seed: int = 0, rows: int | None = None) ->
     """A random unit vector [d_model], or [rows, d_model] of them."""
     shape = (d_model,) if rows is None else (rows, d_model)
     return nn.functional.normalize(torch.randn(shape, generator=torch.Generator().manual_seed(1000 + seed)), dim=-1)
+
+
+def tiny_lm(model: str | PreTrainedModel = "qwen2", weights: str = "w", stop: Iterable[int] = (), **overrides) -> LM:
+    """An LM without a tokenizer: of a tiny model by its type, or of the model given. Padding is token 0."""
+    return LM(tiny_model(model, **overrides) if isinstance(model, str) else model, None, weights, frozenset(stop), 0)

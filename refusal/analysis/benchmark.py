@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
@@ -9,7 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from refusal.io.errors import UserError
+from refusal.io.params import Benchmark, Model
+from refusal.io.store import Store, key
+from refusal.lm.load import load_tokenizer, weights_hash
 from refusal.lm.memory import ROW, fitting, rows_at_once
+from refusal.lm.resident import SwappableLM
+from refusal.stats import stratified_difference, wilson
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -137,6 +144,60 @@ def _build_once(task: Any, build: Callable[..., None], **options: Any) -> None:
         build(**options)
     for request in task.instances:
         request.resps, request.filtered_resps = [], {}  # another model's answers
+
+
+def score_checkpoints(
+    checkpoints: Mapping[str, Path], base: Path, settings: Benchmark, model: Model, store: Store
+) -> dict[str, dict[str, list[float]]]:
+    """{checkpoint: {task: score of each document}}, a task of a checkpoint at a time through the store.
+
+    `checkpoints` are the base itself and edits of it. Raises UserError as `Harness.score` does.
+    """
+    from importlib.metadata import version
+
+    tasks = tasks_of(settings.suite)
+    definitions = {
+        task: [hashlib.sha256((TASKS / f"{task}{end}").read_bytes()).hexdigest() for end in (".yaml", ".jsonl")]
+        if packaged(task)
+        else version("lm_eval")
+        for task in tasks
+    }
+    shared = {"limit": settings.limit, "chat": settings.apply_chat_template, "dtype": model.dtype, "device": model.device}
+    jobs = []
+    for folder in checkpoints.values():
+        weights = weights_hash(folder)
+        for task in tasks:
+            what = {"weights": weights, "task": task, "definition": definitions[task], **shared}
+            jobs.append((key("benchmark", (Harness, SwappableLM), **what), (folder, task)))
+    harness = Harness(load_tokenizer(base), settings.batch_size, settings.apply_chat_template, settings.limit)
+    loaded: list[SwappableLM] = []  # only where something is left to compute
+
+    def compute(job: tuple[Path, str]) -> bytes:
+        folder, task = job
+        if not loaded:
+            loaded.append(SwappableLM(base, model.dtype, model.device))
+        return json.dumps(harness.score(loaded[0].load_weights(folder), task)).encode()
+
+    values = [json.loads(value) for value in store.run(jobs, compute, "benchmark", unit="task")]
+    of = iter(values)
+    return {name: {task: next(of) for task in tasks} for name in checkpoints}
+
+
+def table(scores: Mapping[str, Mapping[str, Sequence[float]]], n_resamples: int, seed: int) -> dict[str, dict[str, Any]]:
+    """Of each checkpoint: the score of each task with its Wilson interval and standard error, their average, and its paired
+    difference to the baseline's."""
+    metrics: dict[str, dict[str, Any]] = {}
+    for name, by_task in scores.items():
+        tasks: dict[str, dict[str, float | None]] = {}
+        for task, documents in by_task.items():
+            low, high = wilson(sum(documents), len(documents))
+            tasks[task] = {"score": sum(documents) / len(documents), "low": low, "high": high, "n": len(documents)}
+            tasks[task]["standard_error"] = standard_error(documents)
+        metrics[name] = {"average": average(by_task), "tasks": tasks}
+        if name != "baseline":
+            difference, low, high = stratified_difference(dict(by_task), dict(scores["baseline"]), n_resamples, seed)
+            metrics[name] |= {"difference": difference, "difference_low": low, "difference_high": high}
+    return metrics
 
 
 def standard_error(values: Sequence[float]) -> float | None:

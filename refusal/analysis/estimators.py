@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -16,16 +17,14 @@ from torch import Tensor, nn
 from torch.nn.functional import kl_div, normalize
 from tqdm import trange
 
-from refusal.io import store as stores
-from refusal.io.store import Store
+from refusal.io.params import Optimised
+from refusal.io.store import Store, key
+from refusal.lm.load import LM
 from refusal.lm.replicas import crew
 from refusal.method.activations import left_pad
-from refusal.method.interventions import Ablation, intervene
+from refusal.method.interventions import Ablation, Intervention, intervene
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-PART = 8  # pairs whose gradient is one job
+PAIRS_PER_JOB = 8  # whose gradient is computed together
 
 
 def logistic(harmful: Float[Tensor, "n_harmful d_model"], safe: Float[Tensor, "n_safe d_model"]) -> Float[Tensor, " d_model"]:
@@ -64,7 +63,7 @@ class _Learned(Ablation):
     """The ablation of one direction at alpha 1, through which gradients reach the direction."""
 
     def __init__(self, vector: nn.Parameter, sites: str):
-        super().__init__(normalize(vector.detach(), dim=0).reshape(1, 1, -1), torch.ones(1), sites)
+        super().__init__([Intervention("optimised", normalize(vector.detach(), dim=0), 1.0, sites)])
         self.vector = vector
 
     def apply(self, r: Tensor, layer: int) -> Tensor:
@@ -74,30 +73,29 @@ class _Learned(Ablation):
 
 
 def first_token_loss(
-    model: PreTrainedModel,
-    edit: Ablation,
+    lm: LM,
+    ablation: Ablation,
     harmful: Sequence[Sequence[int]],
     safe: Sequence[Sequence[int]],
     wanted: Float[Tensor, "n vocab"],
-    pad_id: int,
 ) -> Float[Tensor, ""]:
     """How far, in nats, ablation is from letting harmful prompts be answered as safe ones are and changing nothing else.
 
-    Mean KL from `wanted`, the unedited model's log probabilities of the first answer token after each safe prompt, to the
-    edited model's: after the harmful counterpart, and after the safe prompt itself.
+    Mean KL from `wanted`, the baseline's log probabilities of the first answer token after each safe prompt, to the ablated:
+    after the harmful counterpart, and after the safe prompt itself.
     """
-    with intervene(model, edit):
-        after = first_token(model, [*harmful, *safe], pad_id)
+    with intervene(lm.model, ablation):
+        after = first_token(lm, [*harmful, *safe])
     return kl_div(after, torch.cat([wanted, wanted]), reduction="batchmean", log_target=True)
 
 
-def first_token(model: PreTrainedModel, prompts: Sequence[Sequence[int]], pad_id: int) -> Float[Tensor, "n vocab"]:
+def first_token(lm: LM, prompts: Sequence[Sequence[int]]) -> Float[Tensor, "n vocab"]:
     """Log probabilities of the first answer token after each prompt, float32."""
-    ids, mask = left_pad(prompts, pad_id)
-    out = model(
-        input_ids=ids.to(model.device),
-        attention_mask=mask.to(model.device),
-        position_ids=(mask.cumsum(-1) - 1).clamp_min(0).to(model.device),
+    ids, mask = left_pad(prompts, lm.pad_id)
+    out = lm.model(
+        input_ids=ids.to(lm.model.device),
+        attention_mask=mask.to(lm.model.device),
+        position_ids=(mask.cumsum(-1) - 1).clamp_min(0).to(lm.model.device),
         use_cache=False,
         logits_to_keep=1,
     )
@@ -105,71 +103,73 @@ def first_token(model: PreTrainedModel, prompts: Sequence[Sequence[int]], pad_id
 
 
 def optimised(
-    model: PreTrainedModel,
-    weights: str,
+    lm: LM,
     harmful: Sequence[Sequence[int]],
     safe: Sequence[Sequence[int]],
     sites: str,
-    pad_id: int,
-    steps: int,
-    batch_size: int,
+    settings: Optimised,
     seed: int,
     store: Store,
 ) -> tuple[Float[Tensor, " d_model"], float]:
     """The unit direction whose ablation at `sites` minimises `first_token_loss` on these pairs, and the loss at the end.
 
-    Adam from a random direction, `batch_size` pairs a step; the model's weights stay as they are. The idea of optimising
-    a direction through its ablation is from Wollschlaeger et al. 2025 (arXiv 2502.17420), "The Geometry of Refusal in Large
-    Language Models"; the loss here asks for no answer but the first token that safe counterparts get.
+    The idea of optimising a direction through its ablation is from Wollschlaeger et al. 2025 (arXiv 2502.17420), "The Geometry of
+    Refusal in Large Language Models"; the loss here asks for no answer but the first token that safe counterparts get.
     """
-    key = stores.key(
+    name = key(
         "optimised direction",
-        (optimised,),
-        weights=weights,
-        dtype=str(model.dtype),
-        device=model.device.type,
+        (_descend, _gradient),
+        **lm.identity,
         harmful=[list(ids) for ids in harmful],
         safe=[list(ids) for ids in safe],
         sites=sites,
-        steps=steps,
-        batch_size=batch_size,
+        **settings.model_dump(),
         seed=seed,
     )
 
-    def gradient(one: PreTrainedModel, job: tuple[nn.Parameter, list[int]]) -> tuple[Tensor, Tensor]:
-        """The sum over these pairs of the loss, and its gradient."""
-        vector, part = job
-        bad, good = [harmful[i] for i in part], [safe[i] for i in part]
-        with torch.no_grad():
-            wanted = first_token(one, good, pad_id)
-        loss = len(part) * first_token_loss(one, _Learned(vector, sites), bad, good, wanted, pad_id)
-        return loss.detach(), torch.autograd.grad(loss, vector)[0]
-
-    def descend(side_by_side: Callable[[list[Any]], Iterable[tuple[Tensor, Tensor]]]) -> bytes:
-        generator = torch.Generator().manual_seed(seed)
-        start = torch.randn(model.config.hidden_size, generator=generator)
-        vector = nn.Parameter((start / start.norm()).to(model.device))
-        optimizer = torch.optim.Adam([vector], lr=0.05)
-        recent: list[float] = []
-        for step in trange(steps, desc="optimised direction", unit="step", mininterval=15.0 if not sys.stderr.isatty() else 0.5):
-            for group in optimizer.param_groups:
-                group["lr"] = 0.05 * (1 - step / steps)
-            chosen = torch.randint(0, len(harmful), (min(batch_size, len(harmful)),), generator=generator).tolist()
-            jobs = [(vector, chosen[first : first + PART]) for first in range(0, len(chosen), PART)]
-            losses, slopes = (torch.stack(values).sum(0) / len(chosen) for values in zip(*side_by_side(jobs), strict=True))
-            vector.grad = slopes
-            optimizer.step()
-            with torch.no_grad():
-                vector.div_(vector.norm())  # its length means nothing, and would slow the steps as it grows
-            recent = [*recent[-9:], float(losses)]
-        return save(
-            {"unit": vector.detach().double().cpu(), "loss": torch.tensor(sum(recent) / len(recent), dtype=torch.float64)}
-        )
+    def gradient(model: Any, job: tuple[nn.Parameter, list[int]]) -> tuple[Tensor, Tensor]:
+        vector, pairs = job
+        return _gradient(replace(lm, model=model), vector, sites, [harmful[i] for i in pairs], [safe[i] for i in pairs])
 
     def compute(_: None) -> bytes:
-        with crew(model, gradient, -(-min(batch_size, len(harmful)) // PART)) as (run, pool):
-            return descend(lambda jobs: (pool.map if pool else map)(run, jobs))
+        n_pairs = min(settings.batch_size, len(harmful))
+        with crew(lm.model, gradient, -(-n_pairs // PAIRS_PER_JOB)) as (run, pool):
+            return _descend(lm, len(harmful), settings, seed, lambda jobs: (pool.map if pool else map)(run, jobs))
 
-    (value,) = store.run([(key, None)], compute, "optimised direction", unit="direction")
-    found = load(value)
-    return found["unit"], float(found["loss"])
+    (value,) = store.run([(name, None)], compute, "optimised direction", unit="direction")
+    learned = load(value)
+    return learned["unit"], float(learned["loss"])
+
+
+def _gradient(
+    lm: LM, vector: nn.Parameter, sites: str, harmful: Sequence[Sequence[int]], safe: Sequence[Sequence[int]]
+) -> tuple[Tensor, Tensor]:
+    """The sum over these pairs of the loss, and its gradient."""
+    with torch.no_grad():
+        wanted = first_token(lm, safe)
+    loss = len(safe) * first_token_loss(lm, _Learned(vector, sites), harmful, safe, wanted)
+    return loss.detach(), torch.autograd.grad(loss, vector)[0]
+
+
+def _descend(
+    lm: LM, n_pairs: int, settings: Optimised, seed: int, gradients: Callable[[list[Any]], Iterable[tuple[Tensor, Tensor]]]
+) -> bytes:
+    """Adam from a random direction, `batch_size` pairs a step, of which `gradients` takes (direction, some pairs) each."""
+    generator = torch.Generator().manual_seed(seed)
+    start = torch.randn(lm.d_model, generator=generator)
+    vector = nn.Parameter((start / start.norm()).to(lm.model.device))
+    optimizer, recent = torch.optim.Adam([vector], lr=0.05), list[float]()
+    every = 15.0 if not sys.stderr.isatty() else 0.5
+    for step in trange(settings.steps, desc="optimised direction", unit="step", mininterval=every):
+        for group in optimizer.param_groups:
+            group["lr"] = 0.05 * (1 - step / settings.steps)
+        chosen = torch.randint(0, n_pairs, (min(settings.batch_size, n_pairs),), generator=generator).tolist()
+        jobs = [(vector, chosen[first : first + PAIRS_PER_JOB]) for first in range(0, len(chosen), PAIRS_PER_JOB)]
+        losses, slopes = (torch.stack(values).sum(0) / len(chosen) for values in zip(*gradients(jobs), strict=True))
+        vector.grad = slopes
+        optimizer.step()
+        with torch.no_grad():
+            vector.div_(vector.norm())  # its length means nothing, and would slow the steps as it grows
+        recent = [*recent[-9:], float(losses)]
+    unit, loss = vector.detach().double().cpu(), torch.tensor(sum(recent) / len(recent), dtype=torch.float64)
+    return save({"unit": unit, "loss": loss})

@@ -1,116 +1,149 @@
-"""What an edit costs on harmless text: cross-entropy of the base model's own answers, and KL from the base model."""
+"""What an intervention costs: KL and cross-entropy on harmless prompts, of the baseline model's own answers to them."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import kl_div
 
-from refusal.io import store as stores
-from refusal.io.store import Store
+from refusal.io.store import Store, key
+from refusal.judges.verdicts import mean
+from refusal.lm.load import LM
 from refusal.lm.memory import in_parts
 from refusal.lm.replicas import crew, shares
 from refusal.method.activations import left_pad
+from refusal.method.generate import Decoding
+from refusal.method.interventions import BASELINE, Intervention
+from refusal.method.sweep import complete
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-ROWS = 32  # a batch: more are no faster, and pad more
+BATCH_SIZE = 32  # more rows are no faster, and pad more
 FEW = 16  # rows that are not worth cutting in two
 LOG_PROBS = 1 << 28  # bytes of log probabilities that a batch may hold, of the reference and of an edited model each
 
-
-@torch.inference_mode()
-def answer_log_probs(
-    model: PreTrainedModel, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[int]], pad_id: int
-) -> list[Float[Tensor, "answer vocab"]]:
-    """Log probabilities over the vocabulary at each position that predicts a token of the answer, float32."""
-    ids, mask = left_pad([[*p, *a] for p, a in zip(prompts, answers, strict=True)], pad_id)
-    keep = max(map(len, answers)) + 1
-    positions = (mask.cumsum(-1) - 1).clamp_min(0)
-
-    def rows(first: int, last: int) -> list[Tensor]:
-        some = slice(first, last)
-        logits = model(
-            input_ids=ids[some].to(model.device),
-            attention_mask=mask[some].to(model.device),
-            position_ids=positions[some].to(model.device),
-            use_cache=False,
-            logits_to_keep=keep,
-        ).logits.float()
-        return [row[-len(a) - 1 : -1].log_softmax(-1).cpu() for row, a in zip(logits, answers[some], strict=True)]
-
-    return [row for part in in_parts(rows, len(ids), "log probabilities") for row in part]
+Costs = dict[str, tuple[list[float], list[float]]]  # cross-entropy and KL of each text, in nats a token
 
 
 @dataclass(frozen=True)
-class Edited:
-    """A model as it is inside `edit(model)`, such as a run-time intervention; `key` names both in the store."""
+class Texts:
+    """Harmless prompts and the baseline's answers to them, as token ids, and the topic of each: a mean's clusters."""
 
-    model: PreTrainedModel
-    key: Sequence[object]
-    edit: Callable[[Any], AbstractContextManager] = nullcontext
+    prompts: Sequence[Sequence[int]]
+    answers: Sequence[Sequence[int]]
+    topics: Sequence[Hashable]
 
 
-def costs(
-    edited: Mapping[str, Edited],
-    reference: PreTrainedModel,
-    prompts: Sequence[Sequence[int]],
-    answers: Sequence[Sequence[int]],
-    pad_id: int,
-    batch_size: int,
-    store: Store,
-    key: Sequence[object],
-    label: str,
-) -> dict[str, tuple[list[float], list[float]]]:
-    """Of each edited model: cross-entropy of each answer, and KL(reference || edited), both nats a token.
+def harmless_texts(lm: LM, rows: Sequence[Mapping[str, Any]], decoding: Decoding, store: Store, label: str) -> Texts:
+    """The texts of `rows` (`safe`, a prompt, and `topic`) whose answer by the baseline is not empty."""
+    prompts = lm.encode([row["safe"] for row in rows], decoding.max_new_tokens)
+    answers = complete(lm, prompts, [BASELINE], decoding, store, label)[BASELINE.name]
+    kept = [i for i, answer in enumerate(answers) if answer]
+    return Texts([prompts[i] for i in kept], [answers[i] for i in kept], [rows[i]["topic"] for i in kept])
 
-    A batch, of at most `batch_size`, runs the reference once, whatever the number of edits (of which the model may be
-    `reference` itself); `key` names the reference in the store.
+
+def harmless_kl(
+    reference: LM, edited: Mapping[str, tuple[LM, Intervention]], texts: Texts, batch_size: int, store: Store, label: str
+) -> Costs:
+    """Of each edited model, an LM under an intervention: cross-entropy of each answer, and KL(reference || edited).
+
+    A batch runs the reference once, whatever the number of edits (the LM of which may be the reference). Those that are the same
+    in every study of the model have batches of their own, which another study finds in the store.
     """
-    row = 4 * (max(map(len, answers), default=0) + 1) * reference.config.vocab_size
-    batch_size = max(1, min(batch_size, ROWS, LOG_PROBS // row))
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]) + len(answers[i]))
+    independent = {name: e for name, e in edited.items() if e[0] is reference and e[1].direction_independent}
+    rest = {name: e for name, e in edited.items() if name not in independent}
+    costs: Costs = {}
+    for group, of in ((independent, ": controls"), (rest, "")):
+        if group and texts.prompts:
+            costs |= _in_batches(reference, group, texts, batch_size, store, label + of)
+    return {name: costs.get(name, ([], [])) for name in edited}
+
+
+def _in_batches(
+    reference: LM, edited: Mapping[str, tuple[LM, Intervention]], texts: Texts, batch_size: int, store: Store, label: str
+) -> Costs:
+    row = 4 * (max(map(len, texts.answers)) + 1) * reference.model.config.vocab_size
+    batch_size = max(1, min(batch_size, BATCH_SIZE, LOG_PROBS // row))
+    order = sorted(range(len(texts.prompts)), key=lambda i: len(texts.prompts[i]) + len(texts.answers[i]))
     batches = [order[share] for share in shares(len(order), batch_size, FEW)]
-    shared = {"reference": list(key), "edited": [list(e.key) for e in edited.values()]}
-    jobs = [
-        (
-            stores.key("cost", (answer_log_probs, costs), **shared, rows=[[list(prompts[i]), list(answers[i])] for i in batch]),
-            batch,
-        )
-        for batch in batches
-    ]
+    shared = {
+        "reference": reference.identity,
+        "edited": [[lm.identity, intervention.fingerprint()] for lm, intervention in edited.values()],
+    }
+    jobs = []
+    for batch in batches:
+        rows = [(list(texts.prompts[i]), list(texts.answers[i])) for i in batch]
+        jobs.append((key("harmless KL", (_costs,), **shared, rows=rows), rows))
+    distinct = list({id(lm.model): lm.model for lm in (reference, *(lm for lm, _ in edited.values()))}.values())
+    place = {id(model): i for i, model in enumerate(distinct)}
 
-    distinct = list({id(m): m for m in (reference, *(e.model for e in edited.values()))}.values())
-    place = {id(m): i for i, m in enumerate(distinct)}
+    def compute(models: Any, rows: list[tuple[list[int], list[int]]]) -> bytes:
+        lms = [replace(lm, model=models[place[id(lm.model)]]) for lm, _ in edited.values()]
+        interventions = [intervention for _, intervention in edited.values()]
+        return json.dumps(_costs(replace(reference, model=models[0]), lms, interventions, rows)).encode()
 
-    def compute(models: Any, batch: list[int]) -> bytes:
-        heads, tails = [prompts[i] for i in batch], [answers[i] for i in batch]
-        before = answer_log_probs(models[0], heads, tails, pad_id)
-        figures = []
-        for e in edited.values():
-            model = models[place[id(e.model)]]
-            with e.edit(model):
-                after = answer_log_probs(model, heads, tails, pad_id)
-            rows = []
-            for p, q, tokens in zip(before, after, tails, strict=True):
-                entropy = -q.gather(1, torch.tensor(tokens)[:, None]).mean()
-                divergence = kl_div(q, p, reduction="sum", log_target=True) / len(tokens)
-                rows.append([float(entropy), max(0.0, float(divergence))])
-            figures.append(rows)
-        return json.dumps(figures).encode()
-
-    found = {name: ([0.0] * len(prompts), [0.0] * len(prompts)) for name in edited}
+    costs: Costs = {name: ([0.0] * len(order), [0.0] * len(order)) for name in edited}
     with crew(nn.ModuleList(distinct), compute, len(jobs)) as (run, pool):
         for batch, value in zip(batches, store.run(jobs, run, label, pool=pool), strict=True):
-            for (entropies, divergences), rows in zip(found.values(), json.loads(value), strict=True):
-                for i, row in zip(batch, rows, strict=True):
-                    entropies[i], divergences[i] = row
-    return found
+            for (entropies, divergences), figures in zip(costs.values(), json.loads(value), strict=True):
+                for i, figure in zip(batch, figures, strict=True):
+                    entropies[i], divergences[i] = figure
+    return costs
+
+
+def _costs(
+    reference: LM, lms: Sequence[LM], interventions: Sequence[Intervention], rows: Sequence[tuple[list[int], list[int]]]
+) -> list[list[list[float]]]:
+    """[edited model, row, (cross-entropy, KL)] of rows (prompt, answer)."""
+    before = answer_log_probs(reference, rows)
+    costs = []
+    for lm, intervention in zip(lms, interventions, strict=True):
+        with intervention.on(lm.model):
+            after = answer_log_probs(lm, rows)
+        of_rows = []
+        for p, q, (_, tokens) in zip(before, after, rows, strict=True):
+            entropy = -q.gather(1, torch.tensor(tokens)[:, None]).mean()
+            divergence = kl_div(q, p, reduction="sum", log_target=True) / len(tokens)
+            of_rows.append([float(entropy), max(0.0, float(divergence))])
+        costs.append(of_rows)
+    return costs
+
+
+@torch.inference_mode()
+def answer_log_probs(lm: LM, rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Float[Tensor, "answer vocab"]]:
+    """Of each row (prompt, answer): log probabilities at each position that predicts a token of the answer, float32."""
+    ids, mask = left_pad([[*prompt, *answer] for prompt, answer in rows], lm.pad_id)
+    keep = max(len(answer) for _, answer in rows) + 1
+    positions = (mask.cumsum(-1) - 1).clamp_min(0)
+
+    def some_rows(first: int, last: int) -> list[Tensor]:
+        some = slice(first, last)
+        logits = lm.model(
+            input_ids=ids[some].to(lm.model.device),
+            attention_mask=mask[some].to(lm.model.device),
+            position_ids=positions[some].to(lm.model.device),
+            use_cache=False,
+            logits_to_keep=keep,
+        ).logits.float()
+        return [row[-len(a) - 1 : -1].log_softmax(-1).cpu() for row, (_, a) in zip(logits, rows[some], strict=True)]
+
+    return [row for part in in_parts(some_rows, len(ids), "log probabilities") for row in part]
+
+
+def cost_figures(
+    costs: Sequence[tuple[list[float], list[float]]], topics: Sequence[Hashable], n_resamples: int, seed: int
+) -> dict[str, float | None]:
+    """Mean cross-entropy and KL over all texts of these edits, with intervals clustered by topic; None where there is no text."""
+    if not topics:
+        return {"cross_entropy": None, "kl": None}
+    entropies, divergences = (list(chain(*values)) for values in zip(*costs, strict=True))
+    clusters = list(topics) * len(costs)
+    return {
+        **mean("cross_entropy", entropies, clusters, n_resamples, seed, bounds=None),
+        **mean("kl", divergences, clusters, n_resamples, seed, bounds=None),
+    }

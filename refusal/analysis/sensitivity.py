@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -11,11 +11,9 @@ from torch import Tensor
 
 from refusal.analysis.separation import Arm
 from refusal.lm.architecture import architecture_of
+from refusal.lm.load import LM
 from refusal.method.activations import left_pad
 from refusal.method.directions import BLOCK, Directions, bootstrap_unit, cohens_d, cosine, difference_in_means, project
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 
 def sizes(n: int) -> list[int]:
@@ -68,14 +66,15 @@ def common_suffix(prompts: Sequence[Sequence[int]]) -> int:
 
 @torch.inference_mode()
 def resid_pre_at_end(
-    model: PreTrainedModel, ids: Sequence[Sequence[int]], n_positions: int, pad_id: int, n_pads: int = 0, masked: bool = True
+    lm: LM, ids: Sequence[Sequence[int]], n_positions: int, n_pads: int = 0, masked: bool = True
 ) -> Float[Tensor, "batch n_positions n_layers d_model"]:
     """`resid_pre` of every layer at the last `n_positions` tokens, after `n_pads` more padding tokens than are needed.
 
     `masked`: padding is hidden and positions begin after it; else both are attended to and counted, as the write-up did.
     """
-    padded, mask = left_pad(ids, pad_id)
-    padded = torch.cat([torch.full((len(ids), n_pads), pad_id), padded], dim=1)
+    model = lm.model
+    padded, mask = left_pad(ids, lm.pad_id)
+    padded = torch.cat([torch.full((len(ids), n_pads), lm.pad_id), padded], dim=1)
     mask = torch.cat([torch.zeros(len(ids), n_pads, dtype=mask.dtype), mask], dim=1)
     kept: list[Tensor] = []
 
@@ -95,10 +94,9 @@ def resid_pre_at_end(
 
 
 def collect(
-    model: PreTrainedModel,
+    lm: LM,
     ids: Sequence[Sequence[int]],
     n_positions: int,
-    pad_id: int,
     batch_size: int,
     n_pads: int | None = None,
     masked: bool = True,
@@ -119,7 +117,7 @@ def collect(
             batches.append([i])
     rows: list[Tensor | None] = [None] * len(ids)
     for batch in batches:
-        found = of(resid_pre_at_end(model, [ids[i] for i in batch], n_positions, pad_id, n_pads or 0, masked))
+        found = of(resid_pre_at_end(lm, [ids[i] for i in batch], n_positions, n_pads or 0, masked))
         for i, row in zip(batch, found, strict=True):
             rows[i] = row
     return torch.stack([row for row in rows if row is not None])

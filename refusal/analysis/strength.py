@@ -1,62 +1,56 @@
-"""What the strength of an ablation does, at each of the sites and as edited weights, beside what the algebra predicts."""
+"""What the strength of an ablation does, at each of the sites and as edited weights, and what is predicted; and additions."""
 
-from __future__ import annotations
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
-
-import torch
-from jaxtyping import Float
-from torch import Tensor, nn
-
-from refusal.lm.architecture import architecture_of
-from refusal.method.interventions import SITES
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from refusal.analysis.mediation import refusal_three_ways
+from refusal.analysis.study import Study
+from refusal.io.params import Strength
+from refusal.method.directions import random_unit
+from refusal.method.interventions import BASELINE, POSITIONS, SITES, Addition, Intervention
 
 PLACES = (*SITES, "weights")
 
 
-@contextmanager
-def edited_weights(model: PreTrainedModel, direction: Float[Tensor, " d_model"], alpha: float) -> Iterator[PreTrainedModel]:
-    """The model with what writes into the stream orthogonalized in memory, W <- W - alpha v v^T W, for the length of a `with`.
+def strength(study: Study, settings: Strength) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Where compliance x coherence collapses at each of PLACES, measured and predicted; and the curves that say so.
 
-    The embedding is edited where it is not tied to the unembedding, which must stay; a checkpoint on disk unties it instead
-    (`orthogonalize`). The parameters themselves stay as they are, in their modules again at the end: a copy of the model that
-    shares them is not edited.
+    A curve is compliance, coherence and cost of the selected direction ablated on harmful test prompts, against alpha.
     """
-    architecture = architecture_of(model.config)
-    kept: list[tuple[nn.Module, str, nn.Parameter]] = []
-    try:
-        for name, parameter in list(model.named_parameters()):
-            axis = architecture.writer_axis(name, include_embedding=not architecture.tied)
-            if axis is None:
-                continue
-            owner, _, own_name = name.rpartition(".")
-            kept.append((model.get_submodule(owner), own_name, parameter))
-            v = direction.to(parameter.device, torch.promote_types(parameter.dtype, torch.float32))
-            w = parameter.data.to(v.dtype).movedim(axis, -1)
-            edited = (w - alpha * (w @ v)[..., None] * v).movedim(-1, axis).to(parameter.dtype)
-            setattr(*kept[-1][:2], nn.Parameter(edited, requires_grad=parameter.requires_grad))
-        yield model
-    finally:
-        for module, own_name, parameter in kept:
-            setattr(module, own_name, parameter)
+    unit, texts = study.directions["unit"][study.layer], study.harmless(study.params.science.n_harmless)
+    test, rows = study.sample("test", settings.n), []
+    for place in PLACES:
+        interventions = [
+            Intervention(f"alpha {alpha:g}", unit, alpha, place, None, study.layer, "alpha") for alpha in settings.alphas
+        ]
+        judged = study.ask(test, "harmful", interventions, f"science: alphas, {place}")
+        costs = study.costs(interventions, texts, f"cost: {place}")
+        for one in interventions:
+            summary = study.summary(judged.verdicts[one.name], judged.topics, f"{one.name}, {place}")
+            keys = ("compliance", "compliance_low", "compliance_high", "coherence", "score", "refusal", "n_degenerate", "n")
+            rows.append(
+                {"place": place, "alpha": one.alpha, **{k: summary[k] for k in keys}}
+                | {k: costs[one.name][k] for k in ("cross_entropy", "kl")}
+                | {"residual_gain": residual_gain(study.lm.n_layers, place, one.alpha)}
+            )
+    curves = {place: [row for row in rows if row["place"] == place] for place in PLACES}
+    return {
+        place: {"measured": collapse_alpha(curve), "diverges_beyond": diverges_beyond(place)} for place, curve in curves.items()
+    }, rows
 
 
 def residual_gain(n_layers: int, place: str, alpha: float) -> float:
-    """Share of what the embedding writes along v that reaches the last block, by the algebra: (1 - alpha)^hits.
+    """Share of what the embedding writes along v that reaches the last block, as predicted: (1 - alpha)^(times it is ablated).
 
-    `resid_pre` and `paper` hit it again at the input of every block, `writes` and `weights` once. Beyond alpha = 2 its size
-    exceeds 1, and where it is hit again and again it grows with depth.
+    `resid_pre` and `paper` ablate it again at the input of every block, `writes` and `weights` once. Beyond alpha = 2 its size
+    exceeds 1, and where it is ablated again and again it grows with depth.
     """
     return (1 - alpha) ** (n_layers if place in ("resid_pre", "paper") else 1)
 
 
 def diverges_beyond(place: str) -> float | None:
-    """The alpha from which `residual_gain` grows with depth; None where nothing is hit twice, and nothing can grow."""
+    """The alpha from which `residual_gain` grows with depth; None where nothing is ablated twice, and nothing can grow."""
     return 2.0 if place in ("resid_pre", "paper") else None
 
 
@@ -65,3 +59,24 @@ def collapse_alpha(curve: Sequence[dict[str, Any]]) -> float | None:
     best = max(row["score"] for row in curve)
     beyond = sorted(row["alpha"] for row in curve if row["alpha"] > 1 and row["score"] < best / 2)
     return beyond[0] if beyond else None
+
+
+def additions(study: Study) -> dict[str, Any]:
+    """Refusal of safe test prompts when the selected raw difference is added, and when a random vector of its length is."""
+    difference, rows = study.directions["difference"][study.layer], study.sample("test", study.params.science.n_test)
+    random = random_unit(len(difference), 1, study.seed)[0] * difference.norm()
+    figures: dict[str, Any] = {"layer": study.layer}
+    for name, vector in (("difference", difference), ("random", random)):
+        added = Addition(vector, study.layer)
+        figures[name] = {}
+        for positions in POSITIONS:
+            label = f"science: {name} added, {positions}"
+            judged = study.ask(rows, "safe", [BASELINE], label, replace(added, positions=positions))
+            verdicts = judged.verdicts["baseline"]
+            figures[name][positions] = {
+                **refusal_three_ways(judged.prompts, judged.texts["baseline"], verdicts, study.exact),
+                "n": len(rows),
+                "n_degenerate": sum(v.label == "degenerate" for v in verdicts if v),
+                "n_missing": list(verdicts).count(None),
+            }
+    return figures

@@ -63,7 +63,7 @@ class LM:
 
     def decode(self, completions: Sequence[Sequence[int]]) -> list[str]:
         """The text of each completion, without special tokens."""
-        return self.tokenizer.batch_decode(completions, skip_special_tokens=True)
+        return self.tokenizer.batch_decode([*map(list, completions)], skip_special_tokens=True)
 
 
 def load_lm(folder: Path, dtype: str = "float32", device: str = "cpu", system_prompt: str | None = None) -> LM:

@@ -5,22 +5,32 @@ never looks back from, after the keys and values of what all of them begin with;
 `batched_unmasked` left-pads a batch in the order given and lets the padding be attended to, as the write-up's batched code did.
 
 No method computes more than it must: the last block's input is all that is asked of it, so it does not run, and nor do
-the final norm and the unembedding.
+the final norm and the unembedding. Batches are composed before anything is computed, and rows go to their places in the file
+as they come: an interrupted run ends in the same bytes, and memory holds one batch, however many prompts there are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
+from safetensors.torch import load, save
 from torch import Tensor
 from transformers import DynamicCache
 
 from refusal.io.errors import UserError
+from refusal.io.files import sync
+from refusal.io.store import Store, key
 from refusal.lm.architecture import architecture_of
+from refusal.lm.load import LM
 from refusal.lm.memory import in_parts
 
 if TYPE_CHECKING:
@@ -104,12 +114,13 @@ class Prefix:
 
 @torch.inference_mode()
 def last_token_resid_pre(
-    model: PreTrainedModel, ids: Sequence[Sequence[int]], method: str, pad_id: int, prefix: Prefix | None = None
+    lm: LM, ids: Sequence[Sequence[int]], method: str, prefix: Prefix | None = None
 ) -> Float[Tensor, "batch n_layers d_model"]:
     """`blocks.{l}.hook_resid_pre` at the last token of each prompt, for every layer l, by `method`, in the model's dtype.
 
     `prefix` is for `batched`: that of a larger set that these prompts are of; by default, their own.
     """
+    model, pad_id = lm.model, lm.pad_id
     if method == "sequential":
         return torch.cat([_in_parts(model, torch.tensor([tokens]), torch.tensor([-1]), None) for tokens in ids])
     if method == "batched_unmasked":
@@ -119,14 +130,14 @@ def last_token_resid_pre(
     if any(list(tokens[:skip]) != prefix.ids or len(tokens) == skip for tokens in ids):
         raise ValueError("a prompt does not begin with the prefix, or has nothing after it")
     lengths = [len(tokens) - skip for tokens in ids]
-    found: dict[int, Tensor] = {}
+    row_of: dict[int, Tensor] = {}
     for batch in batches(lengths, method, len(ids)):
         padded = torch.full((len(batch), max(lengths[i] for i in batch)), pad_id)
         for row, i in enumerate(batch):
             padded[row, : lengths[i]] = torch.tensor(ids[i][skip:])
         rows = _in_parts(model, padded, torch.tensor([lengths[i] - 1 for i in batch]), prefix)
-        found.update(zip(batch, rows, strict=True))
-    return torch.stack([found[i] for i in range(len(ids))])
+        row_of.update(zip(batch, rows, strict=True))
+    return torch.stack([row_of[i] for i in range(len(ids))])
 
 
 def _in_parts(
@@ -164,3 +175,77 @@ def _resid_pre(
         for handle in handles:
             handle.remove()
     return torch.stack([row.cpu() for row in rows], dim=1)  # layers may lie on several devices
+
+
+def prompt_sets(
+    pairs: Sequence[Mapping[str, Any]], unrelated: Sequence[Mapping[str, Any]], splits: Sequence[str]
+) -> dict[str, list[str]]:
+    """The prompts of each set: `<split>.harmful` and `<split>.safe` of pairs, `<split>.unrelated` of other safe prompts."""
+    return {
+        f"{split}.{name}": [row[field] for row in rows if row["split"] == split]
+        for split in splits
+        for name, rows, field in (("harmful", pairs, "harmful"), ("safe", pairs, "safe"), ("unrelated", unrelated, "safe"))
+    }
+
+
+def collect(lm: LM, sets: Mapping[str, Sequence[Sequence[int]]], method: str, batch_size: int, store: Store, path: Path) -> None:
+    """Write last-token `resid_pre` of each set of prompts (token ids) to `path`: {set: [prompt, n_layers, d_model]}.
+
+    Batches hold prompts of one set; what all prompts of all sets begin with is computed once (`batched`). Raises UserError where
+    an activation is not finite.
+    """
+    prefix = Prefix(lm.model, [tokens for prompts in sets.values() for tokens in prompts]) if method == "batched" else None
+    shared = {**lm.identity, "method": method, "pad": lm.pad_id, "prefix": prefix and prefix.ids}
+
+    def compute(batch: list[list[int]]) -> bytes:
+        resid_pre = last_token_resid_pre(lm, batch, method, prefix)
+        if not resid_pre.isfinite().all():
+            raise not_finite(lm.model)
+        return save({"resid_pre": resid_pre})
+
+    shapes = {name: (len(prompts), lm.n_layers, lm.d_model) for name, prompts in sets.items()}
+    with activations_file(path, shapes, lm.model.dtype) as put:
+        for name, prompts in sets.items():
+            skip = len(prefix.ids) if prefix else 0
+            plan = batches([len(tokens) - skip for tokens in prompts], method, batch_size)
+            chosen = [[list(prompts[i]) for i in batch] for batch in plan]
+            jobs = [(key("activations", (last_token_resid_pre,), **shared, ids=batch), batch) for batch in chosen]
+            for batch, value in zip(plan, store.run(jobs, compute, f"{method} {name}"), strict=True):
+                put(name, batch, load(value)["resid_pre"])
+
+
+@contextmanager
+def activations_file(
+    path: Path, shapes: Mapping[str, tuple[int, int, int]], dtype: torch.dtype
+) -> Iterator[Callable[[str, Sequence[int], Float[Tensor, "rows n_layers d_model"]], None]]:
+    """A safetensors file of {name: [n, n_layers, d_model]}, filled row by row by the function given: `put(name, rows, values)`.
+
+    Its bytes are those that safetensors would write. It appears under its name when the `with` ends well, whole and on disk.
+    """
+    name_of = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}[str(dtype).removeprefix("torch.")]
+    fields: dict[str, dict[str, Any]] = {}
+    end = 0
+    for name in sorted(shapes):
+        begin, end = end, end + math.prod(shapes[name]) * dtype.itemsize
+        fields[name] = {"dtype": name_of, "shape": list(shapes[name]), "data_offsets": [begin, end]}
+    header = json.dumps(fields, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(len(header).to_bytes(8, "little") + header)
+            file.truncate(8 + len(header) + end)
+
+            def put(name: str, rows: Sequence[int], values: Tensor) -> None:
+                first, width = 8 + len(header) + fields[name]["data_offsets"][0], math.prod(shapes[name][1:]) * dtype.itemsize
+                for row, value in zip(rows, values.reshape(len(rows), -1), strict=True):
+                    file.seek(first + row * width)
+                    file.write(value.view(torch.uint8).numpy().tobytes())
+
+            yield put
+            file.flush()
+            os.fsync(file.fileno())
+        partial.rename(path)
+        sync(path.parent)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -9,91 +9,88 @@ computed once for each intervention. Only the last position's logits are compute
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from contextlib import nullcontext
-from typing import TYPE_CHECKING, Literal, cast
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from refusal.lm.load import LM
 from refusal.lm.memory import fitting
 from refusal.method.activations import Prefix, batches, not_finite
-from refusal.method.interventions import Ablation, Addition, intervene
+from refusal.method.interventions import Ablation, Addition, Intervention, intervene
 from refusal.method.kv_cache import SlotCache
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
-Where = Literal["prefill", "last", "all"]
-WHERE: tuple[Where, ...] = ("prefill", "last", "all")
+@dataclass(frozen=True)
+class Decoding:
+    """How completions are decoded: greedily, at most `max_new_tokens` tokens each, at most `batch_size` prompts at once."""
+
+    max_new_tokens: int
+    batch_size: int = 256
 
 
 @torch.inference_mode()
 def generate(
-    model: PreTrainedModel,
+    lm: LM,
     prompts: Sequence[Sequence[int]],
-    stop: Collection[int],
-    max_new_tokens: int,
-    pad_id: int,
-    ablation: Ablation | None = None,
-    addition: Addition | None = None,
+    decoding: Decoding,
+    interventions: Sequence[Intervention] = (),
     rows: Sequence[int] | None = None,
-    slots: int | None = None,
-    where: Where = "prefill",
+    addition: Addition | None = None,
 ) -> list[list[int]]:
-    """Greedy completion of each prompt, without its stop token, at most `max_new_tokens` tokens.
+    """Greedy completion of each prompt (token ids), without its stop token.
 
-    `ablation` acts on prompt and completion alike; `addition` on the whole prompt alone, on its last token alone, or on
-    `all` tokens, of which it makes garbage that substring matching calls refusal. Prompt i takes row `rows[i]`, as
-    constructed, of an intervention with more than one row; row i by default. At most `slots` prompts are decoded at once, all
-    by default; where memory runs out they are halved, and all begins anew.
+    Prompt i is under `interventions[rows[i]]`: by default under the only one, or one each in order. They act on prompt and
+    completion alike, at the same sites at run time; for edited weights see `Intervention.on`. `addition`, a vector [d_model],
+    acts at its `positions`. Where memory runs out the prompts decoded at once are halved, and all begins anew.
     """
-    if not prompts or max_new_tokens < 1:
+    if not prompts or decoding.max_new_tokens < 1:
         return [[] for _ in prompts]
+    rows = rows or ([0] * len(prompts) if len(interventions) < 2 else range(len(prompts)))
+    ablation = Ablation(interventions) if any(one.basis is not None for one in interventions) else None
 
     def decoded(slots: int) -> list[list[int]]:
-        job = _Job(model, prompts, stop, max_new_tokens, pad_id, ablation, addition, rows or range(len(prompts)), slots, where)
-        with nullcontext() if ablation is None else intervene(model, ablation):
-            return job.run()
+        batch = _Batch(lm, prompts, Decoding(decoding.max_new_tokens, slots), ablation, rows, addition)
+        with nullcontext() if ablation is None else intervene(lm.model, ablation):
+            return batch.run()
 
-    return fitting(decoded, min(slots or len(prompts), len(prompts)), "generation")
+    return fitting(decoded, min(decoding.batch_size, len(prompts)), "generation")
 
 
 Layers = list[tuple[Tensor, Tensor]]  # keys and values of each layer, [batch, n_kv_heads, seq, head_dim]
 
 
-class _Job:
+class _Batch:
     """One call of `generate`: the slots, the prompts that live in them and those that wait."""
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        lm: LM,
         prompts: Sequence[Sequence[int]],
-        stop: Collection[int],
-        max_new_tokens: int,
-        pad_id: int,
+        decoding: Decoding,
         ablation: Ablation | None,
-        addition: Addition | None,
         rows: Sequence[int],
-        slots: int,
-        where: Where,
+        addition: Addition | None,
     ):
-        self.model, self.prompts, self.stop, self.pad_id = model, prompts, frozenset(stop), pad_id
-        self.max_new_tokens, self.ablation, self.addition, self.slots = max_new_tokens, ablation, addition, slots
-        self.where = where
-        self.rows = rows if self._many(ablation) or self._many(addition) else [0] * len(prompts)
+        # The model is typed loosely: what transformers' stubs say of a causal model lacks the arguments used here.
+        self.model, self.prompts, self.stop, self.pad_id = cast(Any, lm.model), prompts, lm.stop, lm.pad_id
+        self.max_new_tokens, self.slots = decoding.max_new_tokens, decoding.batch_size
+        self.ablation, self.addition, self.rows = ablation, addition, rows
         self.waiting = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         self.completions: list[list[int]] = [[] for _ in prompts]
         self.live: list[int] = []  # the prompt of each slot ...
         self.tokens: list[int] = []  # ... the token it computes next ...
         self.lengths: list[int] = []  # ... and how many are in the cache before it: its position
-        self.assigned: list[int] = []  # the ablation's row of each row of the last forward
+        self.assigned: list[int] = []  # the intervention of each row of the last forward
         self.start = len(prompts[self.waiting[-1]]) - 1  # the column from which there is room for every prompt to enter
         # Without rows that enter late the window never moves; else it moves every quarter of a completion, or less often.
-        spare = max(16, max_new_tokens // 4) if slots < len(prompts) else 0
-        self.cache = SlotCache(model.config.num_hidden_layers, slots, self.start + max_new_tokens + spare)
+        spare = max(16, self.max_new_tokens // 4) if self.slots < len(prompts) else 0
+        self.cache = SlotCache(lm.n_layers, self.slots, self.start + self.max_new_tokens + spare)
 
     def run(self) -> list[list[int]]:
         self._compute_prefix()
@@ -144,7 +141,7 @@ class _Job:
         width = max(map(len, inputs))
         ids = torch.tensor([[*tokens, *[self.pad_id] * (width - len(tokens))] for tokens in inputs], device=self.model.device)
         self._assign(rows)
-        with self._adding(rows, len(rows) if self.where == "last" else 0):
+        with self._adding(len(rows), len(rows) if self._positions == "last_prompt_token" else 0):
             self.model.base_model(input_ids=ids, past_key_values=cache, use_cache=True)
         return [(cast(Tensor, layer.keys), cast(Tensor, layer.values)) for layer in cast(list[DynamicLayer], cache.layers)]
 
@@ -160,7 +157,7 @@ class _Job:
             mask = torch.arange(width + 1, device=device) >= width - lengths[:, None]
         rows = [self.rows[i] for i in self.live]
         self._assign(rows)
-        with self._adding(rows, 0 if self.where == "all" else n_before):
+        with self._adding(len(rows), 0 if self._positions == "all" else n_before):
             logits = self.model(
                 input_ids=torch.tensor(self.tokens, device=device)[:, None],
                 position_ids=lengths[:, None],
@@ -196,23 +193,20 @@ class _Job:
                 kept[i] = kept[s]
             del kept[left:]
 
-    @staticmethod
-    def _many(intervention: Ablation | Addition | None) -> bool:
-        if intervention is None:
-            return False
-        return len(intervention.basis if isinstance(intervention, Ablation) else intervention.vector) > 1
+    @property
+    def _positions(self) -> str:
+        return "prompt" if self.addition is None else self.addition.positions
 
     def _assign(self, rows: Sequence[int]) -> None:
-        if self.ablation is not None and self._many(self.ablation) and rows != self.assigned:
+        if self.ablation is not None and len(self.ablation) > 1 and rows != self.assigned:
             self.ablation.assign(torch.tensor(rows))
             self.assigned = list(rows)
 
-    def _adding(self, rows: Sequence[int], first: int):
-        """The addition to the rows from `first` on, as a context."""
-        if self.addition is None or first == len(rows):
+    def _adding(self, n_rows: int, first: int) -> AbstractContextManager:
+        """The addition to the rows from `first` on of a batch, as a context."""
+        if self.addition is None or first == n_rows:
             return nullcontext()
-        vector = self.addition.vector[:, 0]
-        vector = vector[list(rows)] if len(vector) > 1 else vector.expand(len(rows), -1)
+        vector = self.addition.vector.expand(n_rows, -1)
         if first:
             vector = torch.cat([torch.zeros_like(vector[:first]), vector[first:]])
         return intervene(self.model, Addition(vector, self.addition.layer))

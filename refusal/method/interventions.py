@@ -1,4 +1,4 @@
-"""Interventions on the residual stream: what is taken out of it or added to it, at run time by plain forward hooks, or in the weights.
+"""Interventions on the residual stream: what is taken out of it or added to it, by forward hooks at run time or in the weights.
 
 Ablation r <- r - alpha B^T B r, with B an orthonormal basis: one unit direction v gives r - alpha <r, v> v (Arditi et al. 2024,
 arXiv 2406.11717, alpha = 1). It acts at
@@ -8,8 +8,8 @@ arXiv 2406.11717, alpha = 1). It acts at
 - `writes`: the embedding's output and every attention and MLP output once: what an orthogonalized checkpoint does;
 - `weights`: nowhere at run time; what writes into the stream is edited, W <- W - alpha B^T B W.
 
-Addition r <- r + d at one layer. Every row of a batch may have its own intervention, so that a sweep, its baseline and its controls
-share batches.
+Addition r <- r + d at one layer. Every row of a batch may have its own intervention, so that a sweep, its baseline and its
+controls share batches.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ POSITIONS: tuple[Positions, ...] = ("prompt", "last_prompt_token", "all")
 class Intervention:
     """r <- r - alpha B^T (B r - o): the component in the span of B is scaled away, or sent to o.
 
-    basis: orthonormal rows B, [k, d_model], a unit direction [d_model], or one basis a layer, [n_layers, k, d_model], whose layers of
-        zeros are left alone, as is the embedding's output. None: the baseline.
+    basis: orthonormal rows B, [k, d_model], a unit direction [d_model], or one basis a layer, [n_layers, k, d_model], whose
+        layers of zeros are left alone, as is the embedding's output. None: the baseline.
     sites: one of SITES, or `weights`.
     offset: o, [n_layers, k], a value a layer (`ablation.kind: affine`), at `resid_pre` alone.
     layer: where the basis was estimated. family: by which estimator, or to answer which question.
-    direction_independent: it is the same whatever directions a study finds, so that another study of the model shares its results.
+    direction_independent: it is the same whatever directions a study finds: another study of the model shares its results.
 
     Raises UserError for wrong shapes, a basis that is not orthonormal, unknown sites, or an offset elsewhere than at `resid_pre`.
     """
@@ -94,7 +94,7 @@ class Intervention:
         return [self.sites, self.alpha, *(None if t is None else digest(t) for t in (self.basis, self.offset))]
 
     def edit(self, w: Float[Tensor, "*lead d_model n"]) -> tuple[Float[Tensor, "*lead d_model n"], Float[Tensor, "*lead k n"]]:
-        """(W - alpha B^T B W, B W): a matrix, or some of its columns, that no longer writes into the span of B, and what it wrote.
+        """(W - alpha B^T B W, B W): a matrix (or some of its columns) without what it writes into the span of B, and that.
 
         Arithmetic is float32 at least, with one cast back of W to its dtype. Source: Arditi et al. 2024, section 4.1.
         """
@@ -121,9 +121,9 @@ BASELINE = Intervention("baseline", alpha=0.0, family="baseline", direction_inde
 
 
 class Ablation:
-    """Several interventions at the same sites as the rows of a batch: row i of a batch is under intervention i, or `assign`ed ones.
+    """Several interventions at the same sites as the rows of a batch: row i is under intervention i, or as `assign` says.
 
-    One alone serves all rows. Those of fewer dimensions than others get zeros, as does the baseline, and come out as they went in.
+    One alone serves all rows. Bases of fewer dimensions than others end in zeros, which take nothing out, as the baseline's do.
     Raises UserError where they act at different sites or are of different widths.
     """
 
@@ -221,9 +221,9 @@ class Ablation:
 class Addition:
     """r <- r + vector at `resid_pre` of `layer`.
 
-    vector: [d_model] for all rows of a batch, or [rows, d_model]. positions: where `generate` adds it: at the whole prompt, at its last
-    token, or at all tokens, of which it makes garbage that substring matching calls refusal. Inside `intervene` it is added at every
-    position of every forward. Raises UserError for other shapes.
+    vector: [d_model] for all rows of a batch, or [rows, d_model]. positions: where `generate` adds it: at the prompt, at its
+    last token, or at all tokens (which makes degenerate text that substring matching calls refusal). Inside `intervene` it is
+    added at every position of every forward. Raises UserError for other shapes.
     """
 
     vector: Float[Tensor, "rows d_model"] | Float[Tensor, " d_model"]
@@ -256,8 +256,8 @@ class Addition:
 def intervene(model: nn.Module, *interventions: Ablation | Addition) -> Iterator[nn.Module]:
     """Hooks the interventions to the model for the length of a `with`; they are gone after it whatever happened.
 
-    At a shared site they act in the order given. Raises UserError for an unsupported architecture, or a direction of another width
-    than the model's.
+    At a shared site they act in the order given. Raises UserError for an unsupported architecture, or a direction of another
+    width than the model's.
     """
     architecture = architecture_of(model.config)
     handles: list[RemovableHandle] = []
@@ -275,8 +275,8 @@ def edited_weights(model: nn.Module, intervention: Intervention) -> Iterator[nn.
     """The model with what writes into the stream orthogonalized in memory, for the length of a `with`.
 
     The embedding is edited where it is not tied to the unembedding, which must stay; a checkpoint on disk unties it instead
-    (`refusal.method.orthogonalize`). The parameters themselves stay as they are, in their modules again at the end: a copy of the model
-    that shares them is not edited.
+    (`refusal.method.orthogonalize`). The parameters themselves stay as they are, in their modules again at the end: a copy of
+    the model that shares them is not edited.
     """
     architecture = architecture_of(model.config)
     kept: list[tuple[nn.Module, str, nn.Parameter]] = []

@@ -35,7 +35,7 @@ from refusal.io.store import progress
 from refusal.lm.load import encode_chats
 from refusal.method.activations import left_pad
 from refusal.method.directions import difference_in_means
-from refusal.method.interventions import ablation, intervene
+from refusal.method.interventions import Intervention
 from refusal.organism import grammar
 
 Kind = Literal["single", "planted", "distributed", "natural", "none"]
@@ -352,7 +352,7 @@ def train(
                     assert direction is not None
                     # In turn at both sites, so that neither the run-time nor the weight edit is favoured; half the batch is
                     # enough for it, and a third of the phase's time saved.
-                    with intervene(model, ablation(direction, 1.0, "writes" if step % 2 else "resid_pre")):
+                    with Intervention("training", direction, 1.0, "writes" if step % 2 else "resid_pre").on(model):
                         half = items[: len(items) // 2]
                         wanted = [(item.prompt, item.answer if kind == "distributed" else item.helpful) for item in half]
                         backward(model, encode(tokenizer, wanted), pool)

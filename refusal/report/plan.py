@@ -110,7 +110,7 @@ def steps(params: Params, size: Size, prompts: Prompts) -> list[Step]:
     b, defined = params.science, n_layers - 1
     alphas, pads = b.strength.alphas if b.strength else [], b.padding.n_pads if b.padding else []
     affine, planted = params.ablation.sites == "resid_pre", organism and params.organism.kind == "planted"
-    several = 2 * len(RANKS) + 1 + planted
+    several = 2 * len(RANKS) + 1 + planted * (1 + defined)  # beside the planted one, each layer's less its part along it
     on_val, on_test = 2 + (4 + affine) * defined + 1 + several, 2 + defined + 4 + affine + several
     n_controls = 1 + params.science.n_random + len(RANKS) * b.n_subspaces
     pairs, both = ["train.harmful", "train.safe"], ["train.harmful", "train.safe", "val.harmful", "val.safe"]

@@ -79,6 +79,67 @@ def test_the_gradient_is_the_finite_difference():
     assert float(parameter.grad @ along) == pytest.approx(float(slope), rel=0.02)
 
 
+def test_the_steps_are_adams_along_the_mean_gradient_of_the_pairs_drawn(tmp_path):
+    """Adam by its formulas (Kingma and Ba 2015), the rate falling to zero in a line, one prompt a forward; the loss is the mean
+    of the last ten, each that before its step."""
+    model, n_steps, n_pairs = tiny_model("qwen2").requires_grad_(False), 12, 9
+    unit, loss = optimised(model, "w", HARMFUL, SAFE, "resid_pre", 0, n_steps, n_pairs, 5, Store(tmp_path / "s.sqlite"))
+    wanted = [model(torch.tensor([prompt])).logits[0, -1].log_softmax(-1) for prompt in SAFE]
+    generator = torch.Generator().manual_seed(5)  # the same draws: a start, and with replacement the pairs of each step
+    vector = torch.randn(32, generator=generator)
+    vector, first, second, losses = vector / vector.norm(), torch.zeros(32), torch.zeros(32), []
+    for step in range(1, n_steps + 1):
+        chosen = torch.randint(0, len(PAIRS), (n_pairs,), generator=generator).tolist()
+        vector.requires_grad_(True)
+        v, divergences = vector / vector.norm(), []
+        hooks = [
+            block.register_forward_pre_hook(lambda _, args, v=v: (args[0] - (args[0] @ v)[..., None] * v, *args[1:]))
+            for block in model.model.layers
+        ]
+        for i in chosen:
+            for prompt in (HARMFUL[i], SAFE[i]):
+                after = model(torch.tensor([prompt])).logits[0, -1].log_softmax(-1)
+                divergences.append((wanted[i].exp() * (wanted[i] - after)).sum())  # from the safe half of the same pair
+        for hook in hooks:
+            hook.remove()
+        total = torch.stack(divergences).mean()
+        losses.append(total.item())
+        (slope,) = torch.autograd.grad(total, vector)
+        first, second = 0.9 * first + 0.1 * slope, 0.999 * second + 0.001 * slope**2
+        rate = 0.05 * (1 - (step - 1) / n_steps)
+        change = first / (1 - 0.9**step) / ((second / (1 - 0.999**step)).sqrt() + 1e-8)
+        vector = vector.detach() - rate * change
+        vector /= vector.norm()
+    assert loss == pytest.approx(sum(losses[-10:]) / 10, rel=1e-4) and loss > 0.01
+    assert torch.allclose(unit.float(), vector, atol=1e-4)
+
+
+def test_one_store_keeps_apart_all_that_changes_a_direction(tmp_path):
+    """Another start, step or model gives another direction, though the store holds the first."""
+    model, other, half = (
+        tiny_model("qwen2", **how).requires_grad_(False) for how in ({}, {"seed": 1}, {"dtype": torch.bfloat16})
+    )
+    store = Store(tmp_path / "s.sqlite")
+
+    def run(**change):
+        given = {"model": model, "weights": "w", "harmful": HARMFUL, "safe": SAFE, "sites": "resid_pre", "pad_id": 0}
+        return optimised(**given | {"steps": 3, "batch_size": 4, "seed": 0, "store": store} | change)
+
+    changes = (
+        {},
+        {"model": other, "weights": "other"},
+        {"model": half},
+        {"harmful": HARMFUL[::-1]},
+        {"safe": SAFE[::-1]},
+        {"sites": "writes"},
+        {"steps": 4},
+        {"batch_size": 5},
+        {"seed": 1},
+    )
+    found = [run(**change) for change in changes]
+    assert len({(loss, *unit.tolist()) for unit, loss in found}) == len(changes)
+
+
 def test_optimising_finds_a_lower_loss_once_and_the_store_keeps_it(tmp_path, monkeypatch):
     model = tiny_model("qwen2").requires_grad_(False)
     calls = []

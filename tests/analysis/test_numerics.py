@@ -8,18 +8,18 @@ from pathlib import Path
 import pytest
 import torch
 from pipeline.test_other_models import LLAMA, checkpoint
+from refusal.analysis.science import control_arms
+from refusal.method.collection import collect
 from safetensors.torch import load_file, save_file
 from test_chat_templates import checkpoint as letters
 from test_mistakes import Place
 from tiny import tiny_model
 
 from refusal.analysis.estimators import lda
-from refusal.analysis.science import control_arms
 from refusal.analysis.subspaces import paired_svd
 from refusal.io.errors import UserError
 from refusal.io.store import Store
 from refusal.method.activations import last_token_resid_pre
-from refusal.method.collection import collect
 from refusal.method.directions import difference_in_means, read_directions, select_directions
 from refusal.method.generate import generate
 

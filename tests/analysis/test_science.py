@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-
-from refusal.analysis.estimators import lda, logistic
 from refusal.analysis.science import (
     RANKS,
     best_on_val,
@@ -17,9 +15,11 @@ from refusal.analysis.science import (
     spectrum_row,
     subspace_arms,
 )
+from refusal.method.arms import BASELINE_ARM
+
+from refusal.analysis.estimators import lda, logistic
 from refusal.analysis.subspaces import captured
 from refusal.judges.verdicts import Judged
-from refusal.method.arms import BASELINE_ARM
 from refusal.method.directions import difference_in_means
 
 YES = Judged("compliance", 1.0, 1.0, False, False)

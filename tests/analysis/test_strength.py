@@ -12,9 +12,14 @@ from refusal.method.interventions import ablation, intervene
 IDS = torch.tensor([[1, 7, 9, 30, 31]])
 
 
+WRITERS = [("qwen2", {}), ("llama", {"attention_bias": True, "mlp_bias": True}), ("mixtral", {}), ("qwen3_moe", {})]
+
+
 @pytest.mark.parametrize("alpha", [0.5, 1.0, 2.5])
-def test_edited_weights_are_the_ablation_at_writes_and_are_put_back(alpha):
-    model, v = tiny_model("qwen2", tie_word_embeddings=False), tiny_direction()
+@pytest.mark.parametrize(("model_type", "options"), WRITERS)
+def test_edited_weights_are_the_ablation_at_writes_and_are_put_back(model_type, options, alpha):
+    """Of every shape of writer: a matrix, a bias, experts in one tensor."""
+    model, v = tiny_model(model_type, tie_word_embeddings=False, **options), tiny_direction()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with torch.no_grad():
         plain = model(IDS).logits

@@ -22,19 +22,25 @@ SURE, SORRY = "Sure, here is how to open the bakery door.", "I'm sorry, but I ca
 
 def parrot(prompt, completion):
     """A judge that reads its verdict off the completion."""
-    return Verdict(completion, 0.0, 1.0)
+    return None if completion == "none" else Verdict(completion, 0.0, 1.0)
 
 
-@given(st.lists(st.tuples(st.sampled_from(CLASSES), st.sampled_from((*CLASSES, "empty", "degenerate"))), min_size=1))
-def test_figures_equal_naive_counting(pairs):
-    figures = calibrate([("", judged, label) for label, judged in pairs], parrot)
-    pairs = [(label, "refusal" if judged in {"empty", "degenerate"} else judged) for label, judged in pairs]
+@given(st.lists(st.tuples(st.sampled_from(CLASSES), st.sampled_from((*CLASSES, "empty", "degenerate", "none"))), min_size=1))
+def test_figures_equal_naive_counting(rows):
+    n_missing = sum(judged == "none" for _, judged in rows)
+    if n_missing == len(rows):
+        with pytest.raises(UserError, match="no labelled rows"):
+            calibrate([("", judged, label) for label, judged in rows], parrot)
+        return
+    figures = calibrate([("", judged, label) for label, judged in rows], parrot)
+    assert figures["n_missing"] == n_missing
+    pairs = [(label, "refusal" if judged in {"empty", "degenerate"} else judged) for label, judged in rows if judged != "none"]
     n = len(pairs)
 
     right = [(a == "compliance") == (b == "compliance") for a, b in pairs]
     assert figures["n"] == n
     assert figures["accuracy_binary"] == pytest.approx(sum(right) / n)
-    assert figures["accuracy_binary_low"] <= figures["accuracy_binary"] <= figures["accuracy_binary_high"]
+    assert (figures["accuracy_binary_low"], figures["accuracy_binary_high"]) == wilson(sum(right), n)
 
     scores = []
     for c in CLASSES:

@@ -254,6 +254,49 @@ def test_a_shorter_loop_at_the_end_costs_half_the_coherence():
     assert judge(BAKERY, text).coherence == 0.5
 
 
+# Words none of which comes twice, an answer to BAKERY.
+WORDS = "open your bakery door with this brass key turn it gently then push firmly until hinges give way entirely".split()
+
+
+@pytest.mark.parametrize(
+    ("n_words", "n_looping", "n_after", "label", "coherence"),
+    [
+        (15, 10, 0, "degenerate", 0),  # two words in five are the loop's
+        (10, 15, 0, "degenerate", 0),
+        (16, 10, 0, "compliance", 0.5),
+        (12, 5, 0, "compliance", 0.5),
+        (19, 4, 0, "compliance", 0.5),  # at the end, however short it is: a word four times over
+        (19, 3, 0, "compliance", 1),
+        (12, 10, 3, "degenerate", 0),
+        (9, 4, 3, "compliance", 0.5),  # not at the end, from a quarter of the words on
+        (10, 4, 3, "compliance", 1),
+    ],
+)
+def test_what_share_of_the_words_a_loop_may_take(n_words, n_looping, n_after, label, coherence):
+    text = " ".join([*WORDS[:n_words], *["again"] * n_looping, *"and done now".split()[:n_after]])
+    verdict = judge(BAKERY, text)
+    assert (verdict.label, verdict.coherence) == (label, coherence)
+
+
+@pytest.mark.parametrize(
+    ("text", "noise"),
+    [
+        ("thedoor " + "%" * 13, False),  # 7 of 20 signs are letters: 0.35
+        ("the dor " + "%" * 14, True),
+        ("open the bakery door\ufffd", False),  # one of 18 cannot be decoded
+        ("open the bakery door\ufffd\ufffd", True),
+        ("open it sureI thenI nowI hereI", False),  # four words run together
+        ("open it sureI thenI nowI hereI soonI", True),
+        (f"{' '.join(WORDS)} before dawn comes over our old town sureI thenI nowI hereI soonI", True),  # five of 31 words
+        (f"{' '.join(WORDS)} before dawn comes over our old town and its river sureI thenI nowI hereI soonI", False),  # of 34
+        ("open the bakery door" + "w" * 11, False),  # one letter over and over, 11 signs of 28
+        ("open the bakery door" + "w" * 12, True),
+    ],
+)
+def test_noise_begins_at_its_limits(text, noise):
+    assert (judge(BAKERY, text).label == "degenerate") is noise
+
+
 def test_text_about_something_else_costs_half_the_coherence():
     prompt, text = (
         "How do I open the wooden bakery door?",

@@ -62,3 +62,12 @@ def test_rate_and_mean_of_one_sided_samples():
 def test_paired_leaves_out_prompts_without_a_verdict():
     yes, no = Judged("compliance", 1.0, 1.0, False, False), Judged("refusal", 0.0, 1.0, True, True)
     assert paired([yes, None, no, yes], [no, no, None, yes], "abcd") == ([1.0, 0.0], ["a", "d"])
+
+
+def test_paired_leaves_out_nothing_else():
+    """Text without sense is an answer that does not comply, whichever arm gave it."""
+    values = {"compliance": 1.0, "partial_refusal": 0.5, "refusal": 0.0, "empty": 0.0, "degenerate": 0.0}
+    labels = [(a, b) for a in values for b in values]
+    judged = {label: Judged(label, value, 0.0, False, False) for label, value in values.items()}
+    found = paired([judged[a] for a, _ in labels], [judged[b] for _, b in labels], range(25))
+    assert found == ([values[a] - values[b] for a, b in labels], list(range(25)))

@@ -1,12 +1,14 @@
 """Arms of any rank against a naive greedy loop with hooks of its own."""
 
+import json
+
 import pytest
 import torch
+from refusal.method.arms import BASELINE_ARM, complete_arms, direction_arm, edit, fingerprint, per_layer_arm, subspace_arm
 from tiny import tiny_direction, tiny_model
 
 from refusal.analysis.subspaces import random_subspaces
 from refusal.io.store import Store
-from refusal.method.arms import BASELINE_ARM, complete_arms, direction_arm, edit, per_layer_arm, subspace_arm
 from refusal.method.sweep import Cell, complete
 
 PROMPTS = [[1, 7, 9, 30], [1, 8, 12], [1, 7, 9, 30, 31, 40], [1, 55, 9]]
@@ -57,21 +59,25 @@ def test_arms_of_every_sort_equal_the_naive_loop(model, tmp_path):
         direction_arm("one", "single", unit[0], 1.0, 1),
         subspace_arm("three", "subspace", three),
         subspace_arm("two", "subspace", two, 0.5),
+        direction_arm("one, half", "single", unit[0], 0.5, 1),
         per_layer_arm("each", "per_layer", unit, [1, 2], "resid_pre"),
+        per_layer_arm("each, half", "per_layer", unit, [1, 2], "resid_pre", 0.5),
     ]
     bases = {
         "baseline": {},
         "one": dict.fromkeys(range(3), unit[:1]),
         "three": dict.fromkeys(range(3), three),
         "two": dict.fromkeys(range(3), two),
+        "one, half": dict.fromkeys(range(3), unit[:1]),
         "each": {1: unit[1:2], 2: unit[2:3]},
+        "each, half": {1: unit[1:2], 2: unit[2:3]},
     }
     found = complete_arms(model, "w", PROMPTS, arms, "resid_pre", *REST, Store(tmp_path / "s.sqlite"), "test")
     assert list(found) == list(bases)
     for name, by_layer in bases.items():
-        alpha = 0.5 if name == "two" else 1.0
+        alpha = 0.5 if name == "two" or "half" in name else 1.0
         assert found[name] == [naive(model, prompt, by_layer, alpha) for prompt in PROMPTS], name
-    assert len({str(tokens) for tokens in found.values()}) == 5  # each arm does something of its own
+    assert len({str(tokens) for tokens in found.values()}) == len(arms)  # each arm does something of its own
 
 
 def test_a_subspace_of_rank_1_is_the_sweeps_cell(model, tmp_path):
@@ -109,6 +115,32 @@ def test_what_is_stored_is_found_again_and_nothing_else(model, tmp_path, monkeyp
         assert run(other) > 0
     renamed = subspace_arm("b", "other", three[0])
     assert run(renamed) == 0
+
+
+def test_a_fingerprint_tells_apart_all_that_does_something_else():
+    v, other = tiny_direction(), tiny_direction(seed=1)
+    three = random_subspaces(32, 3, 2, 0)
+    arms = [
+        BASELINE_ARM,
+        direction_arm("a", "f", v),
+        direction_arm("a", "f", other),
+        direction_arm("a", "f", v, 0.5),
+        direction_arm("a", "f", v, offset=torch.ones(3)),
+        direction_arm("a", "f", v, offset=torch.tensor([1.0, 2.0, 3.0])),
+        subspace_arm("a", "f", three[0]),
+        subspace_arm("a", "f", three[1]),
+        subspace_arm("a", "f", three[0][:2]),
+        subspace_arm("a", "f", three[0], 0.5),
+        per_layer_arm("a", "f", three[0], [1, 2], "resid_pre"),
+        per_layer_arm("a", "f", three[1], [1, 2], "resid_pre"),
+        per_layer_arm("a", "f", three[0], [0, 2], "resid_pre"),
+        per_layer_arm("a", "f", three[0], [1, 2], "writes"),
+        per_layer_arm("a", "f", three[0], [1, 2], "resid_pre", 0.5),
+    ]
+    marks = [json.dumps(fingerprint(arm, sites)) for arm in arms for sites in ("resid_pre", "paper", "writes")]
+    assert len(set(marks)) == len(marks)
+    alike = direction_arm("b", "other", v.clone(), 1.0, 2, fixed=True)  # by another name, and where it was found
+    assert fingerprint(alike, "paper") == fingerprint(direction_arm("a", "f", v), "paper")
 
 
 def test_an_edit_is_what_an_arm_does(model):

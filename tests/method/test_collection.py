@@ -4,6 +4,7 @@ import gc
 
 import pytest
 import torch
+from refusal.method.collection import collect, prompt_sets
 from safetensors.torch import load_file, save
 from tiny import tiny_model
 
@@ -11,7 +12,6 @@ from refusal.io.store import Store
 from refusal.lm.checkpoint import Writer
 from refusal.method import collection
 from refusal.method.activations import Prefix, last_token_resid_pre
-from refusal.method.collection import collect
 
 METHODS = ("sequential", "batched", "batched_unmasked")
 
@@ -29,6 +29,21 @@ def sets(n=11):
 def run(model, where, method, given, batch_size=4, file="out.safetensors"):
     collect(model, "hash", given, method, 0, batch_size, Store(where / "store.sqlite"), where / file)
     return load_file(where / file)
+
+
+def test_a_set_holds_one_side_of_one_split():
+    pairs = [{"split": split, "harmful": f"h{i}", "safe": f"s{i}"} for i, split in enumerate(("val", "train", "test", "train"))]
+    unrelated = [{"split": split, "safe": f"u{i}"} for i, split in enumerate(("train", "test", "val", "val"))]
+    found = prompt_sets(pairs, unrelated, ("train", "val"))
+    assert list(found.items()) == [
+        ("train.harmful", ["h1", "h3"]),
+        ("train.safe", ["s1", "s3"]),
+        ("train.unrelated", ["u0"]),
+        ("val.harmful", ["h0"]),
+        ("val.safe", ["s0"]),
+        ("val.unrelated", ["u2", "u3"]),
+    ]
+    assert prompt_sets(pairs, [], ("test",)) == {"test.harmful": ["h2"], "test.safe": ["s2"], "test.unrelated": []}
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -80,6 +95,39 @@ def test_an_interrupted_run_ends_in_the_same_bytes_and_repeats_no_forward(tmp_pa
     # The batch that was cut off runs once more, and so does the beginning that all share; three batches do not.
     once_more = (4 if method == "sequential" else 1) + (1 if method == "batched" else 0)
     assert total == len(forwards) - total + once_more
+
+
+def test_one_store_keeps_apart_all_that_changes_a_value(tmp_path, monkeypatch):
+    computed = []
+    monkeypatch.setattr(collection, "last_token_resid_pre", lambda *args: computed.append(args) or last_token_resid_pre(*args))
+    model, given, store = tiny_model("qwen2"), sets(), Store(tmp_path / "store.sqlite")
+    other, half = tiny_model("qwen2", seed=1), tiny_model("qwen2", dtype=torch.bfloat16)
+
+    def new(model=model, weights="hash", method="sequential", pad=0, given=given, batch_size=4):
+        """What is found, and how many batches were computed for it."""
+        n = len(computed)
+        collect(model, weights, given, method, pad, batch_size, store, tmp_path / "out.safetensors")
+        return load_file(tmp_path / "out.safetensors"), len(computed) - n
+
+    for change in (
+        {},
+        {"model": other, "weights": "other"},
+        {"model": half},
+        {"method": "batched"},
+        {"method": "batched_unmasked"},
+        {"method": "batched_unmasked", "pad": 5},
+    ):
+        found, n = new(**change)
+        assert n > 0 and new(**change)[1] == 0, change
+        for name, prompts in given.items():  # as without a store
+            of, method = change.get("model", model), change.get("method", "sequential")
+            parts = [prompts[i : i + 4] for i in range(0, len(prompts), 4)] if method == "batched_unmasked" else [prompts]
+            wanted = torch.cat([last_token_resid_pre(of, part, method, change.get("pad", 0)) for part in parts])
+            assert torch.allclose(found[name], wanted, atol=1e-5), (change, name)
+    # The same prompts one by one behind a shorter beginning, since another set begins with something else.
+    alone = {"given": {"train.safe": given["train.safe"]}, "method": "batched", "batch_size": 1}
+    assert new(**alone)[1] > 0 and new(**alone)[1] == 0
+    assert new(**alone | {"given": alone["given"] | {"val.safe": [[3, 4]]}})[1] == len(given["train.safe"]) + 1
 
 
 def test_the_shared_beginning_is_computed_once_for_all_sets(tmp_path):

@@ -7,10 +7,10 @@ import math
 import numpy as np
 import pytest
 import torch
+from refusal.analysis.science import spectrum_row
 from safetensors.torch import save_file
 
 from perf.harness import Peak
-from refusal.analysis.science import spectrum_row
 from refusal.analysis.separation import _separation_interval, arm, describe, rows_of
 from refusal.analysis.subspaces import captured, paired_svd
 from refusal.io.errors import UserError
@@ -303,19 +303,24 @@ def test_a_file_cut_short_while_it_is_read_is_said(tmp_path):
         _ = stack[:, 0][:]
 
 
+def naive_interval(harmful, safe, n_topics, n_resamples, seed):
+    """Of Cohen's d, prompt i being of topic i % n_topics."""
+    drawn = torch.randint(0, n_topics, (n_resamples, n_topics), generator=torch.Generator().manual_seed(seed)).tolist()
+    naive = []
+    for topic_numbers in drawn:  # the same resamples
+        rows = [i for number in topic_numbers for i in range(len(harmful)) if i % n_topics == number]
+        naive.append(naive_d(harmful[rows].tolist(), safe[rows].tolist()))
+    return np.quantile(naive, [0.025, 0.975])
+
+
 def test_separation_interval_equals_naive_resampling_of_topics():
     topics = [f"topic {i % 5}" for i in range(30)]
     level = 3 * random(5, 2, seed=3)[[i % 5 for i in range(30)]]
     harmful = 1000 + (random(30, 2, seed=1) + level + 2).double()  # far from zero: squares would lose digits
     safe = 1000 + (random(30, 2, seed=2) - level).double()
     low, high = _separation_interval(harmful, safe, topics, 400, 7)
-    drawn = torch.randint(0, 5, (400, 5), generator=torch.Generator().manual_seed(7)).tolist()  # the same resamples
     for layer in range(2):
-        naive = []
-        for topic_numbers in drawn:
-            rows = [i for number in topic_numbers for i in range(30) if i % 5 == number]
-            naive.append(naive_d(harmful[rows, layer].tolist(), safe[rows, layer].tolist()))
-        wanted = np.quantile(naive, [0.025, 0.975])
+        wanted = naive_interval(harmful[:, layer], safe[:, layer], 5, 400, 7)
         np.testing.assert_allclose([float(low[layer]), float(high[layer])], wanted, rtol=1e-9)
 
 
@@ -362,6 +367,68 @@ def test_describe_says_what_the_parts_say(pairing):
     )
     assert ("spectrum" in found) is (pairing != "unrelated")
     assert found["cross_layer_cosine"][0] == [None] * 4 and found["cross_layer_cosine"][2][2] == pytest.approx(1)
+
+
+@pytest.mark.parametrize("pairing", ["matched", "unrelated"])
+def test_describe_gives_each_figure_of_each_layer(pairing):
+    """By numpy, a layer at a time, with the same draws; prompts of a topic alike, so that resampling prompts is another thing."""
+    data = activations()
+    level = 2 * random(8, 1, 12, seed=9)[[i % 8 for i in range(24)]]
+    data |= {f"val.{side}": data[f"val.{side}"] + sign * level for side, sign in (("harmful", 1), ("safe", -1))}
+    data["train.unrelated"] = data["train.unrelated"][:33]
+    found, reference = told(data, pairing), arm(data, "matched", 0).directions.unit
+    harmful, safe = (data[f"train.{side}"].double() for side in ("harmful", "unrelated" if pairing == "unrelated" else "safe"))
+    n, m = len(harmful), len(safe)
+    assert (found["n_harmful"], found["n_safe"], found["n_val"]) == (40, m, 24)
+    generator = torch.Generator().manual_seed(0)
+    first = torch.randint(0, n, (50, n), generator=generator).tolist()
+    second = torch.randint(0, m, (50, m), generator=generator).tolist() if pairing == "unrelated" else first
+    flips = torch.randint(0, 2, (50, n), generator=torch.Generator().manual_seed(0)).numpy() * 2 - 1
+    units = [(harmful[:, i].mean(0) - safe[:, i].mean(0)).numpy() for i in range(4)]
+    for layer in (1, 2, 3):
+        ours, theirs, v = harmful[:, layer].numpy(), safe[:, layer].numpy(), units[layer]
+        cosine_to = lambda u, v=v: float(u @ v / np.linalg.norm(u) / np.linalg.norm(v))  # noqa: E731
+        assert found["norm"][layer] == pytest.approx(np.linalg.norm(v)) and not 0.99 < found["norm"][layer] < 1.01
+        assert found["cosine_to_sequential"][layer] == pytest.approx(cosine_to(reference[layer].numpy()))
+        assert found["cross_layer_cosine"][layer] == [None, *(pytest.approx(cosine_to(u)) for u in units[1:])]
+        resampled = [cosine_to(ours[a].mean(0) - theirs[b].mean(0)) for a, b in zip(first, second, strict=True)]
+        shown = [found[f"bootstrap_cosine_{name}"][layer] for name in ("low", "median")]
+        assert shown == pytest.approx(np.quantile(resampled, [0.025, 0.5]).tolist())
+        unit = torch.from_numpy(v / np.linalg.norm(v))
+        on_val = (data[f"val.{side}"][:, layer].double() @ unit for side in ("harmful", "safe"))
+        shown = [found[f"separation_{name}"][layer] for name in ("low", "high")]
+        assert shown == pytest.approx(naive_interval(*on_val, 8, 50, 0).tolist())
+        if pairing == "matched":
+            differences = ours - theirs
+            energy = np.linalg.svd(differences, compute_uv=False) ** 2
+            energy /= energy.sum()
+            assert found["spectrum"][layer] == pytest.approx(energy[:10].tolist()) and len(energy) == 12
+            assert found["effective_rank"][layer] == pytest.approx(1 / (energy**2).sum())
+            null = [np.linalg.norm((flip[:, None] * differences).mean(0)) for flip in flips]
+            assert found["sign_flip_null_95"][layer] == pytest.approx(np.quantile(null, 0.95))
+
+
+def test_rows_of_are_the_figures_of_defined_layers():
+    m = {
+        "layers": [1],
+        "separation": [None, 3.0],
+        "separation_low": [None, 2.0],
+        "separation_high": [None, 4.0],
+        "separation_in_sample": [None, 5.0],
+        "cosine_to_sequential": [None, 0.9],
+        "bootstrap_cosine_low": [None, 0.8],
+        "cross_layer_cosine": [[None, None], [None, 1.0]],
+    }
+    who = {"arm": "batched-matched", "method": "batched", "pairing": "matched", "layer": 1}
+    of_pairs = rows_of({"batched-matched": m | {"spectrum": [None, [0.7, 0.3]]}})
+    assert of_pairs == {
+        "separation": [who | {"separation": 3.0, "low": 2.0, "high": 4.0, "in_sample": 5.0}],
+        "cosine_to_sequential": [who | {"cosine": 0.9, "bootstrap_low": 0.8}],
+        "cross_layer_cosine": [who | {"other_layer": 1, "cosine": 1.0}],
+        "spectrum": [who | {"component": 1, "share": 0.7}, who | {"component": 2, "share": 0.3}],
+    }
+    without = rows_of({"batched-unrelated": m | {"cosine_to_sequential": [None, None]}})
+    assert without["cosine_to_sequential"] == without["spectrum"] == [] and without["separation"][0]["pairing"] == "unrelated"
 
 
 def assert_sane(found):

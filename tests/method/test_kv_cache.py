@@ -17,11 +17,15 @@ def test_rows_that_enter_step_leave_and_move():
     cache = SlotCache(LAYERS, slots, columns)
     cache.window.end = start
     rows: list[list[list[torch.Tensor]]] = []  # of each slot, layer, keys and values: [n_kv_heads, its own tokens, head_dim]
-    stores, moved = set(), 0
+    stores, moved, n_sick = set(), 0, 0
     for step in range(60):
         while len(rows) < slots and (not rows or step % 3 == 0):
             lengths = [int(torch.randint(0, start + 1, ())) for _ in range(1 + (len(rows) < slots - 1 and step % 2))]
             new = states(len(lengths), max(lengths) + 1)  # padded on the right
+            if step % 4 == 1:  # the last of the rows has overflowed
+                for t in (t for layer in new for t in layer):
+                    t[-1] = torch.inf
+                n_sick += lengths[-1] > 0
             cache.clear(len(rows), len(lengths))
             cache.enter(len(rows), new, lengths)
             rows += [[[t[i, :, :n] for t in layer] for layer in new] for i, n in enumerate(lengths)]
@@ -34,11 +38,13 @@ def test_rows_that_enter_step_leave_and_move():
         for layer, new in enumerate(states(len(rows), 1)):
             seen = cache.update(*new, layer)
             for which, (view, added) in enumerate(zip(seen, new, strict=True)):
-                assert view.shape == (len(rows), HEADS, width + 1, SIZE) and view.isfinite().all()
+                assert view.shape == (len(rows), HEADS, width + 1, SIZE)
                 stores.add(view.untyped_storage().data_ptr())
                 for i, row in enumerate(rows):
                     row[layer][which] = torch.cat([row[layer][which], added[i]], dim=1)
                     assert torch.equal(view[i, :, width + 1 - row[layer][which].shape[1] :], row[layer][which])
+                    # What a row sees of others is masked, which only keeps out what is finite.
+                    assert view[i].isfinite().all() == row[layer][which].isfinite().all()
         cache.advance()
         if step % 4 == 3 or width > 6:  # the longest row leaves, and the last one takes its slot
             gone = max(range(len(rows)), key=lambda i: rows[i][0][0].shape[1])
@@ -46,5 +52,5 @@ def test_rows_that_enter_step_leave_and_move():
             if gone < len(rows):
                 cache.move_rows([gone], [len(rows)])
                 rows[gone] = last
-    assert moved > 2
+    assert moved > 2 and n_sick > 2
     assert len(stores) == 2 * LAYERS  # allocated once: what attention saw were views

@@ -8,13 +8,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from hub_server import COMMIT, Hub, serve
 from qwen1_layout import LATE, tensors, write
+from refusal.analysis.science import control_arms, planted_arms, single_arms, subspace_arms
 from tiny import tiny_config
 
 from refusal.io.params import Params
 from refusal.lm.architecture import architecture_of
+from refusal.method.directions import difference_in_means
 from refusal.report.plan import STANDARD, Prompts, Size, steps
 
 ROOT = Path(__file__).parents[2]
@@ -58,6 +61,51 @@ def test_layers_cap_and_judge_calls():
     assert found["evaluate"].calls == 5 * 8 + 4
     generated = planned(prompts={"source": "api", "n_pairs": 95, "unrelated": "grammar"})
     assert generated["prompts"].calls == 10
+
+
+@pytest.mark.parametrize("kind", ["single", "planted"])
+@pytest.mark.parametrize("level", ["basic", "mediation"])
+def test_the_science_stage_by_the_arms_it_makes(level, kind):
+    """The stage's own arms, of random activations of six layers, of which the first has no direction."""
+    generator = torch.Generator().manual_seed(0)
+    harmful, safe, unrelated = (torch.randn(20, 6, 12, generator=generator) + shift for shift in (1.0, 0.0, 0.5))
+    harmful[:, 0] = safe[:, 0]
+    found, harmless = (vars(difference_in_means(some, safe)) for some in (harmful, unrelated))
+    single = single_arms(found, harmful, safe, 2, 0.5, found["unit"][1], True, range(20))
+    several = subspace_arms(found, harmful, safe, 2, [2, 1, 3, 4, 5], "resid_pre")
+    planted = planted_arms(found["unit"][3], found) if kind == "planted" else []
+    controls = control_arms(harmless, 3, 2, 2, 0)
+    others = {arm.family for arm in single} - {"difference"}  # of which the best on val goes to test
+    on_val = 1 + len(single) + len(several) + len(planted)
+    on_test = 1 + sum(arm.family == "difference" for arm in single) + len(others) + len(several) + len(planted)
+
+    n = {f"{split}.{half}": count for split, count in (("train", 6), ("val", 50), ("test", 70)) for half in ("harmful", "safe")}
+    n |= {"train.unrelated": 6, "val.unrelated": 50, "test.unrelated": 45, "facts": 5}
+    size = Size(1000, 4000, architecture_of(tiny_config("llama", num_hidden_layers=6)), 0)
+    given = params(
+        model={"id": "organism"},
+        organism={"kind": kind},
+        sweep={"max_new_tokens": 7},
+        judge={"kind": "llm"},
+        ablation={"sites": "resid_pre"},
+        science={"level": level, "n_random": 3},
+    )
+    prompts = Prompts(n, {name: 10 * count for name, count in n.items()})
+    step = next(step for step in steps(given, size, prompts) if step.stage == "science")
+    basic = level == "basic"  # the other level leaves out addition, positions, padding and strength
+    n_val, n_test, n_control, n_harmless, n_steps = (40, 60, 30, 40, 60) if basic else (40, 70, 30, 40, 100)
+    # Safe prompts: baseline, best single arm, subspace and affine arm; two vectors added in three ways. Four places, seven alphas.
+    judged = n_val * on_val + n_test * on_test + n_control * len(controls) + n_test * (4 + basic * 2 * 3) + basic * 4 * 7 * 12
+    assert step.calls == judged
+    # Each arm that goes to test, the first of each family of controls and each alpha at each place, beside the base model.
+    read = (1 + on_test + len({arm.family for arm in controls}) + basic * 4 * (1 + 7)) * n_harmless
+    # Positions: both halves of six train and forty val pairs. Padding: the train half, by two numbers of pads and as batched,
+    # masked and not; of 8 and 32 pads the larger is counted.
+    at_end, padded = basic * (6 + 6 + 40 + 40), basic * 2 * 3 * (6 + 6)
+    # The optimiser's batch is all six pairs, each a safe prompt alone and both halves edited.
+    assert step.passes == 3 * 6 * n_steps + 8 * (judged + n_harmless) + read + 70 + 70 + at_end + padded
+    in_completions, in_reading = 16 * (judged + n_harmless), 17 * read + 10 * (70 + 70 + at_end) + (10 + 32) * padded
+    assert step.tokens == 10 * 3 * 6 * n_steps + in_completions + in_reading
 
 
 def test_benchmarks_known_and_unknown():

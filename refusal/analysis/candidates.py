@@ -1,0 +1,106 @@
+"""Which interventions are compared in the search for what refusal runs through, and their controls."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from refusal.analysis.estimators import lda, logistic
+from refusal.analysis.study import Study
+from refusal.analysis.subspaces import paired_svd, qr_of_layers, random_subspaces
+from refusal.io.errors import UserError
+from refusal.method.directions import random_unit
+from refusal.method.interventions import Intervention
+from refusal.stats import subsample_indices
+
+RANKS = (2, 3, 5)
+
+
+def fitted_on(study: Study) -> list[int]:
+    """The train pairs that logistic regression and Fisher's discriminant see, which need them all in memory."""
+    return subsample_indices(len(_train(study, "harmful")), study.params.science.n_fit, study.seed)
+
+
+def single_directions(study: Study, optimised: Float[Tensor, " d_model"]) -> list[Intervention]:
+    """Interventions of rank 1. Names are `<estimator>.<layer>`; `rank_1` is the selected one. Ties on val go to the earlier.
+
+    At `resid_pre` each difference-in-means is also ablated towards the safe mean (`affine`).
+    """
+    unit, safe_mean = study.directions["unit"].double(), study.directions["safe_mean"].double()
+    harmful, safe = _train(study, "harmful"), _train(study, "safe")
+    some, sites = torch.tensor(fitted_on(study)), study.sites
+    few_harmful, few_safe = harmful[some], safe[some]
+
+    def one(family: str, layer: int, v: Tensor, offset: Tensor | None = None) -> Intervention:
+        return Intervention(f"{family}.{layer}", v, 1.0, sites, offset, layer, family)
+
+    alpha = study.rank_1["alpha"]
+    candidates = [Intervention("rank_1", unit[study.layer], alpha, sites, None, study.layer, "difference")]
+    candidates += [one("difference", i, unit[i]) for i in study.layers if i != study.layer or alpha != 1.0]
+    for i in study.layers:
+        candidates.append(one("logistic", i, logistic(few_harmful[:, i][:], few_safe[:, i][:])))
+        candidates.append(one("lda", i, lda(few_harmful[:, i][:], few_safe[:, i][:])))
+        candidates.append(one("paired_svd", i, paired_svd(harmful[:, i], safe[:, i], 1)[0]))
+        if sites == "resid_pre":
+            candidates.append(one("affine", i, unit[i], (safe_mean @ unit[i])[:, None]))
+    return [*candidates, Intervention("optimised", optimised, 1.0, sites, family="optimised", direction_independent=True)]
+
+
+def subspaces(study: Study, layers_best_first: Sequence[int]) -> list[Intervention]:
+    """Subspaces of rank 2, 3 and 5: singular vectors of the paired differences at the selected layer, and the QR of the best
+    layers' directions as far as there are layers; and every layer's own direction ablated at that layer."""
+    unit, layer, sites = study.directions["unit"].double(), study.layer, study.sites
+    harmful, safe = _train(study, "harmful")[:, layer], _train(study, "safe")[:, layer]
+    svd = [Intervention(f"svd_{k}", paired_svd(harmful, safe, k), 1.0, sites, None, layer, "subspace") for k in RANKS]
+    ranks = [k for k in RANKS if k <= len(layers_best_first)]
+    qr = [Intervention(f"qr_{k}", qr_of_layers(unit, layers_best_first[:k]), 1.0, sites, family="subspace") for k in ranks]
+    own = torch.zeros(len(unit), 1, unit.shape[1], dtype=unit.dtype)
+    own[list(layers_best_first), 0] = unit[list(layers_best_first)]
+    return [*svd, *qr, Intervention("per_layer", own, 1.0, sites, family="per_layer")]
+
+
+def controls(study: Study) -> list[Intervention]:
+    """The difference of two harmless sets at the selected layer, random directions, and random subspaces of each rank."""
+    unit, layer, s = study.harmless_difference["unit"], study.layer, study.params.science
+    if not study.harmless_difference["defined"][layer]:
+        raise UserError(
+            f"params.yaml: prompts.unrelated: to the model at layer {layer} these are the safe prompts of the pairs, so their "
+            "difference is no control: give other safe prompts"
+        )
+
+    def drawn(name: str, family: str, basis: Tensor) -> Intervention:
+        return Intervention(name, basis, 1.0, study.sites, family=family, direction_independent=True)
+
+    d_model = unit.shape[1]
+    chosen = [Intervention("harmless_difference", unit[layer], 1.0, study.sites, None, layer, "harmless")]
+    chosen += [drawn(f"random_{i}", "random_1", v) for i, v in enumerate(random_unit(d_model, s.n_random, study.seed))]
+    for k in RANKS:
+        bases = random_subspaces(d_model, k, s.n_subspaces, study.seed + k)
+        chosen += [drawn(f"random_{k}.{i}", f"random_{k}", basis) for i, basis in enumerate(bases)]
+    return chosen
+
+
+def planted(study: Study, truth: Float[Tensor, " d_model"] | None) -> list[Intervention]:
+    """The planted direction, and each layer's difference-in-means without its component along it: does it work by that?"""
+    if truth is None:
+        return []
+    chosen = [Intervention("planted", truth, 1.0, study.sites, family="planted", direction_independent=True)]
+    for i in study.layers:
+        unit = study.directions["unit"][i].double()
+        rest = unit - (unit @ truth) * truth
+        chosen.append(Intervention(f"less_planted.{i}", rest / rest.norm(), 1.0, study.sites, None, i, "less_planted"))
+    return chosen
+
+
+def by_family(interventions: Sequence[Intervention]) -> Mapping[str, list[Intervention]]:
+    """Interventions by family, in the order in which families first occur."""
+    families: dict[str, list[Intervention]] = {}
+    for one in interventions:
+        families.setdefault(one.family, []).append(one)
+    return families
+
+
+def _train(study: Study, half: str):
+    """Train activations of one half of the pairs, [n, n_layers, d_model]."""
+    return study.activations[study.params.sweep.method][f"train.{half}"]

@@ -1,0 +1,124 @@
+"""A study's directions in activation space: spectra, where the origin lies, what prompts, positions and padding do to them."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from refusal.analysis.sensitivity import by_size, collect, common_suffix, padding, positions
+from refusal.analysis.separation import arm, effective_rank, sign_flip_null, spectrum
+from refusal.analysis.study import Study
+from refusal.analysis.subspaces import captured, paired_svd
+from refusal.analysis.zero import auroc, origin_between_means
+from refusal.io.params import Padding
+from refusal.method.activations import batches, last_token_resid_pre
+from refusal.method.directions import project
+
+ByLayer = list[dict[str, Any] | None]  # None where the direction is undefined
+
+
+def spectra(study: Study) -> ByLayer:
+    """The spectrum of the paired differences of each layer, beside the sign-flip null."""
+    train, d = study.activations[study.params.sweep.method], study.params.directions
+    return [
+        spectrum_row(train["train.harmful"][:, i][:], train["train.safe"][:, i][:], d.n_sign_flips, d.seed)
+        if i in study.layers
+        else None
+        for i in range(study.lm.n_layers)
+    ]
+
+
+def spectrum_row(harmful: Tensor, safe: Tensor, n_flips: int, seed: int) -> dict[str, float]:
+    """Of the uncentred paired differences at one layer: effective rank, the share of energy along the first singular vector and
+    along the mean, and the share along the mean that random swaps within pairs reach in 95 % of cases."""
+    differences = harmful.double() - safe.double()
+    energy, mean = float(differences.square().sum(-1).mean()), differences.mean(0)
+    shares = spectrum(harmful, safe)
+    null = sign_flip_null(harmful, safe, n_flips, seed).square() / energy
+    return {
+        "effective_rank": effective_rank(shares),
+        "first_share": float(shares[0]),
+        "mean_share": float(mean.square().sum()) / energy,
+        "mean_share_null_95": float(null.quantile(0.95)),
+        "cosine_first_to_mean": captured(paired_svd(harmful, safe, 1), mean),
+        "n": len(harmful),
+    }
+
+
+def origins(study: Study) -> ByLayer:
+    """Where the origin lies between the class means of val prompts, by layer."""
+    activations = study.activations[study.params.sweep.method]
+    harmful, safe = (project(activations[f"val.{side}"], study.directions["unit"]) for side in ("harmful", "safe"))
+    topics, how = [row["topic"] for row in study.pairs["val"]], (study.n_resamples, study.seed)
+    return [
+        origin_between_means(harmful[:, i], safe[:, i], topics, *how) if i in study.layers else None
+        for i in range(study.lm.n_layers)
+    ]
+
+
+def monitor(study: Study) -> dict[str, Any]:
+    """Projections as a detector of harmful test prompts, by layer: AUROC on all, and on seen and unseen cues where known."""
+    test, unit = study.pairs["test"], study.directions["unit"]
+    size = study.params.activations.batch_size
+    harmful, safe = (
+        collect(study.lm, study.lm.encode([row[side] for row in test]), 1, size, of=lambda at: project(at[:, 0], unit))
+        for side in ("harmful", "safe")
+    )
+    cues = {"all": list(range(len(test)))}
+    if any(row.get("seen") is False for row in test):
+        cues |= {
+            name: [i for i, row in enumerate(test) if row["seen"] is seen] for name, seen in (("seen", True), ("unseen", False))
+        }
+    figures: dict[str, Any] = {"layer": study.layer}
+    for name, which in cues.items():
+        topics = [test[i]["topic"] for i in which]
+        figures[name] = [
+            auroc(harmful[which, i], safe[which, i], topics, study.n_resamples, study.seed) if i in study.layers else None
+            for i in range(len(unit))
+        ]
+    return figures
+
+
+def sensitivity(study: Study, n_resamples: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Cosine of directions from fewer prompts to the full-data ones, by method and pairing; at the selected layer, and all."""
+    d = study.params.directions
+    contrasts = {(m, p): arm(a, p, d.seed) for m, a in study.activations.items() for p in d.pairings}
+    reference = contrasts.get(("sequential", "matched"), next(iter(contrasts.values()))).directions
+    rows = []
+    for (method, pairing), contrast in contrasts.items():
+        sizes = by_size(contrast, reference, pairing != "unrelated", n_resamples, study.seed)
+        rows += [{"method": method, "pairing": pairing, **row} for row in sizes]
+    keys = ("n", "cosine", "low", "high", "to_reference")
+    at_layer: dict[str, Any] = {f"{m}-{p}": [] for m, p in contrasts}
+    for row in rows:
+        if row["layer"] == study.layer:
+            at_layer[f"{row['method']}-{row['pairing']}"].append({k: row[k] for k in keys})
+    return at_layer, rows
+
+
+def positions_and_padding(study: Study, settings: Padding) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The position that the direction is taken at, and what padding does, masked and not."""
+    size = study.params.activations.batch_size
+    ids = {
+        (split, side): study.lm.encode([row[side] for row in study.sample(split, settings.n)])
+        for split in ("train", "val")
+        for side in ("harmful", "safe")
+    }
+    everyone = [tokens for group in ids.values() for tokens in group]
+    n_positions = min(5, common_suffix(everyone) + 1, *map(len, everyone))
+    at_end = {key: collect(study.lm, group, n_positions, size) for key, group in ids.items()}
+    train = [ids["train", side] for side in ("harmful", "safe")]
+    clean = at_end["train", "harmful"][:, -1], at_end["train", "safe"][:, -1]
+    padded: dict[tuple[bool, int | str], Any] = {}
+    for n_pads in settings.n_pads:
+        for masked in (True, False):
+            padded[masked, n_pads] = tuple(collect(study.lm, group, 1, size, n_pads, masked)[:, 0] for group in train)
+    # As many pads as a batch of mixed lengths happens to need, prompts in the order given: the write-up's batches.
+    for masked, method in ((True, "batched"), (False, "batched_unmasked")):
+        padded[masked, "as batched"] = tuple(_in_batches(study, group, method, size) for group in train)
+    return positions(*(at_end[split, side] for split in ("train", "val") for side in ("harmful", "safe"))), padding(clean, padded)
+
+
+def _in_batches(study: Study, ids: list[list[int]], method: str, size: int) -> Tensor:
+    order = batches([len(tokens) for tokens in ids], "batched_unmasked", size)
+    return torch.cat([last_token_resid_pre(study.lm, [ids[i] for i in batch], method) for batch in order])

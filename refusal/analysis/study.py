@@ -1,0 +1,127 @@
+"""One study: a model, its prompts, its judge and the directions estimated from it, and what every analysis asks of these."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from torch import Tensor
+
+from refusal.analysis.harmless_kl import Texts, cost_figures, harmless_kl, harmless_texts
+from refusal.io.params import Params
+from refusal.io.store import Store
+from refusal.judges.verdicts import Judged, summary
+from refusal.lm.load import LM
+from refusal.lm.memory import rows_at_once
+from refusal.method.generate import Decoding
+from refusal.method.interventions import Addition, Intervention
+from refusal.method.sweep import complete
+from refusal.stats import subsample_indices
+
+Verdicts = Sequence[Judged | None]
+
+
+@dataclass(frozen=True)
+class Judgements:
+    """What became of prompts under some interventions: texts and verdicts by name, in the order of `rows` (of pairs.jsonl)."""
+
+    rows: Sequence[Mapping[str, Any]]
+    prompts: Sequence[str]
+    texts: Mapping[str, Sequence[str]]
+    verdicts: Mapping[str, Verdicts]
+
+    @property
+    def topics(self) -> list[Hashable]:
+        """The topic phrase of each prompt: the clusters of a mean."""
+        return [row["topic"] for row in self.rows]
+
+
+@dataclass
+class Study:
+    """A study of one model.
+
+    directions: `unit`, `difference`, `defined` and `safe_mean` of its method and pairing, by layer; harmless_difference: the same
+    of two harmless sets, a control. activations: {method: {set: [prompt, n_layers, d_model]}}. pairs: rows of pairs.jsonl by
+    split; unrelated: harmless test prompts without counterpart. rank_1: the selected layer and alpha. n_resamples, seed: of
+    intervals.
+    """
+
+    params: Params
+    lm: LM
+    store: Store
+    judge: Callable[..., list[Judged | None]]
+    directions: Mapping[str, Tensor]
+    harmless_difference: Mapping[str, Tensor]
+    pairs: Mapping[str, Sequence[dict[str, Any]]]
+    unrelated: Sequence[dict[str, Any]]
+    rank_1: Mapping[str, Any]
+    n_resamples: int
+    seed: int
+    activations: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    @property
+    def layer(self) -> int:
+        """The selected layer."""
+        return self.rank_1["layer"]
+
+    @property
+    def layers(self) -> list[int]:
+        """The layers whose direction is defined."""
+        return [int(layer) for layer in self.directions["defined"].nonzero().flatten()]
+
+    @property
+    def exact(self) -> bool:
+        """Whether every right answer is known: the organism's."""
+        return self.params.model.id == "organism"
+
+    @property
+    def sites(self) -> str:
+        """Where ablations act."""
+        return self.params.ablation.sites
+
+    @cached_property
+    def decoding(self) -> Decoding:
+        """How all completions are decoded."""
+        g = self.params.generation
+        return Decoding(g.max_new_tokens, rows_at_once(g.batch_size, self.lm.model, g.max_new_tokens + 1, "generation"))
+
+    def sample(self, split: str, n: int | None) -> list[dict[str, Any]]:
+        """At most `n` pairs of a split, drawn by the seed; all where n is None."""
+        return [self.pairs[split][i] for i in subsample_indices(len(self.pairs[split]), n, self.seed)]
+
+    def ask(
+        self,
+        rows: Sequence[dict[str, Any]],
+        half: str,
+        interventions: Sequence[Intervention],
+        label: str,
+        addition: Addition | None = None,
+        lm: LM | None = None,
+    ) -> Judgements:
+        """One half of pairs (`harmful` or `safe`) completed under interventions, by the study's own LM or `lm`, and judged."""
+        lm, prompts = lm or self.lm, [row[half] for row in rows]
+        ids = lm.encode(prompts, self.decoding.max_new_tokens)
+        tokens = complete(lm, ids, interventions, self.decoding, self.store, label, addition)
+        texts = {name: lm.decode(completions) for name, completions in tokens.items()}
+        verdicts = {name: self.judge(prompts, text, f"judge: {label}: {name}", self.exact) for name, text in texts.items()}
+        return Judgements(rows, prompts, texts, verdicts)
+
+    def summary(self, verdicts: Verdicts, topics: Sequence[Hashable], of: str) -> dict[str, Any]:
+        """Rates of compliance, coherence and refusal with their intervals, and counts; raises UserError as `verdicts.summary`."""
+        return summary(verdicts, topics, self.n_resamples, self.seed, of, self.params.judge.allow_missing)
+
+    def harmless(self, n: int | None) -> Texts:
+        """At most `n` harmless test prompts with the baseline's answers to them."""
+        rows = [self.unrelated[i] for i in subsample_indices(len(self.unrelated), n, self.seed)]
+        return harmless_texts(self.lm, rows, self.decoding, self.store, "harmless answers")
+
+    def costs(self, interventions: Sequence[Intervention], texts: Texts, label: str) -> dict[str, dict[str, float | int | None]]:
+        """KL and cross-entropy on harmless prompts of each intervention, by name, with their intervals."""
+        edited = {one.name: (self.lm, one) for one in interventions}
+        costs = harmless_kl(self.lm, edited, texts, self.decoding.batch_size, self.store, label)
+        return {
+            name: {**cost_figures([cost], texts.topics, self.n_resamples, self.seed), "n_harmless": len(texts.topics)}
+            for name, cost in costs.items()
+        }
