@@ -27,16 +27,16 @@ def record(log: Path, stage: str, params: Params, seconds: float) -> None:
     `passes` and `tokens` are those that were computed and not found in the store; `batch_sizes_found` those that auto gave, or
     that running out of memory did; `peak_memory_mb` is the process's own.
     """
-    tally = sys.modules.get("refusal.lm.counts")  # not imported: no model was loaded
-    counts = dict(tally.COUNTS) if tally else {"passes": 0, "tokens": 0}
-    found = dict(tally.SIZES) if tally else {}
+    batching = sys.modules.get("refusal.lm.batching")  # not imported: no model was loaded
+    counts = dict(batching.COUNTS) if batching else {"passes": 0, "tokens": 0}
+    sizes = dict(batching.BATCH_SIZES) if batching else {}
     line = {
         "stage": stage,
         "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "seconds": round(seconds, 2),
         "peak_memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / KILOBYTES),
         **counts,
-        "batch_sizes_found": found,
+        "batch_sizes_found": sizes,
         "commit": _git("rev-parse", "HEAD"),
         "changed_files": len(_git("status", "--porcelain", "--untracked-files=no").splitlines()),
         "model": params.model.model_dump(),

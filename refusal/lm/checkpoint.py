@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -84,7 +84,7 @@ def weight_map(folder: Path) -> dict[str, str]:
 
 
 def read_shard(folder: Path, name: str) -> Shard:
-    """One file's header, which safetensors checks against its size. Raises UserError naming the file, and the tensor if it can."""
+    """One file's header, which safetensors checks against its size. Raises UserError naming the file."""
     path = real_file(folder, name)
     try:
         with safe_open(path, framework="pt") as file:
@@ -114,13 +114,14 @@ def data_of(tensor: Tensor) -> memoryview:
 
 
 def real_file(folder: Path, name: str) -> Path:
-    """The regular file behind `name`. Links may stay inside the folder or, in a hub snapshot, lead to its blobs.
+    """The regular file behind `name`. Links may stay inside the folder or, in a hub snapshot, lead to the cache's blobs.
 
     Raises UserError for a missing file and for a path or link that leaves the folder.
     """
     root = folder.resolve()
     real = (root / name).resolve()
-    homes = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
+    # The repository's blobs, which may be links to those that all repositories share.
+    homes = [root, *(parent / "blobs" for parent in root.parents[1:3] if root.parent.name == "snapshots")]
     if Path(name).name != name or not any(real.is_relative_to(home) for home in homes):
         raise UserError(f"{folder / name}: the file lies outside its folder: put the file itself there.")
     if not real.is_file():
@@ -137,3 +138,50 @@ def read_json(folder: Path, name: str) -> dict:
     if not isinstance(value, dict):
         raise UserError(f"{folder / name}: a JSON object was expected: download it again.")
     return value
+
+
+# Activations that are read a layer at a time. -------------------------------------------------------------------------------
+
+
+class Stack:
+    """A tensor [n, n_layers, d_model] in a file, of which memory holds what is asked for: `stack[:, layer][first:last]`.
+
+    `stack[rows]` is the same of some of its rows, or of all in another order.
+    """
+
+    def __init__(self, mapped: Tensor, rows: Tensor):
+        self.mapped, self.rows = mapped, rows
+        self.shape = (len(rows), *mapped.shape[1:])
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @overload
+    def __getitem__(self, index: tuple[slice, int]) -> Layer: ...
+
+    @overload
+    def __getitem__(self, index: Tensor | slice) -> Stack: ...
+
+    def __getitem__(self, index):
+        return Layer(self, index[1]) if isinstance(index, tuple) else Stack(self.mapped, self.rows[index])
+
+
+class Layer:
+    """One layer of a stack, [n, d_model], of which rows are read when they are sliced: `layer[first:last]`, `layer[:]`."""
+
+    def __init__(self, stack: Stack, index: int):
+        self.stack, self.index = stack, index
+        self.shape = (stack.shape[0], stack.shape[2])
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, which: slice) -> Tensor:
+        return self.stack.mapped[self.stack.rows[which], self.index]
+
+
+def read_stacks(path: Path) -> dict[str, Stack]:
+    """The tensors of a file of activations. Raises UserError for a malformed one."""
+    with read_shard(path.parent, path.name).open() as file:
+        mapped = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    return {name: Stack(tensor, torch.arange(len(tensor))) for name, tensor in mapped.items()}

@@ -11,6 +11,7 @@ and log-n attention act past `seq_length` alone, which becomes the longest input
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,22 +21,10 @@ from transformers import PreTrainedTokenizerFast
 from refusal.io.errors import UserError
 from refusal.io.files import sync, write_whole
 from refusal.io.store import progress
-from refusal.lm.checkpoint import (
-    INDEX,
-    SINGLE,
-    Entry,
-    Reader,
-    Shard,
-    header_bytes,
-    read_json,
-    read_shards,
-    real_file,
-    write_all,
-)
+from refusal.lm.checkpoint import INDEX, SINGLE, Entry, Shard, data_of, header_bytes, read_json, read_shards, real_file
 from refusal.lm.qwen1_tokenizer import CHATML, END, SPECIALS, TURN_END, fast_tokenizer
 
 RANKS = "qwen.tiktoken"
-_CHUNK = 1 << 24  # bytes
 
 # Names of the first release, and what they were called later.
 _EARLY = {
@@ -101,7 +90,7 @@ def is_qwen1(folder: Path) -> bool:
 def convert(source: Path, target: Path) -> None:
     """Write the Qwen-1 checkpoint `source` to the folder `target` (made anew) in native Qwen2 layout.
 
-    Shards and dtype stay as they are; tensors stream through one buffer of 16 MB, so memory does not grow with the model.
+    Shards and dtype stay as they are; tensors go from file to file one by one, so memory does not grow with the model.
     Adds tokenizer.json, tokenizer_config.json with the ChatML template, and generation_config.json, whose stop tokens are
     <|im_end|> and <|endoftext|>.
 
@@ -113,7 +102,8 @@ def convert(source: Path, target: Path) -> None:
     plans = [(shard, [part for entry in shard.entries for part in _parts(shard, entry, wanted)]) for shard in shards]
     if wanted:
         raise UserError(f"{source}: tensor {next(iter(wanted))} of a Qwen-1 checkpoint is missing: download it again.")
-    dtypes = {entry.dtype for _, parts in plans for _, entry in parts}
+    entries = [entry for _, parts in plans for entry, *_ in parts]
+    dtypes = {entry.dtype for entry in entries}
     if len(dtypes) > 1 or not dtypes <= set(_DTYPES):
         raise UserError(f"{source}: weights are {', '.join(sorted(dtypes))}, not one of {', '.join(_DTYPES)} throughout.")
     tokenizer = fast_tokenizer(real_file(source, RANKS))
@@ -123,13 +113,11 @@ def convert(source: Path, target: Path) -> None:
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
     weight_map: dict[str, str] = {}
-    total = 0
-    bar = progress(sum(entry.n_bytes for _, parts in plans for _, entry in parts), "Qwen-1 to Qwen2 layout", "B")
-    for shard, parts in plans:
-        _write_shard(shard, parts, target, bar)
-        weight_map |= {name: shard.name for name, _ in parts}
-        total += sum(entry.n_bytes for _, entry in parts)
-    bar.close()
+    total = sum(entry.n_bytes for entry in entries)
+    with progress(total, "Qwen-1 to Qwen2 layout", "B") as bar:
+        for shard, parts in plans:
+            _write_shard(shard, parts, target, bar)
+            weight_map |= {entry.name: shard.name for entry, *_ in parts}
     if [shard.name for shard in shards] != [SINGLE]:
         _write_json(target / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
     end, turn_end = tokenizer.encode(END + TURN_END).ids
@@ -221,8 +209,9 @@ def _tensors(c: dict[str, Any]) -> dict[str, list[int]]:
     return shapes | {f"transformer.h.{i}.{name}": shape for i in range(c["num_hidden_layers"]) for name, shape in block.items()}
 
 
-def _parts(shard: Shard, entry: Entry, wanted: dict[str, list[int]]) -> list[tuple[str, Entry]]:
-    """The tensors of the new layout that an old one becomes, with the bytes of the file they are; takes it off `wanted`."""
+def _parts(shard: Shard, entry: Entry, wanted: dict[str, list[int]]) -> list[tuple[Entry, str, int]]:
+    """The tensors of the new layout that an old one becomes, each with its name and the first of its rows that they are; takes
+    it off `wanted`."""
     if _BUFFERS.fullmatch(entry.name):
         return []
     shape = wanted.pop(entry.name, None)
@@ -232,35 +221,27 @@ def _parts(shard: Shard, entry: Entry, wanted: dict[str, list[int]]) -> list[tup
         raise UserError(f"{shard.where}: {entry.name} is {list(entry.shape)}, and config.json makes it {shape}.")
     block = _BLOCK.fullmatch(entry.name)
     if block is None:
-        return [(_NAMES[entry.name], entry)]
+        return [(replace(entry, name=_NAMES[entry.name]), entry.name, 0)]
     prefix, name = f"model.layers.{block[1]}.", block[2]
     if not name.startswith("attn.c_attn."):
-        return [(prefix + _IN_BLOCK[name], entry)]
-    third, (rows, *rest) = entry.n_bytes // 3, entry.shape
+        return [(replace(entry, name=prefix + _IN_BLOCK[name]), entry.name, 0)]
+    third, rest = entry.shape[0] // 3, entry.shape[1:]
     return [
         (
-            f"{prefix}self_attn.{which}_proj.{name.rpartition('.')[2]}",
-            Entry(entry.name, entry.dtype, (rows // 3, *rest), entry.begin + i * third, entry.begin + (i + 1) * third),
+            Entry(f"{prefix}self_attn.{of}_proj.{name.rpartition('.')[2]}", entry.dtype, (third, *rest), entry.n_bytes // 3),
+            entry.name,
+            i * third,
         )
-        for i, which in enumerate("qkv")
+        for i, of in enumerate("qkv")
     ]
 
 
-def _write_shard(shard: Shard, parts: list[tuple[str, Entry]], target: Path, bar: tqdm) -> None:
-    fields: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    at = 0
-    for name, entry in parts:
-        fields[name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [at, at + entry.n_bytes]}
-        at += entry.n_bytes
-    with shard.path.open("rb", buffering=0) as file, (target / shard.name).open("wb", buffering=0) as out:
-        reader = Reader(shard, file)
-        write_all(out, header_bytes(fields))
-        for _, entry in parts:
-            reader.seek(entry.begin)
-            for begin in range(0, entry.n_bytes, _CHUNK):
-                n = min(_CHUNK, entry.n_bytes - begin)
-                write_all(out, reader.take(n).numpy())
-                bar.update(n)
+def _write_shard(shard: Shard, parts: list[tuple[Entry, str, int]], target: Path, bar: tqdm) -> None:
+    with shard.open() as file, (target / shard.name).open("wb") as out:
+        out.write(header_bytes([entry for entry, *_ in parts], {"format": "pt"}))
+        for entry, name, first in parts:
+            out.write(data_of(file.get_tensor(name)[first : first + entry.shape[0]]))
+            bar.update(entry.n_bytes)
 
 
 def qwen2_config(c: dict[str, Any], dtype: str, end: int) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from refusal.io.store import progress
 from refusal.lm import qwen1
 from refusal.lm.adapter import CONFIG
 from refusal.lm.architecture import architecture_of
-from refusal.lm.checkpoint import DTYPES, Reader, Shard, read_json, read_shards, real_file
+from refusal.lm.checkpoint import DTYPES, Shard, read_json, read_shards, real_file
 from refusal.lm.load import DTYPES as LOADED
 from refusal.lm.load import load_tokenizer, render_chats
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SUFFIXES = {".json", ".jinja", ".model", ".txt"}
-_PIECE = 1 << 24  # bytes looked at at once
+_PIECE = 1 << 22  # elements looked at at once
 _MEMORY = 3  # the exit status of a trial that ran out of it
 _SECONDS, _BYTES = 2, 1 << 30  # of processor time and memory, that a chat template may take; a real one takes milliseconds
 _PATIENCE = 60  # seconds on the clock
@@ -59,19 +59,14 @@ def check_weights(folder: Path, dtype: str) -> list[Shard]:
     shards = read_shards(folder)
     with progress(sum(entry.n_bytes for shard in shards for entry in shard.entries), f"look at {folder.name}", "B") as bar:
         for shard in shards:
-            with shard.path.open("rb", buffering=0) as file:
-                reader = Reader(shard, file)
+            with shard.open() as file:
                 for entry in shard.entries:
                     if entry.dtype not in DTYPES:
                         raise UserError(
                             f"{shard.where}: tensor {entry.name} is {entry.dtype}, and a checkpoint of {', '.join(DTYPES)} is "
                             "needed: give one that is not quantized"
                         )
-                    reader.seek(entry.begin)
-                    left = entry.n_bytes
-                    while left:
-                        n = min(left, _PIECE)
-                        values = reader.take(n).view(DTYPES[entry.dtype])
+                    for values in file.get_tensor(entry.name).reshape(-1).split(_PIECE):
                         if not values.isfinite().all():
                             raise UserError(f"{shard.where}: tensor {entry.name} holds NaN or infinity: download it again")
                         if not values.to(LOADED[dtype]).isfinite().all():
@@ -79,8 +74,7 @@ def check_weights(folder: Path, dtype: str) -> list[Shard]:
                                 f"{shard.where}: tensor {entry.name} holds values beyond {dtype}: set model.dtype in params.yaml "
                                 "to float32 or bfloat16"
                             )
-                        left -= n
-                        bar.update(n)
+                        bar.update(values.nbytes)
     return shards
 
 

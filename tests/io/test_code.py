@@ -15,7 +15,7 @@ ROOTS = {
     "activations": (("refusal.method.activations", "last_token_resid_pre"),),
     "cost": (("refusal.analysis.harmless_kl", "costs"), ("refusal.analysis.harmless_kl", "answer_log_probs")),
     "optimised direction": (("refusal.analysis.estimators", "optimised"),),
-    "benchmark": (("refusal.analysis.benchmark", "Harness"), ("refusal.lm.resident", "SwappableLM")),
+    "benchmark": (("refusal.analysis.benchmark", "Harness"), ("refusal.lm.load", "load_model")),
     "training": (("refusal.organism.train", "train"), ("refusal.organism.train", "new_model")),
     "verdict": (("refusal.judges.llm", "question"), ("refusal.judges.llm", "read")),
 }
