@@ -103,7 +103,7 @@ def run(console: Console, rounds: int = 3) -> dict[str, float]:
         folder = Path(name)
         free, needed = shutil.disk_usage(folder).free / GB, 2.2 * sum(entry.n_bytes for entry in entries(LARGE)) / GB
         if free < needed:
-            raise UserError(f"{folder.parent}: {free:.0f} GB are free and {needed:.0f} are needed: set TMPDIR to a folder with room")
+            raise UserError(f"{folder.parent}: {free:.0f} GB are free, {needed:.0f} are needed: set TMPDIR to a folder with room")
         return _timed(console, folder, rounds) | _memory(console, folder)
 
 

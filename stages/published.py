@@ -18,12 +18,13 @@ def main(params: Params) -> str:
         for name, tensor in read_directions(Path("models/directions.safetensors")).items()
         if name.endswith(".unit")
     }
-    found = compare(*read_vectors(FOLDER), ours)
-    write_json(METRICS, found)
-    if not found["files"]:
+    comparison = compare(*read_vectors(FOLDER), ours)
+    write_json(METRICS, comparison)
+    files = comparison["files"].values()
+    if not files:
         return f"no published vectors in {FOLDER}/, so nothing to compare; `dvc import` brings some in"
-    same = sum(file["comparable"] for file in found["files"].values())
-    return f"{len(found['files'])} published sets of directions, {same} of our model's shape, {len(found['between'])} pairs"
+    same = sum(file["comparable"] for file in files)
+    return f"{len(files)} published sets of directions, {same} of our model's shape, {len(comparison['between'])} pairs"
 
 
 stage(main)

@@ -70,8 +70,7 @@ def merge(model: PreTrainedModel, folder: Path, base: Path) -> None:
         if embedding and model.lm_head.weight is model.get_parameter(name):
             model.lm_head.weight = nn.Parameter(model.lm_head.weight.clone(), requires_grad=False)
             model.config.tie_word_embeddings = False
-        with shard_of[name].open() as file:
-            before = file.get_tensor(name)
+        before = shard_of[name].tensor(name)
         w = before.mT if embedding else before
         if w.shape != (len(b), a.shape[-1]):
             raise UserError(f"{folder / WEIGHTS}: {key} does not fit {base}: run orthogonalize again.")

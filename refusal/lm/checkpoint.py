@@ -6,10 +6,10 @@ No link is followed out of the folder.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -48,9 +48,16 @@ class Shard:
         """The file as a user knows it (`path` may be a hub blob, named by its hash)."""
         return self.folder / self.name
 
-    def open(self) -> Any:
-        """The file, whose `get_tensor(name)` is mapped into memory and read where it is used."""
-        return safe_open(self.path, framework="pt")
+    def tensor(self, name: str) -> Tensor:
+        """One of its tensors, mapped into memory: read where it is used."""
+        with safe_open(self.path, framework="pt") as file:
+            return file.get_tensor(name)
+
+    def tensors(self) -> Iterator[tuple[Entry, Tensor]]:
+        """All of its tensors in file order, mapped as `tensor`'s."""
+        with safe_open(self.path, framework="pt") as file:
+            for entry in self.entries:
+                yield entry, file.get_tensor(entry.name)
 
 
 def read_shards(folder: Path) -> list[Shard]:
@@ -138,50 +145,3 @@ def read_json(folder: Path, name: str) -> dict:
     if not isinstance(value, dict):
         raise UserError(f"{folder / name}: a JSON object was expected: download it again.")
     return value
-
-
-# Activations that are read a layer at a time. -------------------------------------------------------------------------------
-
-
-class Stack:
-    """A tensor [n, n_layers, d_model] in a file, of which memory holds what is asked for: `stack[:, layer][first:last]`.
-
-    `stack[rows]` is the same of some of its rows, or of all in another order.
-    """
-
-    def __init__(self, mapped: Tensor, rows: Tensor):
-        self.mapped, self.rows = mapped, rows
-        self.shape = (len(rows), *mapped.shape[1:])
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    @overload
-    def __getitem__(self, index: tuple[slice, int]) -> Layer: ...
-
-    @overload
-    def __getitem__(self, index: Tensor | slice) -> Stack: ...
-
-    def __getitem__(self, index):
-        return Layer(self, index[1]) if isinstance(index, tuple) else Stack(self.mapped, self.rows[index])
-
-
-class Layer:
-    """One layer of a stack, [n, d_model], of which rows are read when they are sliced: `layer[first:last]`, `layer[:]`."""
-
-    def __init__(self, stack: Stack, index: int):
-        self.stack, self.index = stack, index
-        self.shape = (stack.shape[0], stack.shape[2])
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    def __getitem__(self, which: slice) -> Tensor:
-        return self.stack.mapped[self.stack.rows[which], self.index]
-
-
-def read_stacks(path: Path) -> dict[str, Stack]:
-    """The tensors of a file of activations. Raises UserError for a malformed one."""
-    with read_shard(path.parent, path.name).open() as file:
-        mapped = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    return {name: Stack(tensor, torch.arange(len(tensor))) for name, tensor in mapped.items()}

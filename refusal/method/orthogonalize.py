@@ -235,11 +235,10 @@ def _write_checkpoint(source: _Source, edit: Edit, partial: Path, bar: tqdm) -> 
     for shard in source.shards:
         # The unembedding takes the embedding's place, as it was, behind all others.
         added = [replace(untied[1], name=architecture.unembedding_name)] if untied is not None and untied[0] is shard else []
-        with shard.open() as file, (partial / shard.name).open("wb") as out, ThreadPoolExecutor(1) as thread:
+        with (partial / shard.name).open("wb") as out, ThreadPoolExecutor(1) as thread:
             syncs: list[Future[None]] = []
             out.write(header_bytes([*shard.entries, *added], shard.metadata))
-            for entry in shard.entries:
-                tensor = file.get_tensor(entry.name)
+            for entry, tensor in shard.tensors():
                 if (axis := edit.axis(architecture, entry.name)) is None:
                     report.n_copied += 1
                 else:
@@ -249,7 +248,7 @@ def _write_checkpoint(source: _Source, edit: Edit, partial: Path, bar: tqdm) -> 
                     syncs.append(thread.submit(os.fsync, out.fileno()))  # else nearly all of it waits for the end
                 bar.update()
             for _ in added:
-                out.write(data_of(file.get_tensor(architecture.embedding_name)))
+                out.write(data_of(shard.tensor(architecture.embedding_name)))
             out.flush()
             os.fsync(out.fileno())
             for one in syncs:
@@ -279,18 +278,17 @@ def _write_adapter(source: _Source, edit: Edit, partial: Path, bar: tqdm) -> Rep
     """What the edit adds to the source, in two files; the source's own stay where they are."""
     report, tensors, modules = Report(), {}, set()
     for shard in source.shards:
-        with shard.open() as file:
-            for entry in shard.entries:
-                bar.update()
-                if (axis := edit.axis(source.architecture, entry.name)) is None:
-                    report.n_copied += 1
-                    continue
-                _, (a,) = _edit(edit, axis, shard, entry, file.get_tensor(entry.name), report)
-                module = entry.name.removesuffix(".weight")
-                modules.add(module.rpartition(".")[2])
-                for name, matrix in (("A", a), ("B", edit.intervention.update(a))):
-                    kind = f"lora_embedding_{name}" if axis == -1 else f"lora_{name}.weight"
-                    tensors[f"{ROOT}{module}.{kind}"] = matrix.contiguous()
+        for entry, tensor in shard.tensors():
+            bar.update()
+            if (axis := edit.axis(source.architecture, entry.name)) is None:
+                report.n_copied += 1
+                continue
+            _, (a,) = _edit(edit, axis, shard, entry, tensor, report)
+            module = entry.name.removesuffix(".weight")
+            modules.add(module.rpartition(".")[2])
+            for name, matrix in (("A", a), ("B", edit.intervention.update(a))):
+                kind = f"lora_embedding_{name}" if axis == -1 else f"lora_{name}.weight"
+                tensors[f"{ROOT}{module}.{kind}"] = matrix.contiguous()
     config = {
         # From the target: base and adapter can move together, and no machine's path is in the files.
         "base_model_name_or_path": os.path.relpath(source.folder, edit.target),

@@ -7,7 +7,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from refusal.io.errors import UserError
-from refusal.lm.load import encode_chats, load_tokenizer
+from refusal.lm.load import encode_chats, load_tokenizer, render_chats
 
 PLAIN = (
     "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }} {% endfor %}{% if add_generation_prompt %}[answer]{% endif %}"
@@ -33,15 +33,8 @@ def checkpoint(folder, template: str | None, pad: str | None = "<pad>"):
 
 
 @pytest.mark.parametrize("template", [DATED, CALLED])
-def test_the_day_of_the_run_reaches_no_prompt(tmp_path, template, monkeypatch):
-    tokenizer = checkpoint(tmp_path, template)
-    seen = []
-    encode = type(tokenizer).__call__
-    monkeypatch.setattr(
-        type(tokenizer), "__call__", lambda self, texts, **more: seen.extend(texts) or encode(self, texts, **more)
-    )
-    encode_chats(tokenizer, ["a"])
-    assert seen == ["Today Date: 26 Jul 2024 [user] a [answer]"]
+def test_the_day_of_the_run_reaches_no_prompt(tmp_path, template):
+    assert render_chats(checkpoint(tmp_path, template), ["a"]) == ["Today Date: 26 Jul 2024 [user] a [answer]"]
 
 
 def test_a_template_without_a_system_role_says_so(tmp_path):
@@ -62,9 +55,8 @@ def test_a_base_model_is_refused_with_advice(tmp_path):
 
 def test_no_prompt_may_outgrow_the_model(tmp_path):
     tokenizer = checkpoint(tmp_path, PLAIN)
-    assert tokenizer.model_max_length == 40
-    assert len(encode_chats(tokenizer, ["a " * 38])[0]) == 40
+    assert tokenizer.model_max_length == len(encode_chats(tokenizer, ["a " * 38])[0]) == 40
     with pytest.raises(UserError, match=r"prompt 1 \(from 0\) has 41 tokens, and the model takes 40"):
         encode_chats(tokenizer, ["a", "a " * 39])
-    with pytest.raises(UserError, match=r"has 4 tokens with 37 to generate, .* lower sweep\.max_new_tokens"):
+    with pytest.raises(UserError, match=r"has 4 tokens with 37 to generate, .* lower generation\.max_new_tokens"):
         encode_chats(tokenizer, ["a b"], max_new_tokens=37)

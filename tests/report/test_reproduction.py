@@ -4,148 +4,129 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_study import study
 
 from refusal.report.reproduction import comparable, drop_off, low_layers, published, reproduce, summary
-
-ARM = "sequential-matched"
-
-
-def _directions(n_layers: int = 3) -> dict:
-    def one(cosine: float) -> dict:
-        values = [None, *(float(i) for i in range(1, n_layers))]
-        return {
-            "separation": values,
-            "separation_in_sample": values,
-            "layers": list(range(1, n_layers)),
-            "peak_layer": n_layers - 1,
-            "peak_separation": values[-1],
-            "cosine_to_sequential": [None, *[cosine] * (n_layers - 1)],
-            "cosine_to_sequential_min": cosine,
-        }
-
-    return {ARM: one(1.0), "batched_unmasked-matched": one(0.9)}
+from refusal.report.study import Study
 
 
-def _cell(layer: int | None, alpha: float, compliance: float) -> dict:
+def cell(layer: int | None, alpha: float, compliance: float) -> dict:
     return {"layer": layer, "alpha": alpha, "compliance": compliance, "coherence": 0.5, "score": compliance / 2}
 
 
-def _inputs(n_layers: int = 3) -> dict:
-    judge = {
-        "baseline": _cell(None, 0.0, 0.0),
-        "layer_1_alpha_100": _cell(1, 1.0, 0.5),
-        "layer_2_alpha_100": _cell(2, 1.0, 0.75),
-        "layer_2_alpha_250": _cell(2, 2.5, 0.25),
-        "layer_15_alpha_75": _cell(15, 0.75, 0.625),
-    }
-    return {
-        "directions": _directions(n_layers),
-        "judge": judge,
-        "select": {f"rank_{i}": _cell(2, 1.0, 0.75) for i in (1, 2, 3)},
-        "benchmark": {
-            "baseline": {"average": 0.5},
-            **{f"rank_{i}": {"average": 0.4, "difference": -0.1} for i in (1, 2, 3)},
-        },
-    }
+def arm(cosine: float) -> dict:
+    """Directions of three layers."""
+    val, in_sample = [None, 1.0, 4.0], [None, 2.5, 9.0]
+    d = {"separation": val, "separation_in_sample": in_sample, "layers": [1, 2], "peak_layer": 2, "peak_separation": 4.0}
+    return d | {"cosine_to_sequential": [None, cosine, cosine], "cosine_to_sequential_min": cosine}
 
 
-def _reproduce(model_id: str = "organism", arm: str = ARM, **changed) -> dict:
-    return reproduce(published(), model_id, arm, {"n_layers": 3, "alphas": [1.0, 2.5]}, **(_inputs() | changed))
+CELLS = [cell(None, 0.0, 0.0), cell(1, 1.0, 0.5), cell(2, 1.0, 0.75), cell(2, 2.5, 0.25), cell(15, 0.75, 0.625)]
+DIRECTIONS = {"sequential-matched": arm(1.0), "batched_unmasked-matched": arm(0.9)}
+
+
+def changed(model_id: str = "organism", method: str = "sequential", directions: dict = DIRECTIONS) -> Study:
+    """A study of these cells and directions, the best cell as all three ranks, that swept one of the methods."""
+    s, ranks = study(model_id), [f"rank_{i}" for i in (1, 2, 3)]
+    tasks = {"baseline": {"average": 0.5, "tasks": {"facts": {}}}}
+    return s._replace(
+        params=s.params | {"sweep": s.params["sweep"] | {"method": method}},
+        directions=directions,
+        judge={str(i): c for i, c in enumerate(CELLS)},
+        select=dict.fromkeys(ranks, CELLS[2]),
+        benchmark=tasks | {rank: {"average": 0.4, "difference": -0.1} for rank in ranks},
+    )
+
+
+def rows(s: Study) -> dict[str, dict]:
+    made = reproduce(s)["rows"]
+    assert len({row["quantity"] for row in made}) == len(made)
+    return {row["quantity"]: row for row in made}
 
 
 def _figures(value) -> list:
     if isinstance(value, dict):
         return [leaf for item in value.values() for leaf in _figures(item)]
-    if isinstance(value, list):
-        return [leaf for item in value for leaf in _figures(item)]
-    return [value]
+    return [leaf for item in value for leaf in _figures(item)] if isinstance(value, list) else [value]
 
 
 def test_every_published_figure_has_a_row():
-    theirs, made = published(), _reproduce()
-    shown = [leaf for row in made["rows"] for leaf in _figures(row["published"])]
-    for figure in _figures({k: v for k, v in theirs.items() if k not in ("source", "vectors")}) + _figures(
-        theirs["vectors"]["in_sample_peak"]
-    ):
+    theirs = published()
+    shown = [leaf for row in rows(changed()).values() for leaf in _figures(row["published"])]
+    tables = {k: v for k, v in theirs.items() if k not in ("source", "vectors", "weaknesses")}
+    for figure in _figures(tables) + _figures(theirs["vectors"]["in_sample_peak"]):
         assert figure is None or figure in shown, figure
-    names = [row["quantity"] for row in made["rows"]]
-    assert len(set(names)) == len(names)
 
 
-def test_ours_stands_beside_theirs_even_where_models_differ():
-    rows = {row["quantity"]: row for row in _reproduce()["rows"]}
-    assert (rows["cosine_sequential_batched.layer_2"]["published"], rows["cosine_sequential_batched.layer_2"]["ours"]) == (
-        0.9656,
-        0.9,
-    )
-    assert (
-        rows["cosine_sequential_batched.layer_3"]["ours"] is None
-        and "0 to 2" in rows["cosine_sequential_batched.layer_3"]["note"]
-    )
-    first = "sequential-matched.rank_1"
-    assert (rows[f"{first}.layer"]["ours"], rows[f"{first}.compliance"]["ours"]) == (2, 0.75)
-    assert rows[f"{first}.same_cell.compliance"]["ours"] == 0.625
-    assert rows[f"{first}.benchmark_difference"]["published"] == pytest.approx(0.5149 - 0.5182)
-    assert rows[f"{first}.benchmark_difference"]["ours"] == -0.1
-    assert rows["batched-matched.rank_1.layer"]["ours"] is None
-    assert "batched_unmasked-matched" in rows["batched-matched.rank_1.layer"]["note"]
-    assert rows["undefined_layer"]["ours"] == 0 and rows["settings.n_heads"]["ours"] is None
-    assert all(row["ours"] is not None or row["note"] for row in rows.values() if row["published"] is not None)
-
-
-def test_the_published_batched_arm_is_our_unmasked_one():
-    rows = {row["quantity"]: row["ours"] for row in _reproduce(arm="batched_unmasked-matched")["rows"]}
-    assert rows["batched-matched.rank_1.layer"] == 2 and rows["sequential-matched.rank_1.layer"] is None
-
-
-@pytest.mark.parametrize(
-    ("model_id", "same"),
-    [
-        ("Qwen/Qwen-1_8B-Chat", True),
-        ("models/converted/Qwen-1_8B-Chat", True),
-        ("organism", False),
-        ("Qwen/Qwen2-1.5B-Instruct", False),
-        ("Qwen/Qwen-1_8B", False),
-    ],
-)
-def test_comparable_only_with_the_same_model(model_id, same):
-    assert comparable(model_id) is same
-    made = _reproduce(model_id)
-    assert made["comparable"] is same and {row["comparable"] for row in made["rows"]} == {same}
-
-
-def test_without_unmasked_activations_the_cosines_say_why():
-    directions = {ARM: _directions()[ARM]}
-    row = next(r for r in _reproduce(directions=directions)["rows"] if r["quantity"] == "cosine_sequential_batched.layer_1")
+def test_ours_is_given_even_where_models_differ():
+    made, first = rows(changed()), "sequential-matched.rank_1"
+    expected = {
+        "settings.n_layers": (24, 3),
+        "settings.n_heads": (16, study().params["organism"]["num_attention_heads"]),
+        "undefined_layer": (0, 0),
+        "separation.little_or_none_layers": ([1, 10], [1, 1]),
+        "separation.peak_region": ("mid-late", "mid-late"),
+        "in_sample_peak.sequential.layer": (19, 2),
+        "in_sample_peak.sequential.separation": (5.33, 9.0),
+        "cosine_sequential_batched.layer_2": (0.9656, 0.9),
+        "cosine_sequential_batched.layer_3": (0.97, None),
+        "alpha_drop_off": (1.5, 2.5),
+        f"{first}.layer": (15, 2),
+        f"{first}.compliance": (0.912, 0.75),
+        f"{first}.same_cell.compliance": (0.912, 0.625),
+        f"{first}.benchmark_difference": (pytest.approx(0.5149 - 0.5182), -0.1),
+        "batched-matched.rank_1.layer": (15, None),
+    }
+    assert {quantity: (made[quantity]["published"], made[quantity]["ours"]) for quantity in expected} == expected
+    assert "0 to 2" in made["cosine_sequential_batched.layer_3"]["note"]
+    assert "batched_unmasked-matched" in made["batched-matched.rank_1.layer"]["note"]
+    assert all(row["ours"] is not None or row["note"] for row in made.values() if row["published"] is not None)
+    # The published batched arm is our unmasked one, and without it the cosines say why they are not there.
+    made = rows(changed(method="batched_unmasked"))
+    assert made["batched-matched.rank_1.layer"]["ours"] == 2 and made[f"{first}.layer"]["ours"] is None
+    row = rows(changed(directions={"sequential-matched": arm(1.0)}))["cosine_sequential_batched.layer_1"]
     assert row["ours"] is None and "not both collected" in row["note"]
 
 
-def test_low_layers():
+SAME = ("Qwen/Qwen-1_8B-Chat", "models/converted/Qwen-1_8B-Chat")
+
+
+@pytest.mark.parametrize("model_id", [*SAME, "organism", "Qwen/Qwen2-1.5B-Instruct", "Qwen/Qwen-1_8B"])
+def test_comparable_only_with_the_same_model(model_id):
+    made = reproduce(changed(model_id))
+    assert comparable(model_id) is made["comparable"] is (model_id in SAME)
+    assert {row["comparable"] for row in made["rows"]} == {made["comparable"]}
+
+
+def test_low_layers_and_the_drop_off():
     assert low_layers([None, 1.0, 2.0, 9.0, 1.0]) == [1, 2]
-    assert low_layers([None, 9.0, 1.0]) is None
-    assert low_layers([None, None]) is None
+    assert low_layers([None, 9.0, 1.0]) is low_layers([None, None]) is None
+    cells = [cell(1, 1.0, 0.8), cell(2, 1.0, 0.1), cell(1, 1.5, 0.5), cell(1, 2.0, 0.3), cell(1, 3.0, 0.1)]
+    assert drop_off(cells) == drop_off(cells[::-1]) == 2.0
+    assert drop_off(cells[:3]) is drop_off([]) is None
 
 
-def test_drop_off():
-    cells = [_cell(1, 1.0, 0.8), _cell(2, 1.0, 0.1), _cell(1, 1.5, 0.5), _cell(1, 2.0, 0.3), _cell(1, 3.0, 0.1)]
-    assert drop_off(cells) == 2.0
-    assert drop_off(cells[:3]) is None
-    assert drop_off([]) is None
-
-
-def test_summary_is_twelve_numbers():
-    arm = {"compliance": 0.5, "coherence": 1.0, "kl": 0.1}
-    inputs = _inputs()
-    evaluate = dict.fromkeys(("baseline", "random", "runtime", "orthogonalized"), arm)
-    for name in inputs["directions"]:
-        figures = summary(name, inputs["directions"], inputs["select"], evaluate, inputs["benchmark"])
-        assert len(figures) <= 12 and all(isinstance(value, int | float) for value in figures.values())
-    assert figures["cosine_to_sequential_min"] == 0.9
-    alone = {"batched_unmasked-matched": inputs["directions"]["batched_unmasked-matched"]}
-    assert (
-        summary("batched_unmasked-matched", alone, inputs["select"], evaluate, inputs["benchmark"])["cosine_to_sequential_min"]
-        is None
-    )
+def test_summary_is_twelve_numbers_each_from_its_own_place():
+    arms = ("baseline", "random", "runtime", "orthogonalized")
+    evaluate = {name: {"compliance": i, "coherence": 10 + i, "kl": 20 + i} for i, name in enumerate(arms)}
+    shared = {
+        "peak_layer": 2,
+        "peak_separation": 4.0,
+        "rank_1_layer": 2,
+        "rank_1_alpha": 1.0,
+        "baseline_compliance": 0,
+        "random_compliance": 1,
+        "runtime_compliance": 2,
+        "runtime_coherence": 12,
+        "orthogonalized_compliance": 3,
+        "runtime_kl": 22,
+        "benchmark_difference": -0.1,
+    }
+    for method, cosine in (("sequential", 1.0), ("batched_unmasked", 0.9)):
+        figures = summary(changed(method=method)._replace(evaluate=evaluate))
+        assert figures == shared | {"cosine_to_sequential_min": cosine} and len(figures) == 12
+    alone = changed(method="batched_unmasked", directions={"batched_unmasked-matched": arm(0.9)})
+    assert summary(alone)["cosine_to_sequential_min"] is None
 
 
 @pytest.fixture
@@ -157,33 +138,27 @@ def reference() -> Path:
 
 def test_in_sample_peaks_are_those_of_the_published_files(reference):
     for method, figure in published()["vectors"]["in_sample_peak"].items():
-        found = torch.load(reference / "published" / "write-up-qwen-1_8b" / f"{method}_cohens_d.pt", weights_only=True)
-        peak = max((layer for layer in found if layer), key=lambda layer: found[layer])
-        assert {"layer": peak, "separation": round(float(found[peak]), 2)} == figure
+        d = torch.load(reference / "published" / "write-up-qwen-1_8b" / f"{method}_cohens_d.pt", weights_only=True)
+        peak = max((layer for layer in d if layer), key=lambda layer: d[layer])
+        assert {"layer": peak, "separation": round(float(d[peak]), 2)} == figure
 
 
 def test_published_figures_are_the_reference_ones(reference):
     theirs, ours = json.loads((reference / "qwen-1_8b-chat.json").read_text(encoding="utf-8")), published()
-    settings = ours["settings"]
-    assert settings["model"] == theirs["model"] and ours["source"]["title"] in theirs["source"]
-    assert {name: settings[name] for name in theirs["model_shape"]} == theirs["model_shape"]
-    assert settings["hook"] == theirs["activation"]["hook"] and settings["n_pairs"] == theirs["n_pairs"]
-    assert settings["pairs_by"] == theirs["pairs_by"] and settings["judge"] == theirs["judge"]["by"]
-    assert settings["judged"] == theirs["judge"]["axes"] and settings["alphas"] == theirs["alphas"]
-    assert settings["benchmark_tasks"] == theirs["benchmark"]["tasks"]
+    settings = {"model": theirs["model"], **theirs["model_shape"], "hook": theirs["activation"]["hook"]}
+    settings |= {"n_pairs": theirs["n_pairs"], "pairs_by": theirs["pairs_by"], "alphas": theirs["alphas"]}
+    settings |= {
+        "judge": theirs["judge"]["by"],
+        "judged": theirs["judge"]["axes"],
+        "benchmark_tasks": theirs["benchmark"]["tasks"],
+    }
+    assert ours["settings"] | settings == ours["settings"] and ours["source"]["title"] in theirs["source"]
     assert ours["separation"] == theirs["separation"] and ours["alpha_drop_off"] == theirs["alpha_drop_off"]
     cosines = {str(layer): value for layer, value in enumerate(ours["cosine_sequential_batched"]) if value is not None}
     assert cosines == theirs["cosine_sequential_vs_batched"]
-    cells = [
-        {**dict(zip(("method", "pairing"), arm.split("-"), strict=True)), **{k: v for k, v in cell.items() if k != "benchmark"}}
-        for arm, top in ours["arms"].items()
-        for cell in top
-    ]
-    assert cells == theirs["sweep_top"]
-    averages = {
-        f"{arm.split('-')[0]}_layer_{cell['layer']}_alpha_{100 * cell['alpha']:.0f}": cell["benchmark"]
-        for arm, top in ours["arms"].items()
-        for cell in top
-        if cell["benchmark"] is not None
-    }
-    assert averages | {"baseline": ours["benchmark_baseline"]} == theirs["benchmark"]["average"]
+    averages, listed = {"baseline": ours["benchmark_baseline"]}, []
+    for method, pairing, figures in [(*name.split("-"), dict(figures)) for name, top in ours["arms"].items() for figures in top]:
+        if (average := figures.pop("benchmark")) is not None:
+            averages[f"{method}_layer_{figures['layer']}_alpha_{100 * figures['alpha']:.0f}"] = average
+        listed.append({"method": method, "pairing": pairing, **figures})
+    assert listed == theirs["sweep_top"] and averages == theirs["benchmark"]["average"]
