@@ -12,8 +12,8 @@ BASE, OUT = Path("models/base"), Path("data/sweep")
 def main(params: Params) -> str:
     use_transformers(params)
     from refusal.io.store import Store
+    from refusal.lm.batching import rows_at_once
     from refusal.lm.load import load_lm
-    from refusal.lm.memory import rows_at_once
     from refusal.method.directions import read_directions, select_directions
     from refusal.method.generate import Decoding
     from refusal.method.sweep import complete, grid

@@ -11,7 +11,7 @@ from refusal.io.code import ARITHMETIC, ROOT, closure
 
 # Of each value of the store, some of what it hangs on; of a reply, what no code of ours determines, there is nothing.
 DEEP = {
-    "activations": {"refusal.lm.architecture:_PRE_NORM", "refusal.method.activations:Prefix", "refusal.lm.memory:in_parts"},
+    "activations": {"refusal.lm.architecture:_PRE_NORM", "refusal.method.activations:Prefix", "refusal.lm.batching:in_parts"},
     "benchmark": {"refusal/analysis/tasks/organism_sums.jsonl", "refusal.lm.adapter:merge", "refusal.analysis.benchmark:_build_once"},
     "completions": {f"refusal.method.{name}" for name in ("kv_cache:SlotCache", "generate:_Batch", "sweep:_completions")}
     | {f"refusal.method.interventions:{name}" for name in ("Ablation", "Addition", "Intervention", "edited_weights")},
