@@ -206,9 +206,8 @@ def test_retry_after_is_obeyed(store):
 
 
 def test_no_more_at_once_than_asked_for(store):
-    started = time.monotonic()
     _, server = judged_by(lambda n, _: Reply(verdict(1, 1), wait=0.05), texts(40), store, concurrency=5)
-    assert 2 <= server.most_at_once <= 5 and time.monotonic() - started < 40 * 0.05  # not one after another
+    assert 2 <= server.most_at_once <= 5  # and not one after another
 
 
 @pytest.mark.parametrize(("status", "said"), [(401, "refuses the key"), (402, "nothing left to spend"), (403, "denies access"),
