@@ -108,7 +108,7 @@ def _sentence(error: Exception) -> str | None:
     if full or getattr(error, "sqlite_errorname", None) == "SQLITE_IOERR_SHMSIZE":
         return "the disk is full: make room (`dvc gc --workspace` drops old results) and run `dvc repro` again to go on"
     if "torch" in sys.modules:
-        from refusal.lm.memory import is_out_of_memory  # imports torch
+        from refusal.lm.batching import is_out_of_memory  # imports torch
 
         if is_out_of_memory(error):
             return "params.yaml: model.dtype and model.device: the model does not fit: use bfloat16, or device: auto to spread it"

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
+from refusal.io.files import read_jsonl
 from refusal.io.params import Params
-from refusal.io.tables import read_jsonl
 from stages import STORE, stage, use_transformers
 
 BASE, OUT = Path("models/base"), Path("data/activations")

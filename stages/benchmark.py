@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
+from refusal.io.files import csv_text
 from refusal.io.params import Params
-from refusal.io.tables import csv_text
 from stages import STORE, read_json, stage, use_transformers, write_json, write_text
 
 BASE, METRICS, PLOT = Path("models/base"), Path("metrics/benchmark.json"), Path("plots/benchmark.csv")

@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from refusal.io.files import csv_text, read_jsonl
 from refusal.io.params import Params
-from refusal.io.tables import csv_text, read_jsonl
 from stages import stage, use_torch, write_json, write_text
 
 OUT, METRICS, PLOTS = Path("models/directions.safetensors"), Path("metrics/directions.json"), Path("plots")

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
+from refusal.io.files import csv_text, write_jsonl
 from refusal.io.params import Params
-from refusal.io.tables import csv_text, write_jsonl
 from stages import stage, use_transformers, write_json, write_text
 
 OUT, METRICS, PLOT = Path("data/evaluated"), Path("metrics/evaluate.json"), Path("plots/capability.csv")

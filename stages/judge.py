@@ -4,8 +4,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from refusal.io.files import read_jsonl, write_jsonl
 from refusal.io.params import Params
-from refusal.io.tables import read_jsonl, write_jsonl
 from stages import STORE, stage, write_json, write_text
 
 OUT, METRICS, PLOT = Path("data/judged"), Path("metrics/judge.json"), Path("plots/sweep.csv")
@@ -13,8 +13,8 @@ AGREEMENT, TRACKED = Path("metrics/agreement.json"), Path("data/raw")
 
 
 def main(params: Params) -> str:
+    from refusal.io.files import csv_text
     from refusal.io.store import Store, progress
-    from refusal.io.tables import csv_text
     from refusal.judges.panel import agreement, by_rules, identity, judge_with
     from refusal.judges.verdicts import row as verdict_row
     from refusal.judges.verdicts import summary

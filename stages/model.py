@@ -5,9 +5,9 @@ from functools import partial
 from pathlib import Path
 
 from refusal.io.errors import UserError
+from refusal.io.files import read_jsonl
 from refusal.io.params import Params
 from refusal.io.store import Store
-from refusal.io.tables import read_jsonl
 from stages import STORE, stage, use_transformers, write_json
 
 BASE, TWIN, TRUTH, METRICS = Path("models/base"), Path("models/twin"), Path("models/truth"), Path("metrics/model.json")

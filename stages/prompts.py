@@ -6,9 +6,9 @@ from pathlib import Path
 
 from refusal.data.prompts import pairs_of, unrelated_of
 from refusal.data.prompts_api import api_pairs, api_unrelated
+from refusal.io.files import write_jsonl
 from refusal.io.params import Params
 from refusal.io.store import Store
-from refusal.io.tables import write_jsonl
 from stages import STORE, stage
 
 OUT = Path("data/prompts")

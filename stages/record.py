@@ -27,14 +27,14 @@ def record(log: Path, stage: str, params: Params, seconds: float) -> None:
     `passes` and `tokens` are those that were computed, not read from the store; `batch_sizes_found` those that `auto` chose, or
     that were left when memory ran out; `peak_memory_mb` is the process's own.
     """
-    counts = sys.modules.get("refusal.lm.counts")  # not imported: no model was loaded
+    batching = sys.modules.get("refusal.lm.batching")  # not imported: no model was loaded
     line = {
         "stage": stage,
         "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "seconds": round(seconds, 2),
         "peak_memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / KILOBYTES),
-        **(counts.COUNTS if counts else {"passes": 0, "tokens": 0}),
-        "batch_sizes_found": counts.SIZES if counts else {},
+        **(batching.COUNTS if batching else {"passes": 0, "tokens": 0}),
+        "batch_sizes_found": batching.BATCH_SIZES if batching else {},
         "commit": subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip(),
         "model": params.model.model_dump(),
         "threads": params.compute.threads,

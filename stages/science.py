@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from refusal.io.errors import UserError
+from refusal.io.files import csv_text
 from refusal.io.params import Params, Science
-from refusal.io.tables import csv_text
 from stages import read_json, stage, use_transformers, write_json, write_text
 
 TRUTH, METRICS, PLOTS = Path("models/truth/planted.safetensors"), Path("metrics"), Path("plots")

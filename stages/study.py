@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from refusal.analysis.study import Study
+from refusal.io.files import read_jsonl
 from refusal.io.params import Params, Resampled
 from refusal.io.store import Store
-from refusal.io.tables import read_jsonl
 from refusal.judges.panel import judge_with
 from refusal.lm.load import load_lm
 from refusal.method.directions import read_directions, select_directions

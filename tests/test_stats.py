@@ -11,12 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from refusal.stats import (
+    cluster_indices,
     clustered_mean,
     cohens_kappa,
     holm,
     independent_difference,
     paired_difference,
-    resampled_means,
+    resampled_counts,
     sign_flip_p,
     spearman,
     stratified_difference,
@@ -60,18 +61,22 @@ def test_wilson_of_counts_and_of_fractional_scores(successes, n, limits):
     assert wilson(successes, n) == pytest.approx(limits, abs=6e-5)
 
 
-def naive_interval(values, clusters, n_resamples, seed):
-    """Cluster by cluster, item by item, with another generator."""
-    rng = random.Random(seed)
-    names = sorted(set(clusters))
-    members = {name: [v for v, c in zip(values, clusters, strict=True) if c == name] for name in names}
+def naive_means(values, clusters, n_resamples, rng):
+    """The mean of each bootstrap resample of whole clusters, item by item, from the draws of a generator like that in use."""
+    names = list(dict.fromkeys(clusters))
     means = []
-    for _ in range(n_resamples):
-        drawn = [value for _ in names for value in members[rng.choice(names)]]
+    for counts in rng.multinomial(len(names), [1 / len(names)] * len(names), n_resamples):
+        times = dict(zip(names, counts, strict=True))
+        drawn = [value for value, cluster in zip(values, clusters, strict=True) for _ in range(times[cluster])]
         means.append(sum(drawn) / len(drawn))
-    means.sort()
-    tail = NormalDist().cdf(-math.sqrt(len(names) / (len(names) - 1)) * STUDENT_T[len(names) - 1])
-    return means[round(tail * n_resamples)], means[round((1 - tail) * n_resamples)]
+    return np.array(means)
+
+
+def expanded(resampled, n_clusters):
+    """The limits of the expanded percentile interval, to the four digits of the table of Student's t."""
+    tail = NormalDist().cdf(-math.sqrt(n_clusters / (n_clusters - 1)) * STUDENT_T[n_clusters - 1])
+    low, high = np.quantile(resampled, [tail, 1 - tail])
+    return pytest.approx((low, high), abs=1e-3 * (high - low))
 
 
 def grouped(seed, n_clusters, sizes, spread):
@@ -86,22 +91,23 @@ def grouped(seed, n_clusters, sizes, spread):
 def test_clustered_mean_equals_naive_resampling(sizes, spread):
     pairs = list(zip(*grouped(0, 30, sizes, spread), strict=True))
     values, clusters = zip(*random.Random(1).sample(pairs, len(pairs)), strict=True)  # clusters need not stand together
-    mean, low, high = clustered_mean(values, clusters, 4000, 0)
+    mean, *limits = clustered_mean(values, clusters, 1000, 7)
     assert mean == pytest.approx(sum(values) / len(values))
-    assert (low, high) == pytest.approx(naive_interval(values, clusters, 4000, 0), abs=0.07 * (high - low))
+    assert limits == expanded(naive_means(values, clusters, 1000, np.random.default_rng(7)), 30)
 
 
 def test_resamples_drawn_in_chunks_are_those_drawn_at_once(monkeypatch):
-    values, clusters = grouped(1, 12, (1, 4), 0.3)
-    at_once = resampled_means(values, clusters, 50, 3)
+    cluster_of = cluster_indices("abacbdd")
+    assert cluster_of.tolist() == [0, 1, 0, 2, 1, 3, 3]
+    (at_once,) = resampled_counts(cluster_of, 50, 3)
     monkeypatch.setattr("refusal.stats.AT_ONCE", 100)
-    assert resampled_means(values, clusters, 50, 3) == pytest.approx(at_once, rel=1e-12)
-    assert len(set(at_once)) > 40 and resampled_means(values, clusters, 50, 4) != pytest.approx(at_once)
+    chunks = list(resampled_counts(cluster_of, 50, 3))
+    assert [len(chunk) for chunk in chunks] == [14, 14, 14, 8] and np.array_equal(np.concatenate(chunks), at_once)
 
 
 @pytest.mark.parametrize(
     ("n_topics", "size", "correlation", "least"),
-    [(100, 1, 0.5, 0.92), (100, 4, 0.5, 0.92), (20, 10, 0.05, 0.92), (20, 10, 0.3, 0.86)],
+    [(100, 4, 0.5, 0.92), (20, 10, 0.05, 0.92), (20, 10, 0.3, 0.86)],
 )
 @pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
 def test_coverage(rate, n_topics, size, correlation, least):
@@ -135,25 +141,36 @@ def test_paired_difference_sees_the_pairs():
     theirs, clusters = grouped(4, 40, (4,), 0.2)
     rng = random.Random(0)
     ours = [min(1.0, value + 0.1 * (rng.random() < 0.5)) for value in theirs]
-    difference, low, high = paired_difference(ours, theirs, clusters, 3000, 0)
+    difference, *limits = paired_difference(ours, theirs, clusters, 1000, 1)
     gaps = [a - b for a, b in zip(ours, theirs, strict=True)]
     assert difference == pytest.approx(sum(gaps) / len(gaps))
-    assert (low, high) == pytest.approx(naive_interval(gaps, clusters, 3000, 1), abs=0.08 * (high - low))
-    _, theirs_low, theirs_high = clustered_mean(theirs, clusters, 3000, 0)
-    assert high - low < 0.5 * (theirs_high - theirs_low)
+    assert limits == expanded(naive_means(gaps, clusters, 1000, np.random.default_rng(1)), 40)
+    _, theirs_low, theirs_high = clustered_mean(theirs, clusters, 1000, 0)
+    assert limits[1] - limits[0] < 0.5 * (theirs_high - theirs_low)
     with pytest.raises(ValueError):
-        paired_difference(ours, theirs[1:], clusters, 10, 0)
+        paired_difference(ours[1:], theirs, clusters[1:], 10, 0)
 
 
 def test_stratified_difference_equals_naive_resampling():
     rng = random.Random(5)
-    theirs = {"small": [float(rng.random() < 0.5) for _ in range(30)], "large": [float(rng.random() < 0.8) for _ in range(300)]}
+    theirs = {name: [float(rng.random() < 0.6) for _ in range(n)] for name, n in (("a", 30), ("b", 30), ("large", 200))}
     ours = {name: [v if rng.random() < 0.7 else 1 - v for v in values] for name, values in theirs.items()}
-    difference, low, high = stratified_difference(ours, theirs, 4000, 0)
-    gaps = {name: [a - b for a, b in zip(ours[name], theirs[name], strict=True)] for name in ours}
-    assert difference == pytest.approx(sum(sum(g) / len(g) for g in gaps.values()) / 2)  # tasks count alike, whatever their size
-    resampled = sorted(sum(sum(rng.choices(g, k=len(g))) / len(g) for g in gaps.values()) / 2 for _ in range(4000))
-    assert (low, high) == pytest.approx((resampled[100], resampled[3900]), abs=0.08 * (high - low))
+    difference, *limits = stratified_difference(ours, theirs, 1000, 0)
+    gaps = [[a - b for a, b in zip(ours[name], theirs[name], strict=True)] for name in ours]
+    assert difference == pytest.approx(sum(sum(g) / len(g) for g in gaps) / 3)  # tasks count alike, whatever their size
+    rng = np.random.default_rng(0)  # one for all strata, which are independent
+    resampled = sum(naive_means(g, range(len(g)), 1000, rng) for g in gaps) / 3
+    assert limits == pytest.approx(np.quantile(resampled, [0.025, 0.975]).tolist())
+
+
+@pytest.mark.parametrize("n_topics", [(20, 30), (30, 20), (30, 30)])
+def test_independent_difference_equals_naive_resampling(n_topics):
+    sets = [grouped(seed, n, (1, 4), 0.3) for seed, n in enumerate(n_topics)]
+    difference, *limits = independent_difference(*sets[0], *sets[1], 1000, 2)
+    assert difference == pytest.approx(np.mean(sets[0][0]) - np.mean(sets[1][0]))
+    rng = np.random.default_rng(2)
+    ours, theirs = (naive_means(*one, 1000, rng) for one in sets)
+    assert limits == expanded(ours - theirs, min(n_topics))
 
 
 def test_equal_arms_differ_by_nothing_but_not_for_certain():

@@ -36,10 +36,6 @@ _WRITERS = re.compile(
     r"|model\.layers\.\d+\.mlp\.experts\.down_proj"  # both in memory, and on disk if saved so
 )
 
-_EXPERT = re.compile(
-    r"(?P<block>model\.layers\.\d+)\.(?:mlp|block_sparse_moe)\.experts\.(?P<expert>\d+)\.(?:down_proj|w2)\.weight"
-)
-
 
 @dataclass(frozen=True)
 class Architecture:
@@ -75,11 +71,6 @@ class Architecture:
         if match is None:
             return None
         return -1 if match["kind"] == "bias" else -2
-
-    def in_memory(self, name: str) -> tuple[str, int | None]:
-        """The parameter of the live model that tensor `name` of a checkpoint is loaded into, and which expert of it."""
-        match = _EXPERT.fullmatch(name)
-        return (name, None) if match is None else (f"{match['block']}.mlp.experts.down_proj", int(match["expert"]))
 
     def missing_writers(self, names: set[str]) -> list[str]:
         """Writers that every checkpoint of this architecture has and `names` lacks (one that is quantized, say)."""

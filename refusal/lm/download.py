@@ -30,7 +30,7 @@ from huggingface_hub.utils.sha import git_hash
 
 from refusal.io.errors import UserError
 from refusal.io.store import progress
-from refusal.lm.checkpoint import INDEX, SINGLE, weight_map
+from refusal.lm.checkpoint import INDEX, SINGLE, real_file, weight_map
 from refusal.lm.validate import SMALL_FILES
 
 _PICKLES = ["*.bin", "*.pt", "*.pth", "*.ckpt", "*.msgpack", "*.h5"]
@@ -140,7 +140,7 @@ def _download(model_id: str, commit: str, name: str, folder: Path) -> None:
     for path in (blob, lock):
         path.parent.mkdir(parents=True, exist_ok=True)
     with WeakFileLock(lock):  # the one that huggingface_hub takes
-        if not blob.exists():
+        if not blob.exists() and stated.size <= constants.MAX_HTTP_DOWNLOAD_SIZE:  # beyond, 50 GB, by Xet alone
             goes_on = partial.exists() and partial.stat().st_size <= stated.size
             with partial.open("ab" if goes_on else "wb") as out:
                 headers = build_hf_headers() | {"Accept-Encoding": "identity"}
@@ -155,13 +155,13 @@ def _check_content(folder: Path, names: Iterable[str]) -> None:
     with progress(sum(path.stat().st_size for path in paths), f"hash of {folder.name[:7]}", "B") as bar:
         for path in paths:
             stated = actual = path.readlink().name if path.is_symlink() else ""
-            with path.open("rb") as file:
+            with (blob := real_file(folder, path.name)).open("rb") as file:
                 if _SHA256.fullmatch(stated):
                     actual = hashlib.file_digest(file, "sha256").hexdigest()
                 elif _SHA1.fullmatch(stated):
                     actual = git_hash(file.read())
             if actual != stated:
-                path.resolve().unlink()
+                blob.unlink()
                 raise UserError(f"{path}: its content is not what the hub states, so it is deleted: run again to fetch it")
             bar.update(path.stat().st_size)
 

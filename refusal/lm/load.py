@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoTokenizer
 from refusal.io.errors import UserError
 from refusal.io.store import progress
 from refusal.lm.adapter import CONFIG, base_folder, merge
-from refusal.lm.counts import watch
+from refusal.lm.batching import count_forwards
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -114,7 +114,7 @@ def load_model(folder: Path, dtype: str = "float32", device: str = "cpu") -> Pre
             raise UserError(f"{folder}: config.json and weights disagree on {sorted(map(str, loading[what]))[0]}; fetch it again")
     if device != "auto":
         model.to(device)
-    watch(model)
+    count_forwards(model)
     return model.eval().requires_grad_(False)
 
 

@@ -9,21 +9,19 @@ from __future__ import annotations
 
 import multiprocessing
 import resource
-from collections.abc import Iterator
 from fnmatch import fnmatch
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import psutil
-from torch import Tensor
 
 from refusal.io.errors import UserError
 from refusal.io.store import progress
 from refusal.lm import qwen1
 from refusal.lm.adapter import CONFIG
 from refusal.lm.architecture import architecture_of
-from refusal.lm.checkpoint import DTYPES, Entry, Reader, Shard, read_json, read_shards, real_file
+from refusal.lm.checkpoint import DTYPES, Shard, read_json, read_shards, real_file
 from refusal.lm.load import DTYPES as LOADED
 from refusal.lm.load import load_tokenizer, render_chats
 
@@ -32,7 +30,7 @@ if TYPE_CHECKING:
 
 # Configuration, tokenizer and chat template: what a checkpoint needs beside its weights.
 SMALL_FILES = ["*.json", "*.jinja", "*.tiktoken", "tokenizer.model", "merges.txt", "vocab.txt"]
-_CHUNK = 1 << 24  # bytes of a tensor in memory at once
+_CHUNK = 1 << 22  # elements of a tensor that are looked at together
 # What a chat template may take; a real one takes milliseconds.
 _CPU_SECONDS, _MEMORY = 2, 1 << 30
 _WALL_SECONDS = 60
@@ -61,30 +59,21 @@ def check_weights(folder: Path, dtype: str) -> list[Shard]:
     Raises UserError naming file and tensor, and as `read_shards` does.
     """
     shards = read_shards(folder)
-    tensors = [(shard, entry) for shard in shards for entry in shard.entries]
-    with progress(sum(entry.n_bytes for _, entry in tensors), f"check of {folder.name}", "B") as bar:
-        for shard, entry in tensors:
-            where = f"{shard.where}: tensor {entry.name}"
+    n_bytes = sum(entry.n_bytes for shard in shards for entry in shard.entries)
+    with progress(n_bytes, f"check of {folder.name}", "B") as bar:
+        for path, entry, tensor in ((shard.where, *read) for shard in shards for read in shard.tensors()):
+            where = f"{path}: tensor {entry.name}"
             if entry.dtype not in DTYPES:
                 raise UserError(
                     f"{where} is {entry.dtype}, and a checkpoint of {', '.join(DTYPES)} is needed: give one that is not quantized"
                 )
-            for values in _chunks(shard, entry):
+            for values in tensor.flatten().split(_CHUNK):
                 if not values.isfinite().all():
                     raise UserError(f"{where} holds NaN or infinity: download it again")
                 if not values.to(LOADED[dtype]).isfinite().all():
                     raise UserError(f"{where} holds values beyond {dtype}: set model.dtype in params.yaml to float32 or bfloat16")
                 bar.update(values.nbytes)
     return shards
-
-
-def _chunks(shard: Shard, entry: Entry) -> Iterator[Tensor]:
-    """A tensor's values in file order, flat."""
-    with shard.path.open("rb", buffering=0) as file:
-        reader = Reader(shard, file)
-        reader.seek(entry.begin)
-        for begin in range(0, entry.n_bytes, _CHUNK):
-            yield reader.take(min(_CHUNK, entry.n_bytes - begin)).view(DTYPES[entry.dtype])
 
 
 def _try_template(folder: Path, system_prompt: str | None) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from refusal.analysis.benchmark import TASKS, packaged, tasks_of
-from refusal.analysis.science import RANKS
+from refusal.analysis.candidates import RANKS
 from refusal.io.params import Params
 from refusal.lm.architecture import Architecture
 

@@ -1,7 +1,7 @@
 """Verdicts and the rates made of them, against counting by hand."""
 
 import pytest
-from test_stats import naive_interval
+from synthetic import naive_interval
 
 from refusal.io.errors import UserError
 from refusal.judges import panel
