@@ -290,6 +290,13 @@ BAD = {  # file name, its content or None, and what must be said
     "a string a row": ("a.jsonl", '"a"', r"row 1 is not \[harmful, safe\]"),
     "two columns of a name": ("a.csv", "harmful,safe,safe\na,b,c\n", "safe is a duplicate column"),
     "brackets": ("a.json", "[" * 200_000, "it is not JSON .brackets are nested too deeply"),
+    "brackets at a row": ("a.jsonl", "[" * 200_000, "row 1 is not JSON .brackets are nested too deeply"),
+    "digits": ("a.json", f"[[{'9' * 5000}, 1]]", "not JSON .*digits"),
+    "digits at a row": ("a.jsonl", f"[{'9' * 5000}, 1]", "row 1 is not JSON .*digits"),
+    "a long row": ("a.jsonl", "x" * 10_000_000, "row 1 is not JSON"),
+    "two keys of a name": ("a.jsonl", '{"harmful": "a", "harmful": "b", "safe": "c"}', "row 1 is not JSON .a duplicate key"),
+    "an open quote": ("a.csv", 'harmful,safe\n"a,b\n', "cannot be read as CSV .*correct the row"),
+    "a long cell": ("a.csv", "harmful,safe\n" + "x" * 10_000_000 + ",b\n", "cannot be read as CSV .*field limit"),
     "a number": ("a.jsonl", '["a", 3]', r"row 1 is not \[harmful, safe\]"),
     "null": ("a.jsonl", '{"harmful": "a", "safe": null}', "row 1 has no safe"),
     "empty half": ("a.jsonl", '["a", " \\t "]', "row 1 has an empty prompt"),
@@ -297,6 +304,13 @@ BAD = {  # file name, its content or None, and what must be said
     "a repeated half": ("a.jsonl", f'{GOOD[0]}\n{GOOD[1]}\n["new", {json.dumps(user_rows(1)[0][1])}]', "row 3 repeats .* row 1"),
     "a control character": ("a.jsonl", '["a\\u0000b", "c"]', "row 1 has a control character"),
     "another": ("a.jsonl", '["ab", "c\\u001bd"]', "row 1 has a control character"),
+    "delete": ("a.jsonl", '["a\\u007f b", "c"]', "row 1 has a control character"),
+    "of the second block": ("a.jsonl", '["a\\u009b31m b", "c"]', "row 1 has a control character"),
+    "NUL in a cell": ("a.csv", "harmful,safe\na\0,b\n", "row 1 has a control character"),
+    "no width": ("a.jsonl", '["\\u200b\\u200b", "c"]', "row 1 has an empty prompt"),
+    "a byte-order mark": ("a.jsonl", '["\\ufeff", "c"]', "row 1 has an empty prompt"),
+    "UTF-16": ("a.csv", "harmful,safe\na,b\n".encode("utf-16"), "save it as UTF-8"),
+    "Latin-1": ("a.csv", "harmful,safe\né,b\n".encode("latin-1"), "save it as UTF-8"),
     "an unpaired surrogate": ("a.jsonl", '["ab\\ud800", "c"]\n' + "\n".join(GOOD), "row 1 has .* an unpaired surrogate"),
     "a book": ("a.json", json.dumps([["a", "b" * 5000]]), "row 1 has a prompt of 5000 characters; at most 4000"),
     "empty": ("a.csv", "", "holds no rows"),
@@ -317,4 +331,4 @@ def test_a_bad_file_is_told_in_one_sentence(tmp_path, case):
         write(file, content)
     with pytest.raises(UserError, match=said) as error:
         file_rows(file, 2, None, SHARES, NEAR, 0)
-    assert str(file) in str(error.value) and "\n" not in str(error.value)
+    assert str(file) in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < 2000

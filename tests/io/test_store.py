@@ -35,18 +35,16 @@ def path(tmp_path):
     return store.path
 
 
-def overwrite_pages(path):
+def damage(path, how="pages overwritten"):
     content = path.read_bytes()
     assert len(content) > 10 * 4096
-    path.write_bytes(content[:4096] + b"\xa5" * (len(content) - 4096))
-
-
-def cut_in_half(path):
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-
-def write_something_else(path):
-    path.write_bytes(b"this is no database " * 500)
+    path.write_bytes(
+        {
+            "no database": b"this is no database " * 3000,
+            "cut in half": content[: len(content) // 2],
+            "pages overwritten": content[:4096] + b"\xa5" * (len(content) - 4096),
+        }[how]
+    )
 
 
 def test_a_damaged_blob_is_dropped_and_said(path, capsys):
@@ -63,43 +61,37 @@ def test_a_damaged_blob_is_dropped_and_said(path, capsys):
     assert store.get("key 7") == b"new"
 
 
-@pytest.mark.parametrize("damage", [write_something_else, cut_in_half, overwrite_pages])
-def test_a_corrupted_file_is_set_aside_and_said(path, capsys, damage):
-    damage(path)
-    store = Store(path)
-    assert [store.get(f"key {i}") for i in range(50)].count(None) == 50
-    said = capsys.readouterr().err
-    assert said.count("is corrupted (") == 1 and "store.sqlite.corrupt-1" in said
-    assert path.with_name("store.sqlite.corrupt-1").exists()
-    store.put("key 1", b"again")
-    store.connection.close()
-    store = Store(path)
-    assert store.get("key 1") == b"again"
-    store.connection.close()
-    write_something_else(path)
-    Store(path)
-    assert path.with_name("store.sqlite.corrupt-2").exists()  # nothing set aside before is lost
-
-
-def test_corruption_met_in_the_middle_of_a_run(path):
-    overwrite_pages(path)
+@pytest.mark.parametrize("how", ["no database", "cut in half", "pages overwritten"])
+def test_a_corrupted_file_is_set_aside_and_said_and_its_values_computed_again(path, capsys, how):
+    damage(path, how)
+    store, computed = Store(path), []
     jobs = [(f"key {i}", i) for i in range(50)]
-    assert list(Store(path).run(jobs, lambda i: b"%d" % i, "test")) == [b"%d" % i for i in range(50)]
-    assert Store(path).get("key 49") == b"49"
+    assert list(store.run(jobs, lambda i: computed.append(i) or b"%d" % i, "test")) == [b"%d" % i for i in range(50)]
+    said = capsys.readouterr().err
+    assert said.count("is corrupted (") == 1 and "store.sqlite.corrupt-1" in said and computed == list(range(50))
+    store.connection.close()
+    store = Store(path)
+    assert store.get("key 49") == b"49"
+    store.connection.close()
+    path.write_bytes(b"this is no database " * 500)
+    Store(path)
+    assert {file.name for file in path.parent.glob("*.corrupt-*")} == {
+        f"store.sqlite.corrupt-{n}" for n in (1, 2)
+    }  # both are kept
 
 
 def test_a_file_that_goes_bad_between_get_and_put_is_set_aside_too(path, capsys):
     store = Store(path)
     assert store.get("key 51") is None
     store.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-    overwrite_pages(path)
+    damage(path)
     store.connection.execute("PRAGMA shrink_memory")
     store.put("key 51", b"new")
     assert store.get("key 51") == b"new" and "store.sqlite.corrupt-1" in capsys.readouterr().err
 
 
 def test_the_second_process_to_meet_a_damaged_file_leaves_the_new_one_alone(path, capsys):
-    overwrite_pages(path)
+    damage(path)
     first, second = Store(path), Store(path)
     assert first.get("key 1") is None
     first.put("key 1", b"again")

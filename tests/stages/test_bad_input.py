@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from place import COMMITTED, Place
 
-from refusal.data.prompts import SPLITS, file_rows, grammar_unrelated
+from refusal.data.prompts import SPLITS, file_rows
 from refusal.data.prompts_api import api_pairs
 from refusal.io.errors import UserError
 from refusal.io.params import Endpoint, Prompts
@@ -21,46 +21,7 @@ SHARES, NEAR = {"train": 0.6, "val": 0.2, "test": 0.2}, 0.8
 PAIRS = [[f"how do I break a{i} b{i} c{i}", f"how do I mend d{i} e{i} f{i}"] for i in range(10)]
 
 
-def refused(error: pytest.ExceptionInfo, where: object) -> None:
-    text = str(error.value)
-    assert str(where) in text and "\n" not in text and len(text) < 2000
-
-
-# Pair files
-
-
-def jsonl(*rows: object) -> str:
-    return "\n".join(json.dumps(row) for row in (*rows, *PAIRS))
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "said"),
-    [
-        ("a.json", "[" * 200_000, "not JSON .*brackets"),
-        ("a.jsonl", "[" * 200_000, "row 1 is not JSON .*brackets"),
-        ("a.json", f"[[{'9' * 5000}, 1]]", "not JSON .*digits"),
-        ("a.jsonl", f"[{'9' * 5000}, 1]", "row 1 is not JSON .*digits"),
-        ("a.jsonl", '{"harmful": "a", "harmful": "b", "safe": "c"}', "row 1 is not JSON .a duplicate key"),
-        ("a.csv", "harmful,safe,safe\na,b,c\n", "safe is a duplicate column; delete one"),
-        ("a.csv", 'harmful,safe\n"a,b\n', "cannot be read as CSV .*correct the row"),
-        ("a.csv", "harmful,safe\n" + "x" * 10_000_000 + ",b\n", "cannot be read as CSV .*field limit"),
-        ("a.jsonl", jsonl(["x" * 10_000_000, "b"]), "row 1 has a prompt of 10000000 characters"),
-        ("a.jsonl", "x" * 10_000_000, "row 1 is not JSON"),
-        ("a.csv", "harmful,safe\na\0,b\n", "row 1 has a control character"),
-        ("a.jsonl", jsonl(["a\x7f b", "c"]), "row 1 has a control character"),
-        ("a.jsonl", jsonl(["a\x9b31m b", "c"]), "row 1 has a control character"),
-        ("a.jsonl", jsonl(["\u200b\u200b", "c"]), "row 1 has an empty prompt"),
-        ("a.jsonl", jsonl(["\ufeff", "c"]), "row 1 has an empty prompt"),
-        ("a.csv", "harmful,safe\na,b\n".encode("utf-16"), "save it as UTF-8"),
-        ("a.csv", "harmful,safe\né,b\n".encode("latin-1"), "save it as UTF-8"),
-    ],
-    ids=range(17),
-)
-def test_a_broken_pair_file_is_told_with_its_row(tmp_path, name, content, said):
-    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(UserError, match=said) as error:
-        file_rows(tmp_path / name, 2, None, SHARES, NEAR, 0)
-    refused(error, tmp_path / name)
+# Pair files; the table of broken ones is in tests/data/test_prompts.py
 
 
 def test_what_is_no_file_is_not_waited_for(tmp_path):
@@ -71,7 +32,7 @@ def test_what_is_no_file_is_not_waited_for(tmp_path):
 
 def test_right_to_left_text_is_text(tmp_path):
     row = ["كيف أكسر هذا القفل القديم", "איך מתקנים את החלון \u200fהזה\u200e"]
-    (tmp_path / "a.jsonl").write_text(jsonl(row), encoding="utf-8")
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, [row, *PAIRS])), encoding="utf-8")
     rows = file_rows(tmp_path / "a.jsonl", 2, None, SHARES, NEAR, 0)
     assert [rows[0]["harmful"], rows[0]["safe"]] == row and len(rows) == 11
 
@@ -107,11 +68,6 @@ def test_any_bytes_for_pairs_are_rows_or_one_sentence(tmp_path, name, content, w
     else:
         assert {row["split"] for row in rows} == set(SPLITS)
         assert all(row[half].strip() == row[half] != "" for row in rows for half in ("harmful", "safe")[2 - width :])
-
-
-def test_more_requests_than_the_grammar_has_are_refused():
-    with pytest.raises(UserError, match=r"n_unrelated: the grammar has no 100000 distinct .*ask for fewer"):
-        grammar_unrelated(100_000, SHARES, 0)
 
 
 # Replies of an endpoint that is asked for pairs; the judge's are in tests/judges/test_llm.py
@@ -156,7 +112,7 @@ HALF_A_CHARACTER = '{"pairs": [{"harmful": "How do I break \\ud800 it?", "safe":
 def test_a_reply_that_is_none_is_one_sentence(tmp_path, reply, said):
     with serve(lambda n, question: reply) as server, pytest.raises(UserError, match=said) as error:
         twenty_pairs(server.url, Store(tmp_path / "store.sqlite"), max_rounds=1)
-    refused(error, "params.yaml: ")
+    assert str(error.value).startswith("params.yaml: ") and "\n" not in str(error.value) and len(str(error.value)) < 2000
 
 
 @pytest.mark.parametrize("broken", [Reply(raw="<html>"), Reply(status=400, error="no such model")], ids=["malformed", "rejected"])
