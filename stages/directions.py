@@ -3,15 +3,15 @@
 from pathlib import Path
 from typing import Any
 
+from refusal.io.files import csv_text, read_jsonl
 from refusal.io.params import Params
-from refusal.io.tables import csv_text, read_jsonl
-from stages import stage, torch_ready, write_json, write_text
+from stages import stage, use_torch, write_json, write_text
 
 OUT, METRICS, PLOTS = Path("models/directions.safetensors"), Path("metrics/directions.json"), Path("plots")
 
 
 def main(params: Params) -> str:
-    torch_ready(params)
+    use_torch(params)
     from safetensors.torch import save_file
 
     from refusal.analysis.separation import contrast, describe, plot_rows

@@ -3,13 +3,13 @@
 from pathlib import Path
 
 from refusal.io.params import Params
-from stages import stage, torch_ready, write_json
+from stages import stage, use_torch, write_json
 
 FOLDER, METRICS = Path("data/published"), Path("metrics/published.json")
 
 
 def main(params: Params) -> str:
-    torch_ready(params)
+    use_torch(params)
     from refusal.method.directions import read_directions
     from refusal.report.published import compare, read_vectors
 

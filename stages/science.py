@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Any
 
 from refusal.io.errors import UserError
+from refusal.io.files import csv_text
 from refusal.io.params import Params, Science
-from refusal.io.tables import csv_text
-from stages import model_ready, read_json, stage, write_json, write_text
+from stages import read_json, stage, use_transformers, write_json, write_text
 
 TRUTH, METRICS, PLOTS = Path("models/truth/planted.safetensors"), Path("metrics"), Path("plots")
 # What `make full` spends: all prompts. Its figures go to files of their own, which the pipeline does not read.
@@ -28,7 +28,7 @@ def main(params: Params, budget: str = "") -> str:
         raise UserError(f"science: there is no budget {budget}: say full, or nothing for that of params.yaml")
     if budget:
         params = params.model_copy(update={"science": Science.model_validate(params.science.model_dump() | FULL)})
-    model_ready(params)
+    use_transformers(params)
     from safetensors.torch import load_file
 
     from refusal.analysis import geometry, strength

@@ -2,88 +2,87 @@
 
 import pytest
 import torch
-from refusal.method.arms import BASELINE_ARM, complete_arms, direction_arm, edit, fingerprint, per_layer_arm, subspace_arm
-from refusal.method.collection import collect
 from safetensors.torch import load_file
-from test_harmless_kl import ANSWERS, sequences
-from tiny import PRE_NORM, tiny_direction, tiny_model
+from tiny import PRE_NORM, tiny_direction, tiny_lm, tiny_model, tiny_prompts
 
 from refusal.analysis.estimators import optimised
-from refusal.analysis.harmless_kl import Edited, costs
+from refusal.analysis.harmless_kl import Texts, harmless_kl
 from refusal.analysis.sensitivity import collect as collect_at_end
-from refusal.analysis.strength import edited_weights
 from refusal.analysis.subspaces import random_subspaces
 from refusal.io.errors import UserError
+from refusal.io.params import Optimised
 from refusal.io.store import Store
 from refusal.lm import memory
 from refusal.lm.load import load_model
 from refusal.lm.resident import SwappableLM
-from refusal.method.generate import WHERE
-from refusal.method.sweep import BASELINE, complete
+from refusal.method.activations import collect
+from refusal.method.generate import Decoding
+from refusal.method.interventions import BASELINE, POSITIONS, SITES, Addition, Intervention
+from refusal.method.sweep import complete
 
 pytestmark = pytest.mark.cuda
-PROMPTS = [[11, 12, *tokens] for tokens in sequences((3, 9, 5, 5, 1), 2)]
+PROMPTS = [[11, 12, *tokens] for tokens in tiny_prompts((3, 9, 5, 5, 1), 2)]
 V = tiny_direction()
 
 
-def both(model_type="qwen2"):
-    return [tiny_model(model_type).requires_grad_(False).to(device) for device in ("cpu", "cuda")]
+def both(tmp_path, model_type="qwen2", **how):
+    """A model on the CPU and on the GPU, each with a store of its own."""
+    for device in ("cpu", "cuda"):
+        model = tiny_model(model_type).requires_grad_(False).to(device)
+        yield tiny_lm(model, **how), Store(tmp_path / f"{device}.sqlite")
 
 
 @pytest.mark.parametrize("method", ["sequential", "batched", "batched_unmasked"])
 def test_activations(tmp_path, method):
     found = []
-    for model in both():
-        store, path = Store(tmp_path / model.device.type), tmp_path / f"{model.device.type}.safetensors"
-        collect(model, "w", {"a": PROMPTS, "b": PROMPTS[:2]}, method, 0, 2, store, path)
-        found.append(load_file(path))
-    for name in ("a", "b"):
+    for lm, store in both(tmp_path):
+        path = tmp_path / f"{lm.model.device.type}.safetensors"
+        collect(lm, {"a": PROMPTS, "b": PROMPTS[:2]}, method, 2, store, path)
+        found.append(load_file(path) | {"at end": collect_at_end(lm, PROMPTS, 1, 2)})
+    for name in ("a", "b", "at end"):
         torch.testing.assert_close(*(of[name] for of in found), rtol=1e-4, atol=1e-4)
-    at_end = [collect_at_end(model, PROMPTS, 1, 0, 2) for model in both()]
-    torch.testing.assert_close(*at_end, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("sites", ["resid_pre", "paper", "writes"])
+@pytest.mark.parametrize("sites", [*SITES, "weights"])
 @pytest.mark.parametrize("model_type", PRE_NORM)
 def test_completions_of_directions_subspaces_and_layers(tmp_path, model_type, sites):
-    arms = [
-        BASELINE_ARM,
-        direction_arm("one", "difference", V.double(), 0.7),
-        *(subspace_arm(f"span of {k}", "subspace", random_subspaces(32, k, 1, 0)[0]) for k in (2, 3)),
-        per_layer_arm("each", "per_layer", tiny_direction(rows=3).double(), [0, 2], sites),
+    a_layer = tiny_direction(rows=3).double()[:, None] * torch.tensor([1, 0, 1])[:, None, None]
+    interventions = [
+        BASELINE,
+        Intervention("one", V.double(), 0.7, sites),
+        *(Intervention(f"span of {k}", random_subspaces(32, k, 1, 0)[0], 1.0, sites) for k in (2, 3)),
+        *([] if sites == "weights" else [Intervention("each", a_layer, 1.0, sites)]),
     ]
     cpu, gpu = (
-        complete_arms(model, "w", PROMPTS, arms, sites, {5, 17}, 0, 8, 2, Store(tmp_path / model.device.type), "test")
-        for model in both(model_type)
+        complete(lm, PROMPTS, interventions, Decoding(8, 2), store, "test")
+        for lm, store in both(tmp_path, model_type, stop={5, 17})
     )
     assert cpu == gpu and len({str(rows) for rows in cpu.values()}) > 1
 
 
 def test_additions(tmp_path):
-    found = []
-    for model in both():
-        store = Store(tmp_path / model.device.type)
-        rest = ("resid_pre", {5}, 0, 6, 8, store, "test", (3 * V, 1))
-        found.append([complete(model, "w", PROMPTS, [BASELINE], *rest, where)["baseline"] for where in WHERE])
-    assert found[0] == found[1] and len({str(rows) for rows in found[0]}) > 1
+    added = [Addition(3 * V, 1, positions) for positions in POSITIONS]
+    cpu, gpu = (
+        [complete(lm, PROMPTS, [BASELINE], Decoding(6, 8), store, "test", one)["baseline"] for one in added]
+        for lm, store in both(tmp_path, stop={5})
+    )
+    assert cpu == gpu and len({str(rows) for rows in cpu}) > 1
 
 
 def test_costs_of_hooks_and_of_weights(tmp_path):
-    found = []
-    for model in both():
-        arm = direction_arm("one", "difference", V.double())
-        edits = {"hooks": edit(arm, "writes"), "weights": lambda of: edited_weights(of, direction=V.double(), alpha=1.0)}
-        edited = {name: Edited(model, [name, *fingerprint(arm, name)], how) for name, how in edits.items()}
-        found.append(costs(edited, model, PROMPTS, ANSWERS, 0, 2, Store(tmp_path / model.device.type), ["w"], "test"))
-    for name in edits:
+    texts, found = Texts(PROMPTS, tiny_prompts((4, 9, 1, 6, 4), 1), range(5)), []
+    for lm, store in both(tmp_path):
+        edited = {sites: (lm, Intervention("one", V.double(), 1.0, sites)) for sites in ("writes", "weights")}
+        found.append(harmless_kl(lm, edited, texts, 2, store, "test"))
+    for name in edited:
         for cpu, gpu in zip(found[0][name], found[1][name], strict=True):
             assert gpu == pytest.approx(cpu, rel=1e-3, abs=1e-5)
 
 
 def test_the_optimised_direction(tmp_path):
     (cpu, its_loss), (gpu, loss) = (
-        optimised(model, "w", PROMPTS, PROMPTS[::-1], "resid_pre", 0, 10, 4, 0, Store(tmp_path / model.device.type))
-        for model in both()
+        optimised(lm, PROMPTS, PROMPTS[::-1], "resid_pre", Optimised(steps=10, batch_size=4), 0, store)
+        for lm, store in both(tmp_path)
     )
     assert float(cpu @ gpu) > 0.999 and loss == pytest.approx(its_loss, rel=1e-2)
 

@@ -4,7 +4,9 @@ Weights are far larger than a fresh initialisation's, and norms and biases are r
 an intervention changes next to nothing, and any test of it passes.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -61,6 +63,38 @@ def tiny_direction(d_model: int = 32, seed: int = 0, rows: int | None = None) ->
     return nn.functional.normalize(torch.randn(shape, generator=torch.Generator().manual_seed(1000 + seed)), dim=-1)
 
 
+def tiny_sequences(lengths: Iterable[int], seed: int) -> list[list[int]]:
+    """Random token ids, none of them special, in so many to a row."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(3, 96, (n,), generator=generator).tolist() for n in lengths]
+
+
 def tiny_lm(model: str | PreTrainedModel = "qwen2", weights: str = "w", stop: Iterable[int] = (), **overrides) -> LM:
     """An LM without a tokenizer: of a tiny model by its type, or of the model given. Padding is token 0."""
     return LM(tiny_model(model, **overrides) if isinstance(model, str) else model, None, weights, frozenset(stop), 0)
+
+
+def tiny_prompts(lengths: Sequence[int] = (7, 3, 12, 7, 1, 9), seed: int = 0) -> list[list[int]]:
+    """Prompts of these lengths, of random tokens that neither pad nor begin nor end anything."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(3, 96, (n,), generator=generator).tolist() for n in lengths]
+
+
+class Ascii:
+    """A tokenizer of one token a character, whose chat template is the prompt itself."""
+
+    name_or_path, model_max_length = "ascii", 256
+
+    def apply_chat_template(self, chats: list, **_: Any) -> list[str]:
+        return [chat[-1]["content"] for chat in chats]
+
+    def __call__(self, texts: list[str], **_: Any) -> dict[str, list[list[int]]]:
+        return {"input_ids": [list(text.encode("ascii")) for text in texts]}
+
+    def batch_decode(self, rows: list[list[int]], **_: Any) -> list[str]:
+        return [bytes(row).decode("ascii") for row in rows]
+
+
+def text_lm(weights: str = "w", **how: Any) -> LM:
+    """`tiny_lm` of prompts and answers in ASCII."""
+    return replace(tiny_lm(weights=weights, vocab_size=128, **how), tokenizer=Ascii())

@@ -4,14 +4,14 @@ import math
 
 import pytest
 import torch
-from tiny import tiny_direction, tiny_model
+from tiny import tiny_direction, tiny_lm, tiny_model
 from torch import nn
 
-from refusal.analysis import estimators
 from refusal.analysis.estimators import _Learned, first_token, first_token_loss, lda, logistic, optimised
+from refusal.io.params import Optimised
 from refusal.io.store import Store
 from refusal.method.directions import cosine
-from refusal.method.interventions import SITES, ablation, intervene
+from refusal.method.interventions import SITES, Intervention
 
 PAIRS = [([5, 6, 7, 20 + i], [5, 8 + i % 3, 20 + i]) for i in range(12)]
 HARMFUL, SAFE = [h for h, _ in PAIRS], [s for _, s in PAIRS]
@@ -45,45 +45,53 @@ def test_discriminants_of_few_prompts_and_idle_coordinates_are_finite(estimate):
     assert abs(float(found[3])) < 1e-6
 
 
+@pytest.fixture
+def lm():
+    lm = tiny_lm()
+    lm.model.requires_grad_(False)
+    return lm
+
+
+def run(lm, tmp_path, steps=3, batch_size=4, seed=0, harmful=HARMFUL, safe=SAFE, sites="resid_pre"):
+    settings = Optimised(steps=steps, batch_size=batch_size)
+    return optimised(lm, harmful, safe, sites, settings, seed, Store(tmp_path / "s.sqlite"))
+
+
+@torch.no_grad()
+def loss_of(lm, vector, sites="resid_pre"):
+    return float(first_token_loss(lm, _Learned(nn.Parameter(vector), sites), HARMFUL, SAFE, first_token(lm, SAFE)))
+
+
 @pytest.mark.parametrize("sites", SITES)
-def test_the_learned_ablation_is_the_ablation(sites):
-    model, v = tiny_model("qwen2").requires_grad_(False), tiny_direction()
+def test_the_learned_ablation_is_the_ablation(lm, sites):
+    v, total = tiny_direction(), 0.0
     with torch.no_grad():
-        wanted = first_token(model, SAFE, 0)
-        ours = first_token_loss(model, _Learned(nn.Parameter(3 * v), sites), HARMFUL, SAFE, wanted, 0)
-        total = 0.0
         for prompts in (HARMFUL, SAFE):  # one prompt at a time, by the study's own hooks
             for i, prompt in enumerate(prompts):
-                with intervene(model, ablation(v, 1.0, sites)):
-                    q = model(torch.tensor([prompt])).logits[0, -1].log_softmax(-1)
-                p = model(torch.tensor([SAFE[i]])).logits[0, -1].log_softmax(-1)
+                with Intervention("v", v, 1.0, sites).on(lm.model):
+                    q = lm.model(torch.tensor([prompt])).logits[0, -1].log_softmax(-1)
+                p = lm.model(torch.tensor([SAFE[i]])).logits[0, -1].log_softmax(-1)
                 total += float((p.exp() * (p - q)).sum())
-    assert float(ours) == pytest.approx(total / (2 * len(PAIRS)), rel=1e-4)
-    assert float(ours) > 0.01
+    assert loss_of(lm, 3 * v, sites) == pytest.approx(total / (2 * len(PAIRS)), rel=1e-4) and total > 1
 
 
 def test_the_gradient_is_the_finite_difference():
-    model, v = tiny_model("qwen2").double().requires_grad_(False), tiny_direction(seed=3).double()
-    along = tiny_direction(seed=4).double()
-    with torch.no_grad():
-        wanted = first_token(model, SAFE, 0)
-
-    def loss(vector):
-        return first_token_loss(model, _Learned(vector, "resid_pre"), HARMFUL, SAFE, wanted, 0)
-
+    lm = tiny_lm(tiny_model("qwen2").double().requires_grad_(False))
+    v, along = (tiny_direction(seed=seed).double() for seed in (3, 4))
     parameter = nn.Parameter(v.clone())
-    loss(parameter).backward()
     with torch.no_grad():
-        # Logits are compared in float32, so the step must not be too small.
-        slope = (loss(nn.Parameter(v + 1e-2 * along)) - loss(nn.Parameter(v - 1e-2 * along))) / 2e-2
-    assert float(parameter.grad @ along) == pytest.approx(float(slope), rel=0.02)
+        wanted = first_token(lm, SAFE)
+    first_token_loss(lm, _Learned(parameter, "resid_pre"), HARMFUL, SAFE, wanted).backward()
+    # Logits are compared in float32, so the step must not be too small.
+    slope = (loss_of(lm, v + 1e-2 * along) - loss_of(lm, v - 1e-2 * along)) / 2e-2
+    assert float(parameter.grad @ along) == pytest.approx(slope, rel=0.02)
 
 
-def test_the_steps_are_adams_along_the_mean_gradient_of_the_pairs_drawn(tmp_path):
+def test_the_steps_are_adams_along_the_mean_gradient_of_the_pairs_drawn(lm, tmp_path):
     """Adam by its formulas (Kingma and Ba 2015), the rate falling to zero in a line, one prompt a forward; the loss is the mean
     of the last ten, each that before its step."""
-    model, n_steps, n_pairs = tiny_model("qwen2").requires_grad_(False), 12, 9
-    unit, loss = optimised(model, "w", HARMFUL, SAFE, "resid_pre", 0, n_steps, n_pairs, 5, Store(tmp_path / "s.sqlite"))
+    model, n_steps, n_pairs = lm.model, 12, 9
+    unit, loss = run(lm, tmp_path, n_steps, n_pairs, 5)
     wanted = [model(torch.tensor([prompt])).logits[0, -1].log_softmax(-1) for prompt in SAFE]
     generator = torch.Generator().manual_seed(5)  # the same draws: a start, and with replacement the pairs of each step
     vector = torch.randn(32, generator=generator)
@@ -114,53 +122,43 @@ def test_the_steps_are_adams_along_the_mean_gradient_of_the_pairs_drawn(tmp_path
     assert torch.allclose(unit.float(), vector, atol=1e-4)
 
 
-def test_one_store_keeps_apart_all_that_changes_a_direction(tmp_path):
+CHANGES = (
+    {},
+    {"lm": tiny_lm(weights="other", seed=1)},
+    {"lm": tiny_lm(dtype=torch.bfloat16)},
+    {"harmful": HARMFUL[::-1]},
+    {"safe": SAFE[::-1]},
+    {"sites": "writes"},
+    {"steps": 4},
+    {"batch_size": 5},
+    {"seed": 1},
+)
+
+
+def test_one_store_keeps_apart_all_that_changes_a_direction(lm, tmp_path):
     """Another start, step or model gives another direction, though the store holds the first."""
-    model, other, half = (
-        tiny_model("qwen2", **how).requires_grad_(False) for how in ({}, {"seed": 1}, {"dtype": torch.bfloat16})
-    )
-    store = Store(tmp_path / "s.sqlite")
-
-    def run(**change):
-        given = {"model": model, "weights": "w", "harmful": HARMFUL, "safe": SAFE, "sites": "resid_pre", "pad_id": 0}
-        return optimised(**given | {"steps": 3, "batch_size": 4, "seed": 0, "store": store} | change)
-
-    changes = (
-        {},
-        {"model": other, "weights": "other"},
-        {"model": half},
-        {"harmful": HARMFUL[::-1]},
-        {"safe": SAFE[::-1]},
-        {"sites": "writes"},
-        {"steps": 4},
-        {"batch_size": 5},
-        {"seed": 1},
-    )
-    found = [run(**change) for change in changes]
-    assert len({(loss, *unit.tolist()) for unit, loss in found}) == len(changes)
+    found = [run(**{"lm": lm, "tmp_path": tmp_path} | change) for change in CHANGES]
+    assert len({(loss, *unit.tolist()) for unit, loss in found}) == len(CHANGES)
 
 
-def test_optimising_finds_a_lower_loss_once_and_the_store_keeps_it(tmp_path, monkeypatch):
-    model = tiny_model("qwen2").requires_grad_(False)
+def test_optimising_finds_a_lower_loss_once_and_the_store_keeps_it(lm, tmp_path):
     calls = []
-    forward = estimators.first_token
-    monkeypatch.setattr(estimators, "first_token", lambda *args: calls.append(1) or forward(*args))
-
-    def run(seed=0, steps=40):
-        return optimised(model, "weights", HARMFUL, SAFE, "resid_pre", 0, steps, 12, seed, Store(tmp_path / "s.sqlite"))
-
-    found, loss = run()
+    lm.model.register_forward_pre_hook(lambda *_: calls.append(1))
+    found, loss = run(lm, tmp_path, 40, 12)
     assert float(found.norm()) == pytest.approx(1, abs=1e-6) and math.isfinite(loss)
-    with torch.no_grad():
-        wanted = first_token(model, SAFE, 0)
-        losses = [
-            float(first_token_loss(model, _Learned(nn.Parameter(v), "resid_pre"), HARMFUL, SAFE, wanted, 0))
-            for v in [found.float(), *tiny_direction(rows=20)]
-        ]
+    losses = [loss_of(lm, v) for v in [found.float(), *tiny_direction(rows=20)]]
     assert losses[0] < min(losses[1:])
     n = len(calls)
-    again, same = run()
+    again, same = run(lm, tmp_path, 40, 12)
     assert len(calls) == n and torch.equal(again, found) and same == loss
-    run(seed=1, steps=2)
-    assert len(calls) > n
-    assert all(p.grad is None for p in model.parameters())
+    run(lm, tmp_path, 2, 12, seed=1)
+    assert len(calls) > n and all(p.grad is None for p in lm.model.parameters())
+
+
+def test_several_threads_learn_the_same_direction(lm, tmp_path, threads):
+    found = []
+    for n in (1, 2):
+        threads(n)
+        (tmp_path / str(n)).mkdir()
+        found.append(run(lm, tmp_path / str(n), 3, 12))
+    assert torch.allclose(found[0][0], found[1][0], atol=1e-6) and found[0][1] == pytest.approx(found[1][1], rel=1e-5)

@@ -5,33 +5,33 @@ import re
 import sys
 from pathlib import Path
 
+import given
 import pytest
 import torch
-from pipeline.test_other_models import LLAMA, checkpoint
-from refusal.analysis.science import control_arms
-from refusal.method.collection import collect
+from checkpoints import LLAMA, byte_level, word_level
+from place import Place
 from safetensors.torch import load_file, save_file
-from test_chat_templates import checkpoint as letters
-from test_mistakes import Place
-from tiny import tiny_model
+from tiny import tiny_lm, tiny_model
 
+from refusal.analysis.candidates import controls
 from refusal.analysis.estimators import lda
 from refusal.analysis.subspaces import paired_svd
 from refusal.io.errors import UserError
 from refusal.io.store import Store
-from refusal.method.activations import last_token_resid_pre
+from refusal.lm.load import LM
+from refusal.method.activations import collect, last_token_resid_pre
 from refusal.method.directions import difference_in_means, read_directions, select_directions
-from refusal.method.generate import generate
+from refusal.method.generate import Decoding, generate
 
 
-def scaled(factor: float, dtype: torch.dtype):
+def scaled(factor: float, dtype: torch.dtype) -> LM:
     """A model whose weights any dtype holds and whose MLPs give out numbers that float16 does not."""
     model = tiny_model("llama")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "mlp" in name:
                 parameter.mul_(factor)
-    return model.to(dtype)
+    return tiny_lm(model.to(dtype))
 
 
 IDS = [[1, 5, 9], [1, 6], [1, 7, 8, 11]]
@@ -40,27 +40,27 @@ IDS = [[1, 5, 9], [1, 6], [1, 7, 8, 11]]
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_forward_pass_that_overflows_gives_no_completion_and_no_activation(tmp_path, dtype):
     tame, wild = (scaled(factor, dtype) for factor in (1, 300))
-    assert generate(tame, IDS, [], 4, 0) and last_token_resid_pre(tame, IDS, "sequential", 0).isfinite().all()
-    store = Store(tmp_path / "store.sqlite")
+    assert generate(tame, IDS, Decoding(4)) and last_token_resid_pre(tame, IDS, "sequential").isfinite().all()
+    store, path = Store(tmp_path / "store.sqlite"), tmp_path / "a.safetensors"
     if dtype != torch.float16:  # as far as float32 reaches, bfloat16 does
-        assert all(len(tokens) == 4 for tokens in generate(wild, IDS, [], 4, 0))
-        collect(wild, "w", {"all": IDS}, "sequential", 0, 2, store, tmp_path / "a.safetensors")
+        assert all(len(tokens) == 4 for tokens in generate(wild, IDS, Decoding(4)))
+        collect(wild, {"all": IDS}, "sequential", 2, store, path)
         return
     with pytest.raises(UserError, match=r"params\.yaml: model\.dtype: .* in float16: set bfloat16 or float32"):
-        generate(wild, IDS, [], 4, 0)
+        generate(wild, IDS, Decoding(4))
     with pytest.raises(UserError, match=r"model\.dtype"):
-        collect(wild, "w", {"all": IDS}, "sequential", 0, 2, store, tmp_path / "a.safetensors")
-    assert not (tmp_path / "a.safetensors").exists()
+        collect(wild, {"all": IDS}, "sequential", 2, store, path)
+    assert not path.exists()
     assert store.connection.execute("SELECT count(*) FROM blobs").fetchone() == (0,)  # no faulty value to be found later
 
 
 def test_nan_in_one_row_of_many_is_seen():
-    model = tiny_model("llama")
+    lm = tiny_lm("llama", stop=[11])
     with torch.no_grad():
-        model.model.embed_tokens.weight[11, 3] = torch.nan
+        lm.model.model.embed_tokens.weight[11, 3] = torch.nan
     with pytest.raises(UserError, match=r"NaN or infinity in float32"):
-        generate(model, IDS, [], 3, 0)
-    assert generate(model, IDS[:2], [11], 1, 0)
+        generate(lm, IDS, Decoding(3))
+    assert generate(lm, IDS[:2], Decoding(1))
 
 
 def test_whitening_where_nothing_varies_is_the_difference_and_no_singular_matrix():
@@ -80,28 +80,30 @@ def test_a_rank_larger_than_the_data_is_refused_and_says_how_many_pairs_there_ar
         paired_svd(rows, torch.zeros(n, 8), n + 1)
 
 
-def test_unrelated_prompts_that_are_the_safe_ones_are_no_control():
-    safe = torch.randn(6, 3, 8, generator=torch.Generator().manual_seed(0))
-    of = [vars(difference_in_means(unrelated, safe)) for unrelated in (safe + 1, safe.flip(0))]
-    assert control_arms(of[0], 1, 1, 2, 0)[0].name == "harmless_difference"
-    with pytest.raises(UserError, match=r"prompts\.unrelated: .* layer 2 .* give other safe prompts"):
-        control_arms(of[1], 1, 1, 2, 0)
+def test_unrelated_prompts_that_are_the_safe_ones_are_no_control(tmp_path):
+    study = given.study(Store(tmp_path / "s"))
+    safe = torch.randn(6, 3, 32, generator=torch.Generator().manual_seed(0))
+    study.harmless_difference = vars(difference_in_means(safe + 1, safe))
+    assert controls(study)[0].name == "harmless_difference"
+    study.harmless_difference = vars(difference_in_means(safe.flip(0), safe))
+    with pytest.raises(UserError, match=r"prompts\.unrelated: .* layer 1 .* give other safe prompts"):
+        controls(study)
 
 
 def one_layer(folder: Path) -> None:
-    checkpoint(folder, "llama", LLAMA, num_hidden_layers=1)
+    byte_level(folder, "llama", LLAMA, num_hidden_layers=1)
 
 
 def unknown_words(folder: Path) -> None:
     """To whose tokenizer every word but ten letters is the same, and so is the end of every prompt."""
     tiny_model("llama", vocab_size=96).save_pretrained(folder)
     config = (folder / "config.json").read_text()
-    letters(folder, "{% for m in messages %}{{ m['content'] }}{% endfor %} a b")
+    word_level(folder, "{% for m in messages %}{{ m['content'] }}{% endfor %} a b")
     (folder / "config.json").write_text(config)
 
 
 def three_layers(folder: Path) -> None:
-    checkpoint(folder, "llama", LLAMA)
+    byte_level(folder, "llama", LLAMA)
 
 
 def study(place: Place, model, *stages: str, n_pairs: int = 15) -> list[str]:
@@ -109,14 +111,17 @@ def study(place: Place, model, *stages: str, n_pairs: int = 15) -> list[str]:
     folder = place.folder
     model(folder / "checkpoint")
     (folder / "data/raw").mkdir()
-    place.set("model", id="checkpoint")
-    place.set("prompts", n_pairs=n_pairs, n_unrelated=n_pairs)
-    place.set("directions", n_resamples=20, n_sign_flips=20)
-    place.set("activations", methods=["sequential"])
-    place.set("sweep", alphas=[1.0], n_random=1, max_new_tokens=4)
-    place.set("select", top=1)
-    for section in ("judge", "evaluate"):
-        place.set(section, n_resamples=20)
+    for section, values in {
+        "model": {"id": "checkpoint"},
+        "prompts": {"n_pairs": n_pairs, "n_unrelated": n_pairs},
+        "generation": {"max_new_tokens": 4},
+        "directions": {"n_resamples": 20, "n_sign_flips": 20},
+        "activations": {"methods": ["sequential"]},
+        "sweep": {"alphas": [1.0], "n_random": 1},
+        "select": {"top": 1},
+        **{key: {"n_resamples": 20} for key in ("judge", "evaluate")},
+    }.items():
+        place.set(section, **values)
     # One process for all of them: what a stage costs here is its imports.
     place.write(
         "run.py",
@@ -159,12 +164,7 @@ def test_one_prompt_a_split_has_figures_or_null_and_never_nan(tmp_path):
 def test_directions_of_another_model_and_files_that_are_none_are_named(tmp_path):
     place = Place(tmp_path)
     three_layers(tmp_path / "models/base")
-    arm = {
-        "unit": torch.eye(4)[:3],
-        "difference": torch.eye(4)[:3],
-        "safe_mean": torch.eye(4)[:3],
-        "defined": torch.ones(3).bool(),
-    }
+    arm = dict.fromkeys(("unit", "difference", "safe_mean"), torch.eye(4)[:3]) | {"defined": torch.ones(3).bool()}
     path = tmp_path / "models/directions.safetensors"
     tensors = {f"sequential-{pairing}.{name}": t.clone() for pairing in ("matched", "harmless") for name, t in arm.items()}
     save_file(tensors, path)

@@ -1,5 +1,6 @@
 """Positions and padding against plain forwards; fewer prompts against the bootstrap of all."""
 
+import numpy as np
 import pytest
 import torch
 from synthetic import activations, gaussian
@@ -99,3 +100,42 @@ def test_padding_rows():
         assert row["separation"] == pytest.approx(row["separation_clean"], rel=1e-4)
     for row in rows[4:]:
         assert row["cosine"] < 0.99 and row["separation"] < row["separation_clean"]
+
+
+def test_padding_rows_are_those_of_numpy_layer_by_layer():
+    """Prompts of unlike numbers on both sides, each set scored on its own direction; null where padding leaves none."""
+    generator = torch.Generator().manual_seed(1)
+
+    def drawn(n):
+        return torch.randn(n, 3, 16, generator=generator)
+
+    shift = 2 * torch.randn(3, 16, generator=generator)
+    clean = drawn(30) + shift, drawn(20)
+    padded = {
+        (True, 4): (clean[0] + 3 * drawn(30), clean[1] + 3 * drawn(20)),
+        (False, 32): (drawn(30) - shift.flip(0), drawn(20)),
+    }
+    padded[False, 32][0][:, 2] = padded[False, 32][1][:, 2] = 1.0  # to the model all prompts are one
+    rows = {(r["masked"], r["n_pads"], r["layer"]): r for r in padding(clean, padded)}
+    assert set(rows) == {(*key, layer) for key in padded for layer in range(3)}
+
+    def scored(harmful, safe):
+        """The unit difference of means, its length, and Cohen's d on it."""
+        difference = harmful.mean(0) - safe.mean(0)
+        unit = difference / np.linalg.norm(difference)
+        a, b = harmful @ unit, safe @ unit
+        pooled = (np.square(a - a.mean()).sum() + np.square(b - b.mean()).sum()) / (len(a) + len(b) - 2)
+        return unit, np.linalg.norm(difference), (a.mean() - b.mean()) / np.sqrt(pooled)
+
+    for (masked, n_pads, layer), made in rows.items():
+        before, after = ([side[:, layer].double().numpy() for side in sets] for sets in (clean, padded[masked, n_pads]))
+        unit, length, separation = scored(*before)
+        assert made["separation_clean"] == pytest.approx(separation) and made["n"] == 30
+        far = sorted(np.linalg.norm(b - a) for sides in zip(before, after, strict=True) for a, b in zip(*sides, strict=True))
+        assert made["moved"] == pytest.approx(far[24] / length)  # of 50 the lower median, as torch's
+        if (masked, layer) == (False, 2):
+            assert made["cosine"] is None and made["separation"] is None
+        else:
+            its_unit, _, its_separation = scored(*after)
+            assert (made["cosine"], made["separation"]) == pytest.approx((unit @ its_unit, its_separation))
+            assert abs(made["cosine"]) < 0.97  # so that one direction in place of the other would show

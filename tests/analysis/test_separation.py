@@ -1,6 +1,7 @@
 """Separation, agreement, spectra, origin and AUROC against numpy, naive loops, closed forms and simulation."""
 
 import json
+import random
 
 import numpy as np
 import pytest
@@ -226,3 +227,23 @@ def test_the_interval_of_auroc_covers():
         figures = auroc(torch.tensor(rng.normal(1, 1, 100)), torch.tensor(rng.normal(0, 1, 100)), range(100), 300, sample)
         held += figures["auroc_low"] <= truth <= figures["auroc_high"]
     assert 0.915 < held / n_samples < 0.98
+
+
+def test_the_interval_of_zero_draws_whole_topics():
+    """Topics with a level of their own, against a loop over topics and prompts with another generator."""
+    rng, topics = np.random.default_rng(4), [i // 6 for i in range(180)]
+    levels = rng.normal(0, 1, (2, 30))
+    harmful, safe = (levels[side][topics] + 0.2 * rng.normal(size=180) + 4 * side for side in (1, 0))
+    found = origin_between_means(torch.tensor(harmful), torch.tensor(safe) - 1, topics, 4000, 0)
+    pick, resampled = random.Random(1), []
+    for _ in range(4000):
+        drawn = [6 * topic + i for topic in pick.choices(range(30), k=30) for i in range(6)]
+        ours, theirs = harmful[drawn].mean(), safe[drawn].mean() - 1
+        resampled.append(-theirs / (ours - theirs))
+    low, high = np.quantile(resampled, [0.025, 0.975])
+    assert [found["zero_low"], found["zero_high"]] == pytest.approx([low, high], abs=0.08 * (high - low))
+    assert found["zero"] == pytest.approx((1 - safe.mean()) / (harmful.mean() - safe.mean() + 1))
+    for name, values in (("harmful", harmful), ("safe", safe - 1)):
+        assert found[f"{name}_mean"] == pytest.approx(values.mean())
+        quantiles = [found[f"{name}_q{q}"] for q in ("05", "25", "50", "75", "95")]
+        assert quantiles == pytest.approx(np.quantile(values, [0.05, 0.25, 0.5, 0.75, 0.95]).tolist())

@@ -1,64 +1,20 @@
-"""Weights edited in memory against ablation at `writes`, and the algebra against a loop."""
+"""What the strength of an ablation does: as predicted on a model that writes nothing, and counted on completions that are given."""
 
-import copy
-
+import given
 import pytest
 import torch
 from tiny import tiny_direction, tiny_model
 
-from refusal.analysis.strength import PLACES, collapse_alpha, diverges_beyond, edited_weights, residual_gain
-from refusal.method.interventions import ablation, intervene
+from refusal.analysis.strength import PLACES, additions, collapse_alpha, diverges_beyond, residual_gain, strength
+from refusal.io.store import Store
+from refusal.method.interventions import POSITIONS, Intervention
 
 IDS = torch.tensor([[1, 7, 9, 30, 31]])
 
 
-WRITERS = [("qwen2", {}), ("llama", {"attention_bias": True, "mlp_bias": True}), ("mixtral", {}), ("qwen3_moe", {})]
-
-
-@pytest.mark.parametrize("alpha", [0.5, 1.0, 2.5])
-@pytest.mark.parametrize(("model_type", "options"), WRITERS)
-def test_edited_weights_are_the_ablation_at_writes_and_are_put_back(model_type, options, alpha):
-    """Of every shape of writer: a matrix, a bias, experts in one tensor."""
-    model, v = tiny_model(model_type, tie_word_embeddings=False, **options), tiny_direction()
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    with torch.no_grad():
-        plain = model(IDS).logits
-        with intervene(model, ablation(v, alpha, "writes")):
-            hooked = model(IDS).logits
-        with edited_weights(model, v, alpha):
-            edited = model(IDS).logits
-        assert torch.allclose(edited, hooked, atol=1e-4) and not torch.allclose(edited, plain, atol=1e-2)
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-
-
-def test_a_tied_unembedding_stays():
-    model, v = tiny_model("qwen2", tie_word_embeddings=True), tiny_direction()
-    before = model.lm_head.weight.clone()
-    with edited_weights(model, v, 1.0):
-        assert torch.equal(model.lm_head.weight, before)
-        assert float((v @ model.model.layers[0].mlp.down_proj.weight.detach()).abs().max()) < 1e-5
-
-
-def test_a_copy_that_shares_the_weights_is_not_edited():
-    model, v = tiny_model("qwen2"), tiny_direction()
-    other = copy.deepcopy(model, {id(p): p for p in model.parameters()})
-    with torch.no_grad():
-        plain = model(IDS).logits
-        with edited_weights(model, v, 1.0):
-            assert torch.equal(other(IDS).logits, plain) and not torch.allclose(model(IDS).logits, plain, atol=1e-2)
-
-
-def test_weights_are_put_back_when_something_fails():
-    model, v = tiny_model("qwen2"), tiny_direction()
-    before = model.model.layers[1].mlp.down_proj.weight.clone()
-    with pytest.raises(KeyError), edited_weights(model, v, 1.0):
-        raise KeyError
-    assert torch.equal(model.model.layers[1].mlp.down_proj.weight, before)
-
-
 @pytest.mark.parametrize("place", PLACES)
 def test_what_is_left_of_the_oldest_write(place):
-    """A model whose blocks write nothing: what reaches the last block along v is the embedding's, hit as often as it says."""
+    """A model whose blocks write nothing: what reaches the last block along v is the embedding's, ablated as often as it says."""
     model, v, alpha = tiny_model("qwen2", tie_word_embeddings=False), tiny_direction(), 1.5
     for block in model.model.layers:
         block.self_attn.o_proj.weight.data.zero_()
@@ -66,8 +22,7 @@ def test_what_is_left_of_the_oldest_write(place):
     seen = []
     with torch.no_grad():
         clean = model(IDS, output_hidden_states=True).hidden_states[0][0] @ v
-        edit = edited_weights(model, v, alpha) if place == "weights" else intervene(model, ablation(v, alpha, place))
-        with edit:
+        with Intervention("one", v, alpha, place).on(model):
             # Last in line, behind the ablation's own hook.
             handle = model.model.layers[-1].input_layernorm.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
             model(IDS)
@@ -75,7 +30,7 @@ def test_what_is_left_of_the_oldest_write(place):
     assert torch.allclose(seen[0][0] @ v, residual_gain(3, place, alpha) * clean, atol=1e-5)
 
 
-def test_cliff():
+def test_collapse():
     curve = [{"alpha": a, "score": s} for a, s in ((0, 0.0), (0.5, 0.4), (1, 1.0), (2, 0.6), (2.5, 0.4), (3, 0.9))]
     assert collapse_alpha(curve) == 2.5
     assert collapse_alpha(curve[:4]) is None
@@ -88,3 +43,62 @@ def test_where_it_diverges_depth_makes_it_worse(place):
         abs(residual_gain(24, place, alpha)) / abs(residual_gain(8, place, alpha)) for alpha in (limit - 0.25, limit + 0.25)
     )
     assert (below < 1 < above) if diverges_beyond(place) else below == above == 1
+
+
+def test_curves_are_counted_at_each_place_and_alpha(tmp_path, monkeypatch):
+    said = {(0.5, place): "rryrhr" for place in PLACES} | {(1.0, place): "yyhyyy" for place in PLACES}
+    said |= {(2.0, "resid_pre"): "xxxxyx", (2.0, "paper"): "x-xrhr", (2.0, "writes"): "yyyyxx", (2.0, "weights"): "rrrrrh"}
+
+    def says(lm, one, prompt, addition):
+        assert torch.equal(one.basis[0], given.directions(0)["unit"][1]) and prompt.startswith("test harmful")
+        return given.TEXTS[said[one.alpha, one.sites][int(prompt[-1])]]
+
+    alphas = [0.5, 1.0, 2.0]
+    study = given.study(Store(tmp_path / "s"), science={"strength": {"alphas": alphas, "n": 6}, "n_harmless": 2})
+    given.answers(monkeypatch, lambda lm, one, prompt, addition: "Yes." if "other" in prompt else says(lm, one, prompt, addition))
+    collapse, curve = strength(study, study.params.science.strength)
+    assert collapse == {  # scores are 7.5/24, 5.25/6 and as said at alpha 2
+        "resid_pre": {"measured": 2.0, "diverges_beyond": 2.0},
+        "paper": {"measured": 2.0, "diverges_beyond": 2.0},
+        "writes": {"measured": None, "diverges_beyond": None},
+        "weights": {"measured": 2.0, "diverges_beyond": None},
+    }
+    assert [(row["place"], row["alpha"]) for row in curve] == [(place, alpha) for place in PLACES for alpha in alphas]
+    topics, texts = [row["topic"] for row in study.pairs["test"]], study.harmless(2)
+    rows = [*zip(texts.prompts, texts.answers, strict=True)]
+    for row in curve:
+        letters, place = said[row["alpha"], row["place"]], row["place"]
+        verdicts = [given.VERDICTS[letter] for letter in letters]
+        compliance = given.by_topic([v.compliance for v in verdicts], topics)
+        assert given.figure(row, "compliance") == pytest.approx(compliance)
+        assert row["coherence"] == pytest.approx(sum(v.coherence for v in verdicts) / 6)
+        assert row["score"] == pytest.approx(sum(v.compliance * v.coherence for v in verdicts) / 6)
+        assert (row["refusal"], row["n_degenerate"], row["n"]) == (letters.count("r") / 6, letters.count("x"), 6)
+        assert row["residual_gain"] == (1 - row["alpha"]) ** (3 if place in ("resid_pre", "paper") else 1)
+        reference = [given.log_probs(study.lm.model, *text) for text in rows]
+        with Intervention("one", given.directions(0)["unit"][1], row["alpha"], place).on(study.lm.model):
+            losses, kl = given.text_costs(study.lm.model, reference, rows)
+        assert (row["cross_entropy"], row["kl"]) == pytest.approx((sum(losses) / 2, sum(kl) / 2), rel=1e-3)
+
+
+def test_additions_of_the_difference_and_of_a_random_vector_of_its_length(tmp_path, monkeypatch):
+    said = {"difference": ("rrrrxr", "rryyyy", "r?-xrr"), "random": ("yyyyyy", "yryyyy", "yyyyyx")}
+    difference, added = given.directions(0)["difference"][1], []
+
+    def says(lm, one, prompt, addition):
+        assert prompt.startswith("test safe") and one.basis is None and addition.layer == 1
+        name = "difference" if torch.equal(addition.vector, difference) else "random"
+        added.append(addition.vector)
+        return given.TEXTS[said[name][POSITIONS.index(addition.positions)][int(prompt[-1])]]
+
+    given.answers(monkeypatch, says)
+    figures = additions(given.study(Store(tmp_path / "s")))
+    assert figures.pop("layer") == 1 and {tuple(v) for v in figures.values()} == {POSITIONS}
+    for name, by_position in figures.items():
+        for letters, row in zip(said[name], by_position.values(), strict=True):
+            judged = 6 - letters.count("?")
+            assert given.figure(row, "refusal_exact") == pytest.approx(given.wilson(letters.count("r"), judged), abs=1e-6)
+            assert given.figure(row, "refusal_substring") == pytest.approx(given.wilson(letters.count("r"), 6), abs=1e-6)
+            assert [row[k] for k in ("n", "n_degenerate", "n_missing")] == [6, letters.count("x"), letters.count("?")]
+    random = next(vector for vector in added if not torch.equal(vector, difference))
+    assert random.norm() == pytest.approx(difference.norm()) and abs(random @ difference) < 0.9 * difference.norm() ** 2

@@ -1,98 +1,110 @@
-"""Activations against TransformerLens's bridge, transformers' own hidden states, and each other."""
+"""Activations against TransformerLens's bridge, transformers' own hidden states, and each other; and what becomes of whole sets:
+where rows go, what is stored, what memory holds."""
 
 import copy
+import gc
 import itertools
+from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
-from tiny import tiny_model
+from safetensors.torch import load_file, save
+from tiny import tiny_lm, tiny_prompts
 
+from refusal.io.store import Store
 from refusal.lm.architecture import SUPPORTED
-from refusal.method.activations import Prefix, batches, last_token_resid_pre, left_pad
+from refusal.method import activations
+from refusal.method.activations import Prefix, activations_file, batches, collect, last_token_resid_pre, left_pad, prompt_sets
 
 METHODS = ("sequential", "batched", "batched_unmasked")
 LENGTHS = (7, 3, 12, 7, 1, 9)
+PROMPTS = tiny_prompts(LENGTHS)
+ALIKE = [[*range(50, 56), *ids] for ids in PROMPTS]  # six tokens that all begin with
 
 
-def random_prompts(lengths=LENGTHS, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randint(3, 96, (n,), generator=generator).tolist() for n in lengths]
+def windowed(model_type, window):
+    return tiny_lm(model_type, **({"sliding_window": window} if model_type in {"gemma2", "gemma3_text", "mistral"} else {}))
 
 
-PROMPTS = random_prompts()
-
-
-def hidden_states(model, prompts):
+def hidden_states(lm, prompts):
     """[batch, n_layers, d_model]: what transformers says goes into each layer, a prompt at a time."""
     with torch.no_grad():
-        runs = [model(torch.tensor([ids]), output_hidden_states=True).hidden_states for ids in prompts]
+        runs = [lm.model(torch.tensor([ids]), output_hidden_states=True).hidden_states for ids in prompts]
     return torch.stack([torch.stack([layer[0, -1] for layer in run[:-1]]) for run in runs])
 
 
 @pytest.mark.parametrize("model_type", SUPPORTED)
 def test_sequential_equals_hidden_states(model_type):
-    model = tiny_model(model_type)
-    assert torch.equal(last_token_resid_pre(model, PROMPTS, "sequential", 0), hidden_states(model, PROMPTS))
+    lm = tiny_lm(model_type)
+    assert torch.equal(last_token_resid_pre(lm, PROMPTS, "sequential"), hidden_states(lm, PROMPTS))
 
 
-@pytest.mark.parametrize("method", ["sequential", "batched"])
-def test_equals_transformer_lens(method, tmp_path):
+@pytest.fixture(scope="module")
+def bridged(tmp_path_factory):
+    """A model and TransformerLens's bridge to it."""
     from transformer_lens.model_bridge import TransformerBridge
 
-    model = tiny_model("qwen2")
-    model.save_pretrained(tmp_path)
-    bridge = TransformerBridge.boot_transformers(str(tmp_path), hf_model=copy.deepcopy(model), device="cpu", dtype=torch.float32)
-    ours = last_token_resid_pre(model, PROMPTS, method, 0)
-    for row, ids in zip(ours, PROMPTS, strict=True):
-        _, cache = bridge.run_with_cache(torch.tensor([ids]))
-        for layer in range(3):
-            assert (row[layer] - cache[f"blocks.{layer}.hook_resid_pre"][0, -1]).abs().max() < 1e-5
+    lm, folder = tiny_lm(), str(tmp_path_factory.mktemp("bridge"))
+    lm.model.save_pretrained(folder)
+    theirs = copy.deepcopy(lm.model)
+    return lm, TransformerBridge.boot_transformers(folder, hf_model=theirs, device="cpu", dtype=torch.float32)
 
 
-def test_unmasked_equals_the_bridge_with_padding_attended_to(tmp_path):
-    """The write-up's batched code: the bridge on left-padded ids, with no attention mask."""
-    from transformer_lens.model_bridge import TransformerBridge
-
-    model = tiny_model("qwen2")
-    model.save_pretrained(tmp_path)
-    bridge = TransformerBridge.boot_transformers(str(tmp_path), hf_model=copy.deepcopy(model), device="cpu", dtype=torch.float32)
-    width = max(map(len, PROMPTS))
-    _, cache = bridge.run_with_cache(torch.tensor([[0] * (width - len(ids)) + ids for ids in PROMPTS]))
-    theirs = torch.stack([cache[f"blocks.{layer}.hook_resid_pre"][:, -1] for layer in range(3)], 1)
-    assert (last_token_resid_pre(model, PROMPTS, "batched_unmasked", 0) - theirs).abs().max() < 1e-5
+@pytest.mark.parametrize("prompts", [PROMPTS, ALIKE])
+@pytest.mark.parametrize("method", METHODS)
+def test_equals_transformer_lens(bridged, method, prompts):
+    """The write-up's batched code is the bridge on left-padded ids, with no attention mask; the others, on a prompt alone."""
+    lm, bridge = bridged
+    groups = [[ids] for ids in prompts]
+    if method == "batched_unmasked":
+        width = max(map(len, prompts))
+        groups = [[[0] * (width - len(ids)) + ids for ids in prompts]]
+    caches = [bridge.run_with_cache(torch.tensor(group))[1] for group in groups]
+    theirs = torch.cat([torch.stack([cache[f"blocks.{i}.hook_resid_pre"][:, -1] for i in range(3)], 1) for cache in caches])
+    assert (last_token_resid_pre(lm, prompts, method) - theirs).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("model_type", SUPPORTED)
 def test_batched_equals_sequential_and_unmasked_does_not(model_type):
-    # Windows shorter than the longest prompt, where the architecture has them.
-    model = tiny_model(model_type, **({"sliding_window": 4} if model_type in {"gemma2", "gemma3_text", "mistral"} else {}))
-    sequential, batched, unmasked = (last_token_resid_pre(model, PROMPTS, method, 0) for method in METHODS)
-    assert (batched - sequential).abs().max() < 1e-5 * sequential.abs().max()
+    lm = windowed(model_type, 4)  # shorter than the longest prompt
+    sequential, batched, unmasked = (last_token_resid_pre(lm, PROMPTS, method) for method in METHODS)
+    limit = 1e-5 * sequential.abs().max()
+    assert (batched - sequential).abs().max() < limit
     apart = (unmasked - sequential).abs().amax((1, 2))
-    longest = LENGTHS.index(max(LENGTHS))
-    assert apart[longest] < 1e-5 * sequential.abs().max()  # nothing was padded there
+    assert apart[LENGTHS.index(max(LENGTHS))] < limit  # nothing was padded there
     # A long prompt's last token may not see its padding through windows; a short one's does.
-    assert all(apart[i] > 1e-3 * sequential.abs().max() for i in range(len(LENGTHS)) if LENGTHS[i] < 4)
+    assert all(apart[i] > 100 * limit for i in range(len(LENGTHS)) if LENGTHS[i] < 4)
 
 
-def test_equal_lengths_leave_nothing_to_mask():
-    model, prompts = tiny_model("qwen2"), random_prompts((6, 6, 6))
-    runs = [last_token_resid_pre(model, prompts, method, 0) for method in METHODS]
-    assert torch.allclose(runs[1], runs[0], atol=1e-5) and torch.allclose(runs[2], runs[0], atol=1e-5)
+@pytest.mark.parametrize("model_type", SUPPORTED)
+@pytest.mark.parametrize("window", [4, 9])
+def test_a_shared_beginning_changes_nothing(model_type, window):
+    lm = windowed(model_type, window)  # one shorter than the beginning, the other ends within what follows it
+    computed, expected = last_token_resid_pre(lm, ALIKE, "batched"), hidden_states(lm, ALIKE)
+    scale = expected.abs().max()
+    assert (computed - expected).abs().max() < 1e-5 * scale
+    assert (hidden_states(lm, PROMPTS) - expected).abs().max() > 1e-2 * scale  # it does matter
 
 
-def test_the_models_dtype_is_kept_and_no_hook_stays():
-    model = tiny_model("llama", dtype=torch.bfloat16)
-    found = last_token_resid_pre(model, PROMPTS[:2], "batched", 0)
-    assert found.dtype == torch.bfloat16 and found.shape == (2, 3, 32) and not found.requires_grad
-    assert not any(block._forward_pre_hooks for block in model.model.layers)
+@pytest.mark.parametrize(
+    "prompts",
+    [tiny_prompts((6, 6, 6)), [[0, 5, 0, 7], [3, 4, 5, 6, 7, 8]]],
+    ids=["equal lengths leave nothing to mask", "a pad token inside a prompt is a token"],
+)
+def test_batched_equals_sequential_where(prompts):
+    runs = [last_token_resid_pre(tiny_lm(), prompts, method) for method in METHODS]
+    assert torch.allclose(runs[1], runs[0], atol=1e-5)
+    assert torch.allclose(runs[2], runs[0], atol=1e-5) is (len(prompts[0]) == len(prompts[1]))
 
 
-def test_hooks_are_gone_after_a_failure():
-    model = tiny_model("qwen2")
+def test_the_models_dtype_is_kept_and_no_hook_stays_after_a_failure_either():
+    lm = tiny_lm("llama", dtype=torch.bfloat16)
+    rows = last_token_resid_pre(lm, PROMPTS[:2], "batched")
+    assert rows.dtype == torch.bfloat16 and rows.shape == (2, 3, 32) and not rows.requires_grad
     with pytest.raises(IndexError):
-        last_token_resid_pre(model, [[5, 6, 999]], "sequential", 0)  # no such token
-    assert not any(block._forward_pre_hooks for block in model.model.layers)
+        last_token_resid_pre(lm, [[5, 6, 999]], "sequential")  # no such token
+    assert not any(block._forward_pre_hooks for block in lm.model.model.layers)
 
 
 def test_left_pad():
@@ -101,19 +113,13 @@ def test_left_pad():
     assert mask.tolist() == [[0, 1, 1], [1, 1, 1], [0, 0, 1]]
 
 
-def test_a_pad_token_inside_a_prompt_is_a_token():
-    model, prompts = tiny_model("qwen2"), [[0, 5, 0, 7], [3, 4, 5, 6, 7, 8]]
-    sequential, batched = (last_token_resid_pre(model, prompts, method, 0) for method in METHODS[:2])
-    assert (batched - sequential).abs().max() < 1e-5
-
-
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("size", [1, 4, 100])
 def test_batches_cover_each_prompt_once(method, size):
     lengths = [9, 3, 7, 3, 12, 5, 9, 3, 1]
     plan = batches(lengths, method, size)
-    assert sorted(i for batch in plan for i in batch) == list(range(9)) and max(map(len, plan)) <= size
     flat = [i for batch in plan for i in batch]
+    assert sorted(flat) == list(range(9)) and max(map(len, plan)) <= size
     if method == "batched":  # by length: least padding
         assert [lengths[i] for i in flat] == sorted(lengths)
     else:  # in the order given: `batched_unmasked` is padded as the write-up's batches were
@@ -135,53 +141,30 @@ def test_batches_are_cut_where_the_least_is_computed(size, spread):
     assert sum(len(batch) * max(lengths[i] for i in batch) + 32 for batch in plan) == min(costs)
 
 
-def beginning_alike(n_shared=6, lengths=LENGTHS, seed=0):
-    return [list(range(50, 50 + n_shared)) + ids for ids in random_prompts(lengths, seed)]
-
-
-def counted(model):
-    """What runs from here on: the ids of each forward, and the blocks that run in it."""
-    forwards, blocks = [], []
-    model.model.register_forward_pre_hook(lambda _, args, kwargs: forwards.append(kwargs["input_ids"]), with_kwargs=True)
+def watched(model):
+    """What runs from here on: the shape of each forward's ids, and the blocks that run in it."""
+    shapes, blocks = [], []
+    model.model.register_forward_pre_hook(
+        lambda _, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
     for layer, block in enumerate(model.model.layers):
         block.self_attn.register_forward_pre_hook(lambda *_, layer=layer: blocks.append(layer), with_kwargs=True)
-    return forwards, blocks
+    return shapes, blocks
 
 
 def test_what_is_computed_is_counted():
     """The shared beginning once, then what differs, padded to the longest: no last block, and no logits."""
-    model, prompts = tiny_model("qwen2"), beginning_alike()
-    model.lm_head.register_forward_pre_hook(lambda *_: pytest.fail("logits are computed"))
-    forwards, blocks = counted(model)
-    last_token_resid_pre(model, prompts, "batched", 0)
-    assert [tuple(ids.shape) for ids in forwards] == [(1, 6), (6, 12)] and blocks == [0, 1] * 2
-    forwards.clear(), blocks.clear()
-    last_token_resid_pre(model, prompts, "sequential", 0)
-    assert [tuple(ids.shape) for ids in forwards] == [(1, 6 + n) for n in LENGTHS] and blocks == [0, 1] * 6
-
-
-@pytest.mark.parametrize("model_type", SUPPORTED)
-@pytest.mark.parametrize("window", [4, 9])
-def test_a_shared_beginning_changes_nothing(model_type, window):
-    # One window is shorter than the beginning, the other ends within what follows it.
-    model = tiny_model(model_type, **({"sliding_window": window} if model_type in {"gemma2", "gemma3_text", "mistral"} else {}))
-    prompts, scale = beginning_alike(), 0.0
-    found, expected = last_token_resid_pre(model, prompts, "batched", 0), hidden_states(model, prompts)
-    scale = expected.abs().max()
-    assert (found - expected).abs().max() < 1e-5 * scale
-    assert (hidden_states(model, random_prompts()) - expected).abs().max() > 1e-2 * scale  # it does matter
-
-
-def test_a_shared_beginning_equals_transformer_lens(tmp_path):
-    from transformer_lens.model_bridge import TransformerBridge
-
-    model, prompts = tiny_model("qwen2"), beginning_alike()
-    model.save_pretrained(tmp_path)
-    bridge = TransformerBridge.boot_transformers(str(tmp_path), hf_model=copy.deepcopy(model), device="cpu", dtype=torch.float32)
-    for row, ids in zip(last_token_resid_pre(model, prompts, "batched", 0), prompts, strict=True):
-        _, cache = bridge.run_with_cache(torch.tensor([ids]))
-        for layer in range(3):
-            assert (row[layer] - cache[f"blocks.{layer}.hook_resid_pre"][0, -1]).abs().max() < 1e-5
+    lm, positions = tiny_lm(), []
+    lm.model.lm_head.register_forward_pre_hook(lambda *_: pytest.fail("logits are computed"))
+    # Rotary embeddings see differences alone, so no activation would tell whether positions go on after the beginning.
+    lm.model.model.rotary_emb.register_forward_pre_hook(lambda _, args: positions.append(args[1].tolist()))
+    shapes, blocks = watched(lm.model)
+    last_token_resid_pre(lm, ALIKE, "batched")
+    assert shapes == [(1, 6), (6, 12)] and blocks == [0, 1] * 2
+    assert positions == [[list(range(6))], [list(range(6, 18))]]
+    shapes.clear(), blocks.clear()
+    last_token_resid_pre(lm, ALIKE, "sequential")
+    assert shapes == [(1, 6 + n) for n in LENGTHS] and blocks == [0, 1] * 6
 
 
 @pytest.mark.parametrize(
@@ -196,24 +179,152 @@ def test_a_shared_beginning_equals_transformer_lens(tmp_path):
     ],
 )
 def test_prefix(prompts, expected):
-    model = tiny_model("qwen2")
-    prefix = Prefix(model, prompts)
+    lm = tiny_lm()
+    prefix = Prefix(lm.model, prompts)
     assert prefix.ids == expected and (prefix.cache(3) is None) == (not expected)
-    found = last_token_resid_pre(model, prompts, "batched", 0, prefix)
-    assert (found - hidden_states(model, prompts)).abs().max() < 1e-5
+    assert (last_token_resid_pre(lm, prompts, "batched", prefix) - hidden_states(lm, prompts)).abs().max() < 1e-5
 
 
-def test_a_prompt_that_does_not_begin_with_the_prefix_is_an_error():
-    model = tiny_model("qwen2")
-    prefix = Prefix(model, [[5, 6, 7], [5, 6, 8]])
-    for prompt in ([5, 7, 8], [5, 6]):
-        with pytest.raises(ValueError, match="does not begin with the prefix"):
-            last_token_resid_pre(model, [[5, 6, 9], prompt], "batched", 0, prefix)
+@pytest.mark.parametrize("prompt", [[5, 7, 8], [5, 6]])
+def test_a_prompt_that_does_not_begin_with_the_prefix_is_an_error(prompt):
+    lm = tiny_lm()
+    with pytest.raises(ValueError, match="does not begin with the prefix"):
+        last_token_resid_pre(lm, [[5, 6, 9], prompt], "batched", Prefix(lm.model, [[5, 6, 7], [5, 6, 8]]))
 
 
-def test_positions_go_on_after_the_shared_beginning():
-    """Rotary embeddings only see differences, so no logit would tell: what the model computes with is looked at."""
-    model, given = tiny_model("qwen2"), []
-    model.model.rotary_emb.register_forward_pre_hook(lambda _, args: given.append(args[1].tolist()))
-    last_token_resid_pre(model, beginning_alike(), "batched", 0)
-    assert given == [[list(range(6))], [list(range(6, 18))]]
+def sets(n=11):
+    """Three sets of unlike numbers of prompts, which all begin alike."""
+    lengths = [1 + (3 * i) % 7 for i in range(n + 2)]
+    names = ("train.safe", "train.harmful", "val.safe")
+    return {
+        name: [[91, 92, 93, 94, *(1 + t % 90 for t in ids)] for ids in tiny_prompts(lengths[: n + k], k)]
+        for k, name in enumerate(names)
+    }
+
+
+def written(lm, where, method, given, batch_size=4, file="out.safetensors"):
+    """What is in the file that `collect` writes."""
+    where.mkdir(exist_ok=True)
+    collect(lm, given, method, batch_size, Store(where / "store.sqlite"), where / file)
+    return load_file(where / file)
+
+
+def test_a_set_holds_one_side_of_one_split():
+    pairs = [{"split": split, "harmful": f"h{i}", "safe": f"s{i}"} for i, split in enumerate(("val", "train", "test", "train"))]
+    unrelated = [{"split": split, "safe": f"u{i}"} for i, split in enumerate(("train", "test", "val", "val"))]
+    assert list(prompt_sets(pairs, unrelated, ("train", "val")).items()) == [
+        ("train.harmful", ["h1", "h3"]),
+        ("train.safe", ["s1", "s3"]),
+        ("train.unrelated", ["u0"]),
+        ("val.harmful", ["h0"]),
+        ("val.safe", ["s0"]),
+        ("val.unrelated", ["u2", "u3"]),
+    ]
+    assert prompt_sets(pairs, [], ("test",)) == {"test.harmful": ["h2"], "test.safe": ["s2"], "test.unrelated": []}
+
+
+def one_by_one(lm, given, method):
+    """Of each set, what `last_token_resid_pre` gives of its prompts, by fours where the neighbours matter."""
+    size = 4 if method == "batched_unmasked" else 1
+    of = "batched_unmasked" if method == "batched_unmasked" else "sequential"
+    return {
+        name: torch.cat([last_token_resid_pre(lm, prompts[i : i + size], of) for i in range(0, len(prompts), size)])
+        for name, prompts in given.items()
+    }
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_interrupted_run_ends_in_the_same_bytes_and_repeats_no_forward(tmp_path, method, monkeypatch):
+    lm, given = tiny_lm(), sets()
+    rows = written(lm, tmp_path / "whole", method, given)
+    assert set(rows) == set(given)
+    for name, expected in one_by_one(lm, given, method).items():
+        assert torch.allclose(rows[name], expected, atol=1e-5)
+    whole = (tmp_path / "whole/out.safetensors").read_bytes()
+    assert whole == save(rows)  # as safetensors itself would write it
+
+    forwards, _ = watched(lm.model)
+    again, put, n = tmp_path / "again", Store.put, itertools.count(1)
+
+    def failing(self, key, value):
+        if next(n) == 4:
+            raise KeyboardInterrupt
+        put(self, key, value)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Store, "put", failing)
+        written(lm, again, method, given)
+    assert [path for path in again.iterdir() if "sqlite" not in path.name] == []
+    written(lm, again, method, given)
+    assert (again / "out.safetensors").read_bytes() == whole
+    total = len(forwards)
+    written(lm, again, method, given, file="third.safetensors")
+    assert len(forwards) == total  # all is stored
+    written(lm, tmp_path / "fresh", method, given)
+    # The batch that was cut off runs once more, and so does the beginning that all share; three batches do not.
+    once_more = (4 if method == "sequential" else 1) + (1 if method == "batched" else 0)
+    assert total == len(forwards) - total + once_more
+
+
+def test_one_store_keeps_apart_all_that_changes_a_value(tmp_path, monkeypatch):
+    computed, given, lm, put = [], sets(), tiny_lm(), Store.put
+    monkeypatch.setattr(Store, "put", lambda *args: computed.append(1) or put(*args))
+
+    def new(lm=lm, method="sequential", given=given, batch_size=4):
+        """What is written, and how many batches were computed for it."""
+        n = len(computed)
+        return written(lm, tmp_path, method, given, batch_size), len(computed) - n
+
+    for change in (
+        {},
+        {"lm": tiny_lm(weights="other", seed=1)},
+        {"lm": tiny_lm(dtype=torch.bfloat16)},
+        {"method": "batched"},
+        {"method": "batched_unmasked"},
+        {"lm": replace(lm, pad_id=5), "method": "batched_unmasked"},
+    ):
+        rows, n = new(**change)
+        assert n > 0 and new(**change)[1] == 0, change
+        for name, expected in one_by_one(change.get("lm", lm), given, change.get("method")).items():  # as without a store
+            assert torch.allclose(rows[name], expected, atol=1e-5), (change, name)
+    # The same prompts one by one behind a shorter beginning, since another set begins with something else.
+    alone = {"given": {"train.safe": given["train.safe"]}, "method": "batched", "batch_size": 1}
+    assert new(**alone)[1] > 0 and new(**alone)[1] == 0
+    assert new(**alone | {"given": alone["given"] | {"val.safe": [[3, 4]]}})[1] == len(given["train.safe"]) + 1
+
+
+def test_the_shared_beginning_is_computed_once_for_all_sets(tmp_path):
+    lm, given = tiny_lm(), sets()
+    shapes, _ = watched(lm.model)
+    written(lm, tmp_path, "batched", given)
+    assert Prefix(lm.model, [p for prompts in given.values() for p in prompts]).ids == [91, 92, 93, 94]
+    assert shapes[0] == (1, 4) and sum(rows for rows, _ in shapes[1:]) == sum(map(len, given.values()))
+    needed = sum(len(p) - 4 for prompts in given.values() for p in prompts)
+    assert needed <= sum(rows * width for rows, width in shapes[1:]) < 2 * needed
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_memory_does_not_grow_with_the_prompts(tmp_path, method, monkeypatch):
+    """Bytes of all tensors that are alive whenever rows are written: one batch, whatever the number of prompts."""
+    held, peaks, lm = [], [], tiny_lm()
+
+    @contextmanager
+    def weighed(*args):
+        with activations_file(*args) as put:
+
+            def weigh(*rows):
+                gc.collect()
+                held.append(sum(t.nbytes for t in gc.get_objects() if type(t) is torch.Tensor and t.dtype == torch.float32))
+                put(*rows)
+
+            yield weigh
+
+    monkeypatch.setattr(activations, "activations_file", weighed)
+    gc.freeze()  # what is there already is not looked through again
+    for n in (8, 128):
+        held.clear()
+        written(lm, tmp_path / str(n), method, sets(n), batch_size=8)
+        peaks.append(max(held))
+    gc.unfreeze()
+    row = 3 * 32 * 4
+    assert peaks[1] <= peaks[0] + 8 * row

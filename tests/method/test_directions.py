@@ -1,11 +1,13 @@
 """Directions, projections and cosines against numpy and naive loops; activations in a file against those in memory."""
 
+import json
 import weakref
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from place import Place
+from safetensors.torch import load_file, save_file
 from synthetic import activations, gaussian, naive_d
 
 from perf.harness import Peak
@@ -140,3 +142,42 @@ def test_memory_holds_a_layer_of_each_set_and_not_the_file(tmp_path):
     with Peak() as peak:
         assert all(0.49 < float(stored[:, layer].mean()) < 0.51 for layer in range(64))
     assert peak.mb < 80
+
+
+def test_the_stage_writes_every_set_of_directions_under_its_own_name(tmp_path):
+    """By numpy, of three sets that all differ, for two methods that differ."""
+    place, methods = Place(tmp_path), ("sequential", "batched")
+    place.set("activations", methods=[*methods])
+    place.set("directions", n_resamples=5, n_sign_flips=5)
+    pairs = [{"split": split, "topic": f"topic {i % 6}"} for split, n in (("train", 40), ("val", 24)) for i in range(n)]
+    place.write("data/prompts/pairs.jsonl", "".join(json.dumps(row) + "\n" for row in pairs))
+    (tmp_path / "data/activations").mkdir()
+    given = {method: activations(seed=seed) for seed, method in enumerate(methods)}
+    for method, tensors in given.items():
+        save_file(tensors, tmp_path / f"data/activations/{method}.safetensors")
+    status, output = place.stage("directions")
+    assert status == 0, output
+    written = load_file(tmp_path / "models/directions.safetensors")
+    sides = dict.fromkeys(("matched", "shuffled"), ("harmful", "safe"))
+    sides |= {"unrelated": ("harmful", "unrelated"), "harmless": ("unrelated", "safe")}
+    names = ("difference", "unit", "defined", "safe_mean")
+    assert set(written) == {f"{method}-{pairing}.{name}" for method in methods for pairing in sides for name in names}
+    units = {}
+    for method in methods:
+        for pairing, (ours, theirs) in sides.items():
+            of = f"{method}-{pairing}"
+            means = [given[method][f"train.{side}"].double().numpy().mean(0) for side in (ours, theirs)]
+            difference = means[0] - means[1]
+            units[of] = difference[1:] / np.linalg.norm(difference[1:], axis=1, keepdims=True)
+            assert written[f"{of}.difference"].numpy() == pytest.approx(difference, abs=1e-12)
+            assert written[f"{of}.safe_mean"].numpy() == pytest.approx(means[1])
+            assert written[f"{of}.unit"].numpy() == pytest.approx(np.vstack([np.zeros(12), units[of]]))
+            assert written[f"{of}.defined"].tolist() == [False, True, True, True]
+    metrics = json.loads((tmp_path / "metrics/directions.json").read_text())
+    assert set(metrics) == {f"{method}-{pairing}" for method in methods for pairing in ("matched", "shuffled", "unrelated")}
+    for of, made in metrics.items():
+        method = of.split("-")[0]
+        assert made["cosine_to_sequential"] == [None, *map(pytest.approx, (units[of] * units["sequential-matched"]).sum(1))]
+        projected = [given[method][f"val.{side}"][:, 1].double().numpy() @ units[of][0] for side in ("harmful", "safe")]
+        spread = np.sqrt(sum(np.var(side, ddof=1) for side in projected) / 2)
+        assert made["separation"][1] == pytest.approx((projected[0].mean() - projected[1].mean()) / spread)

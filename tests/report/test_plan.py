@@ -5,41 +5,40 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
+import given
 import pytest
 import torch
 import yaml
+from given import ROOT
 from hub_server import COMMIT, Hub, serve
 from qwen1_layout import LATE, tensors, write
-from refusal.analysis.science import control_arms, planted_arms, single_arms, subspace_arms
 from tiny import tiny_config
 
-from refusal.io.params import Params
+from refusal.analysis.candidates import by_family, controls, planted, single_directions, subspaces
+from refusal.io.store import Store
 from refusal.lm.architecture import architecture_of
 from refusal.method.directions import difference_in_means
 from refusal.report.plan import STANDARD, Prompts, Size, steps
 
-ROOT = Path(__file__).parents[2]
 N = {f"{split}.{half}": n for split, n in (("train", 6), ("val", 3), ("test", 4)) for half in ("harmful", "safe", "unrelated")}
 PROMPTS = Prompts(N | {"facts": 5}, {name: 10 * n for name, n in (N | {"facts": 5}).items()})
 
 
-def params(**sections: dict) -> Params:
-    raw = yaml.safe_load((ROOT / "params.yaml").read_text())
-    for name, values in sections.items():
-        raw[name] |= values
-    return Params.model_validate(raw)
-
-
 def planned(size: Size | None = None, **sections: dict) -> dict:
     size = size or Size(1000, 4000, architecture_of(tiny_config("llama")), 0)
-    return {step.stage: step for step in steps(params(**sections), size, PROMPTS)}
+    return {step.stage: step for step in steps(given.params(**sections), size, PROMPTS)}
 
 
 def test_counts_by_hand():
-    s = {"layers": None, "alphas": [1.0, 2.0], "n_random": 2, "max_new_tokens": 7}
-    found = planned(model={"id": "/a/folder"}, sweep=s, select={"top": 2}, orthogonalize={"include_embedding": True})
+    s = {"layers": None, "alphas": [1.0, 2.0], "n_random": 2}
+    found = planned(
+        model={"id": "/a/folder"},
+        generation={"max_new_tokens": 7},
+        sweep=s,
+        select={"top": 2},
+        orthogonalize={"include_embedding": True},
+    )
     # Three methods over train and val, harmful, safe and unrelated, ten tokens each; a pass for the common beginning.
     assert (found["activations"].passes, found["activations"].tokens) == (3 * 27 + 1, 3 * 270)
     # Baseline, two random directions, layers 1 and 2 at two alphas and their harmless differences: nine cells of three prompts; ten tokens are read,
@@ -55,7 +54,7 @@ def test_counts_by_hand():
 
 
 def test_layers_cap_and_judge_calls():
-    s = {"layers": [2], "alphas": [1.0], "n_random": 1, "max_new_tokens": 2}
+    s = {"layers": [2], "alphas": [1.0], "n_random": 1}
     found = planned(model={"id": "/a/folder"}, sweep=s, judge={"kind": "llm"})
     assert found["judge"].calls == 4 * 3  # four cells of three prompts
     assert found["evaluate"].calls == 5 * 8 + 4
@@ -63,42 +62,49 @@ def test_layers_cap_and_judge_calls():
     assert generated["prompts"].calls == 10
 
 
+# Of params.yaml, and one with neither addition, positions, padding nor strength, and with more test prompts than there are.
+BUDGETS = {"basic": {}, "mediation": {"n_test": 100, "optimised": {"steps": 100, "batch_size": 16}}}
+BUDGETS["mediation"] |= dict.fromkeys(("sensitivity", "padding", "strength"))
+
+
 @pytest.mark.parametrize("kind", ["single", "planted"])
-@pytest.mark.parametrize("level", ["basic", "mediation"])
-def test_the_science_stage_by_the_arms_it_makes(level, kind):
-    """The stage's own arms, of random activations of six layers, of which the first has no direction."""
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_the_science_stage_by_the_interventions_it_compares(tmp_path, budget, kind):
+    """The library's own, of random activations of six layers, of which the first has no direction."""
     generator = torch.Generator().manual_seed(0)
     harmful, safe, unrelated = (torch.randn(20, 6, 12, generator=generator) + shift for shift in (1.0, 0.0, 0.5))
     harmful[:, 0] = safe[:, 0]
-    found, harmless = (vars(difference_in_means(some, safe)) for some in (harmful, unrelated))
-    single = single_arms(found, harmful, safe, 2, 0.5, found["unit"][1], True, range(20))
-    several = subspace_arms(found, harmful, safe, 2, [2, 1, 3, 4, 5], "resid_pre")
-    planted = planted_arms(found["unit"][3], found) if kind == "planted" else []
-    controls = control_arms(harmless, 3, 2, 2, 0)
-    others = {arm.family for arm in single} - {"difference"}  # of which the best on val goes to test
-    on_val = 1 + len(single) + len(several) + len(planted)
-    on_test = 1 + sum(arm.family == "difference" for arm in single) + len(others) + len(several) + len(planted)
+    study = given.study(
+        Store(tmp_path / "s"),
+        model={"id": "organism"},
+        organism={"kind": kind},
+        generation={"max_new_tokens": 7},
+        judge={"kind": "llm"},
+        ablation={"sites": "resid_pre"},
+        science={"n_random": 3} | BUDGETS[budget],
+    )
+    study.rank_1 = {"layer": 2, "alpha": 0.5}  # another than 1: its layer is compared at 1 as well
+    study.activations = {"sequential": {"train.harmful": harmful, "train.safe": safe}}
+    study.directions, study.harmless_difference = (vars(difference_in_means(some, safe)) for some in (harmful, unrelated))
+    single, several = single_directions(study, study.directions["unit"][1]), subspaces(study, [2, 1, 3, 4, 5])
+    truth, random = planted(study, torch.eye(12).double()[0] if kind == "planted" else None), controls(study)
+    on_val = 1 + len(single) + len(several) + len(truth)
+    # Of each estimator but difference-in-means the best on val goes to test.
+    n_difference = sum(one.family == "difference" for one in single)
+    on_test = 1 + n_difference + len(by_family(single)) - 1 + len(several) + len(truth)
 
     n = {f"{split}.{half}": count for split, count in (("train", 6), ("val", 50), ("test", 70)) for half in ("harmful", "safe")}
     n |= {"train.unrelated": 6, "val.unrelated": 50, "test.unrelated": 45, "facts": 5}
     size = Size(1000, 4000, architecture_of(tiny_config("llama", num_hidden_layers=6)), 0)
-    given = params(
-        model={"id": "organism"},
-        organism={"kind": kind},
-        sweep={"max_new_tokens": 7},
-        judge={"kind": "llm"},
-        ablation={"sites": "resid_pre"},
-        science={"level": level, "n_random": 3},
-    )
     prompts = Prompts(n, {name: 10 * count for name, count in n.items()})
-    step = next(step for step in steps(given, size, prompts) if step.stage == "science")
-    basic = level == "basic"  # the other level leaves out addition, positions, padding and strength
+    step = next(step for step in steps(study.params, size, prompts) if step.stage == "science")
+    basic = budget == "basic"
     n_val, n_test, n_control, n_harmless, n_steps = (40, 60, 30, 40, 60) if basic else (40, 70, 30, 40, 100)
-    # Safe prompts: baseline, best single arm, subspace and affine arm; two vectors added in three ways. Four places, seven alphas.
-    judged = n_val * on_val + n_test * on_test + n_control * len(controls) + n_test * (4 + basic * 2 * 3) + basic * 4 * 7 * 12
+    # Safe prompts: baseline, best single, subspace and affine; two vectors added in three ways. Four places, seven alphas.
+    judged = n_val * on_val + n_test * on_test + n_control * len(random) + n_test * (4 + basic * 2 * 3) + basic * 4 * 7 * 12
     assert step.calls == judged
-    # Each arm that goes to test, the first of each family of controls and each alpha at each place, beside the base model.
-    read = (1 + on_test + len({arm.family for arm in controls}) + basic * 4 * (1 + 7)) * n_harmless
+    # Each that goes to test, the first of each family of controls and each alpha at each place; the baseline twice, and at each place.
+    read = (2 + on_test + len(by_family(random)) + basic * 4 * (1 + 7)) * n_harmless
     # Positions: both halves of six train and forty val pairs. Padding: the train half, by two numbers of pads and as batched,
     # masked and not; of 8 and 32 pads the larger is counted.
     at_end, padded = basic * (6 + 6 + 40 + 40), basic * 2 * 3 * (6 + 6)
