@@ -22,7 +22,7 @@ plan: $(READY) ## what a run will take: forward passes, tokens, judge calls, dis
 test: $(READY) ## set up and run the tests
 	python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
 
-compare: $(READY) ## every variant beside the others: report/variants.html
+compare: $(READY) ## every variant compared on one page: report/variants.html
 	set -o pipefail; dvc exp show --json | python -m refusal.report.variants report/variants.html metrics/evaluate.json
 
 picture: $(READY) ## the pictures in the README, docs/*.svg, from committed figures
@@ -68,4 +68,4 @@ $(READY): requirements.lock
 	touch $(READY)
 
 lock: $(READY) ## write down the resolved set of versions again
-	.venv/bin/python -m pip freeze --exclude-editable | sed 's/+cpu//' | grep -viE '^(nvidia|triton)' > requirements.lock
+	.venv/bin/python -m pip freeze --exclude-editable --exclude refusal | sed 's/+cpu//' | grep -viE '^(nvidia|triton)' > requirements.lock

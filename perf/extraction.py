@@ -15,8 +15,7 @@ from transformers import PreTrainedModel
 from perf import harness, workload
 from refusal.io.store import Store
 from refusal.lm.load import encode_chats, load_model, load_tokenizer
-from refusal.method.activations import left_pad
-from refusal.method.collection import collect
+from refusal.method.activations import collect, left_pad
 from refusal.method.directions import difference_in_means
 
 ORGANISM = Path("models/base")
@@ -30,7 +29,7 @@ def ours(model: PreTrainedModel, ids: list[list[int]], folder: Path, method: str
     """What the activations stage does: through a resume store that holds nothing yet, into a file, and back from it."""
     place = next(folder / str(n) for n in count() if not (folder / str(n)).exists())
     place.mkdir()
-    collect(model, "", {"all": ids}, method, workload.PAD_ID, workload.BATCH_SIZE, Store(place / "store.sqlite"), place / "rows")
+    collect(workload.lm(model), {"all": ids}, method, workload.BATCH_SIZE, Store(place / "store.sqlite"), place / "rows")
     return load_file(place / "rows")["all"]
 
 

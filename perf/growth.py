@@ -9,8 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from perf import extraction, harness, workload
-from refusal.io.files import write_whole
-from refusal.io.tables import csv_text
+from refusal.io.files import csv_text, write_whole
 
 PLOT = Path("plots/growth.csv")
 FACTORS = (1, 2, 4, 8, 16)

@@ -1,4 +1,4 @@
-"""Editing a checkpoint on disk: ours beside a plain copy of the same bytes and the usual load, edit and save.
+"""Editing a checkpoint on disk, compared with a plain copy of the same bytes and with the usual load, edit and save.
 
 `python -m perf.orthogonalize SOURCE TARGET` is the process whose memory is measured.
 """
@@ -8,7 +8,8 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,7 +18,8 @@ from transformers import AutoModelForCausalLM
 
 from perf import harness, workload
 from refusal.io.errors import UserError
-from refusal.lm.checkpoint import INDEX, header_bytes, write_all
+from refusal.lm.checkpoint import INDEX, Entry, data_of, header_bytes
+from refusal.method.interventions import Intervention
 from refusal.method.orthogonalize import Edit, Report, orthogonalize
 
 D_MODEL, WIDTH, VOCAB, HEADS = 4096, 11008, 32_000, 32  # the shape of a Llama of 7 billion
@@ -25,41 +27,38 @@ TIMED, LARGE = 5, 19  # blocks: 2.5 and 8.2 GB of bfloat16
 GB = 1e9
 
 
-def shapes(n_layers: int) -> Iterator[tuple[str, tuple[int, ...]]]:
+def entries(n_layers: int) -> Iterator[Entry]:
     """The tensors of a Llama of so many blocks, in the order of its file."""
-    yield "model.embed_tokens.weight", (VOCAB, D_MODEL)
-    for layer in range(n_layers):
-        block = f"model.layers.{layer}."
-        for name in ("q", "k", "v", "o"):
-            yield f"{block}self_attn.{name}_proj.weight", (D_MODEL, D_MODEL)
-        yield f"{block}mlp.gate_proj.weight", (WIDTH, D_MODEL)
-        yield f"{block}mlp.up_proj.weight", (WIDTH, D_MODEL)
-        yield f"{block}mlp.down_proj.weight", (D_MODEL, WIDTH)
-        yield f"{block}input_layernorm.weight", (D_MODEL,)
-        yield f"{block}post_attention_layernorm.weight", (D_MODEL,)
-    yield "model.norm.weight", (D_MODEL,)
-    yield "lm_head.weight", (VOCAB, D_MODEL)
+    block = {
+        **{f"self_attn.{name}_proj": (D_MODEL, D_MODEL) for name in "qkvo"},
+        **{f"mlp.{name}_proj": (WIDTH, D_MODEL) for name in ("gate", "up")},
+        "mlp.down_proj": (D_MODEL, WIDTH),
+        "input_layernorm": (D_MODEL,),
+        "post_attention_layernorm": (D_MODEL,),
+    }
+    blocks = {f"model.layers.{layer}.{name}": shape for layer in range(n_layers) for name, shape in block.items()}
+    shapes = {"model.embed_tokens": (VOCAB, D_MODEL), **blocks, "model.norm": (D_MODEL,), "lm_head": (VOCAB, D_MODEL)}
+    for name, shape in shapes.items():
+        yield Entry(f"{name}.weight", "BF16", shape, 2 * torch.Size(shape).numel())
 
 
 def synthetic(folder: Path, n_layers: int, shard_bytes: int = 2_000_000_000) -> Path:
     """A sharded checkpoint in bfloat16, of noise repeated from tensor to tensor, written without holding it."""
     folder.mkdir()
-    shards: list[dict] = [{}]
-    for name, shape in shapes(n_layers):
-        n_bytes, at = 2 * torch.Size(shape).numel(), max((t["data_offsets"][1] for t in shards[-1].values()), default=0)
-        if at + n_bytes > shard_bytes:
-            shards.append({})
-            at = 0
-        shards[-1][name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [at, at + n_bytes]}
-    noise = (0.02 * torch.randn(VOCAB * D_MODEL, generator=torch.Generator().manual_seed(0))).bfloat16().view(torch.uint8).numpy()
+    shards: list[list[Entry]] = [[]]
+    for entry in entries(n_layers):
+        if sum(e.n_bytes for e in shards[-1]) + entry.n_bytes > shard_bytes:
+            shards.append([])
+        shards[-1].append(entry)
+    noise = data_of((0.02 * torch.randn(VOCAB * D_MODEL, generator=torch.Generator().manual_seed(0))).bfloat16())
     weight_map = {}
     for n, shard in enumerate(shards):
         file = f"model-{n + 1:05d}-of-{len(shards):05d}.safetensors"
-        weight_map |= dict.fromkeys(shard, file)
-        with (folder / file).open("wb", buffering=0) as out:
-            write_all(out, header_bytes(shard))
-            for fields in shard.values():
-                write_all(out, noise[: fields["data_offsets"][1] - fields["data_offsets"][0]])
+        weight_map |= {entry.name: file for entry in shard}
+        with (folder / file).open("wb") as out:
+            out.write(header_bytes(shard, {}))
+            for entry in shard:
+                out.write(noise[: entry.n_bytes])
             os.fsync(out.fileno())
     (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": D_MODEL, "intermediate_size": WIDTH}
@@ -72,23 +71,23 @@ def synthetic(folder: Path, n_layers: int, shard_bytes: int = 2_000_000_000) -> 
 def copy(source: Path, target: Path) -> None:
     """Read, write and fsync of every byte, through one buffer."""
     target.mkdir()
-    view = memoryview(bytearray(1 << 22))
     for path in sorted(source.iterdir()):
-        with path.open("rb", buffering=0) as file, (target / path.name).open("wb", buffering=0) as out:
-            while n := file.readinto(view):
-                write_all(out, view[:n])
+        with path.open("rb") as file, (target / path.name).open("wb") as out:
+            shutil.copyfileobj(file, out, 1 << 22)
+            out.flush()
             os.fsync(out.fileno())
 
 
 def ours(source: Path, target: Path, form: str = "safetensors") -> Report:
-    (report,) = orthogonalize(source, [Edit(target, _direction(), 1.0, format="lora" if form == "lora" else "safetensors")])
+    intervention = Intervention("perf", workload.random_directions(1, D_MODEL))
+    (report,) = orthogonalize(source, [Edit(target, intervention, format="lora" if form == "lora" else "safetensors")])
     return report
 
 
 @torch.no_grad()
 def reload(source: Path, target: Path) -> None:
     """Load the whole model, edit its matrices, save it."""
-    model, v = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16), _direction()
+    model, v = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16), workload.random_directions(1, D_MODEL)[0]
     for block in model.model.layers:
         for linear in (block.self_attn.o_proj, block.mlp.down_proj):
             w = linear.weight.float()
@@ -102,50 +101,46 @@ def run(console: Console, rounds: int = 3) -> dict[str, float]:
     """Times on a checkpoint that the page cache holds; memory on one of 8 GB, in a process of its own."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        _check_space(folder, 2.2 * 2 * sum(torch.Size(shape).numel() for _, shape in shapes(LARGE)))
-        scalars = _timed(console, folder, rounds)
-        return scalars | _memory(console, folder)
+        free, needed = shutil.disk_usage(folder).free / GB, 2.2 * sum(entry.n_bytes for entry in entries(LARGE)) / GB
+        if free < needed:
+            raise UserError(f"{folder.parent}: {free:.0f} GB are free, {needed:.0f} are needed: set TMPDIR to a folder with room")
+        return _timed(console, folder, rounds) | _memory(console, folder)
 
 
 def _timed(console: Console, folder: Path, rounds: int) -> dict[str, float]:
     source, target = synthetic(folder / "source", TIMED), folder / "target"
 
-    def arm(write):
-        def run() -> None:
-            shutil.rmtree(target, ignore_errors=True)
-            write(source, target)
+    def into_empty(write: Callable[[Path, Path], object]) -> None:
+        shutil.rmtree(target, ignore_errors=True)
+        write(source, target)
 
-        return run
-
-    arms = {"copy": arm(copy), "ours": arm(ours), "reload": arm(reload)}
     copy(source, target)  # its pages are in memory from here on, for all arms alike
-    found = harness.measure(arms, console, rounds)
+    measured = harness.measure({write.__name__: partial(into_empty, write) for write in (copy, ours, reload)}, console, rounds)
     notes = {
         "copy": "read, write, fsync of the same bytes",
         "ours": "one edit, embedding included",
         "reload": "load the whole model, edit, save; no fsync",
     }
-    size = sum(path.stat().st_size for path in source.iterdir()) / GB
-    console.print(found.table(f"orthogonalization, {size:.1f} GB of bfloat16, page cache warm", "copy", notes))
+    size = _size(source)
+    console.print(measured.table(f"orthogonalization, {size:.1f} GB of bfloat16, page cache warm", "copy", notes))
     ours(source, folder / "lora", "lora")
-    lora = sum(path.stat().st_size for path in (folder / "lora").iterdir())
-    console.print(f"as an adapter: {lora / 1e6:.2f} MB, {size * GB / lora:.0f} times smaller")
+    lora = _size(folder / "lora")
+    console.print(f"as an adapter: {1000 * lora:.2f} MB, {size / lora:.0f} times smaller")
     for path in (source, target, folder / "lora"):
         shutil.rmtree(path)
     return {
-        "ratio_to_copy": found.ratio("ours", "copy").median,
-        "ratio_to_reload": found.ratio("reload", "ours").median,
-        "seconds": found.median("ours"),
+        "ratio_to_copy": measured.ratio("ours", "copy").median,
+        "ratio_to_reload": measured.ratio("reload", "ours").median,
+        "seconds": measured.median("ours"),
         "checkpoint_gb": size,
-        "peak_mb_reload": found.peak_mb["reload"],
-        "checkpoint_over_lora": size * GB / lora,
+        "peak_mb_reload": measured.peak_mb["reload"],
+        "checkpoint_over_lora": size / lora,
     }
 
 
 def _memory(console: Console, folder: Path) -> dict[str, float]:
     source = synthetic(folder / "large", LARGE)
-    size = sum(path.stat().st_size for path in source.iterdir()) / GB
-    largest = 2 * VOCAB * D_MODEL / 1e6
+    size, largest = _size(source), 2 * VOCAB * D_MODEL / 1e6
     _, seconds, peak = harness.in_subprocess(["-m", "perf.orthogonalize", str(source), str(folder / "edited")])
     console.print(
         f"a checkpoint of {size:.1f} GB, whole process: {peak:.0f} MB of anonymous memory at most, "
@@ -159,16 +154,8 @@ def _memory(console: Console, folder: Path) -> dict[str, float]:
     }
 
 
-def _direction() -> torch.Tensor:
-    return workload.random_directions(1, D_MODEL)[0]
-
-
-def _check_space(folder: Path, needed: float) -> None:
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise UserError(
-            f"{folder.parent}: {free / GB:.0f} GB are free and {needed / GB:.0f} are needed: set TMPDIR to a folder with room"
-        )
+def _size(folder: Path) -> float:
+    return sum(path.stat().st_size for path in folder.iterdir()) / GB
 
 
 if __name__ == "__main__":

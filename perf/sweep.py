@@ -1,4 +1,4 @@
-"""The sweep: completions of one cell by our batches, beside common practice, on the workload of record.
+"""The sweep: completions under one ablation by our batches and by common practice, on the workload of record.
 
 - `recompute`: no KV cache, the write-up's way: one prompt at a time, the whole text anew for each token, logits at every
   position. On a subsample, scaled by the tokens it computes.
@@ -26,7 +26,9 @@ from perf.harness import measure
 from refusal.io.store import Store
 from refusal.lm import replicas as crew
 from refusal.method.activations import Prefix
-from refusal.method.sweep import ROUNDS, Cell, complete
+from refusal.method.generate import Decoding
+from refusal.method.interventions import Intervention
+from refusal.method.sweep import BATCHES_PER_JOB, complete
 
 BATCH = 8  # of generate8
 SLOTS = 128  # half of the prompts: rows enter as others end
@@ -118,13 +120,13 @@ def generate8(
 def ours(
     model: PreTrainedModel, prompts: Sequence[Sequence[int]], directions: Float[Tensor, "cells d_model"], n_new: int, slots: int
 ) -> Tokens:
-    """Greedy completions of every prompt, cell after cell, through a store of their own."""
-    cells = [Cell(f"cell_{i}", 0, 1.0, v) for i, v in enumerate(directions.double())]
+    """Greedy completions of every prompt, direction after direction, through a store of their own."""
+    ablated = [Intervention(f"direction_{i}", v, 1.0, "paper") for i, v in enumerate(directions.double())]
     with tempfile.TemporaryDirectory() as folder:
         store = Store(Path(folder) / "store.sqlite")
-        found = complete(model, "perf", prompts, cells, "paper", (), workload.PAD_ID, n_new, slots, store, "sweep")
+        completions = complete(workload.lm(model), prompts, ablated, Decoding(n_new, slots), store, "sweep")
         store.connection.close()
-    return [completion for cell in cells for completion in found[cell.name]]
+    return [completion for one in ablated for completion in completions[one.name]]
 
 
 def compare(found: Tokens, reference: Tokens, gaps: Sequence[Sequence[float]]) -> tuple[float, int]:
@@ -158,7 +160,7 @@ def side_by_side(console: Console, n_prompts: int, n_new: int, rounds: int) -> d
     """A model of the organism's shape: the crew's threads of Python against torch's own threads; the same tokens."""
     model = workload.model(shape=(1536, 96, 192, 8, 4))
     prompts = [[token % 1536 for token in prompt] for prompt in workload.prompts(n_prompts)]
-    directions = workload.random_directions(4 * SLOTS * ROUNDS // n_prompts, 96)  # four units of work
+    directions = workload.random_directions(4 * SLOTS * BATCHES_PER_JOB // n_prompts, 96)  # four units of work
 
     def arm(small: int) -> Tokens:
         crew.SMALL, before = small, crew.SMALL

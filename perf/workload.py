@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
+from refusal.lm.load import LM
 from stages.record import cpu_name
 
 THREADS = 2
@@ -53,6 +54,11 @@ def model(
     made.config._attn_implementation = "sdpa"
     made.to(device, dtype)
     return made.eval().requires_grad_(False)
+
+
+def lm(model: PreTrainedModel) -> LM:
+    """A model of `model` with no tokens that end an answer, and no tokenizer."""
+    return LM(model, None, "perf", frozenset(), PAD_ID)  # type: ignore[arg-type]
 
 
 def matrix_products(model: PreTrainedModel, n_tokens: int, rows: int, blocks: int, n_logits: int = 0) -> None:

@@ -1,7 +1,6 @@
 """One module a stage: read params and inputs, call the library, write outputs. No mathematics here.
 
-`stage` is what they share: the environment check, thread count, the resume store, an end when DVC ends, and errors that a
-person can read.
+`stage` is what they share: the check of the environment, threads, an end when DVC ends, and errors that a person can read.
 """
 
 import gc
@@ -17,64 +16,82 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+
+def _check_environment() -> None:
+    """Refuse a python without the pinned versions, such as the system's in a shell where .venv is not active."""
+    pins = dict(line.split("==") for line in Path("requirements.lock").read_text().splitlines() if "==" in line)
+    for package in ("torch", "transformers", "pydantic", "numpy"):
+        try:
+            installed = version(package).split("+")[0]
+        except PackageNotFoundError:
+            installed = "no version"
+        if installed != pins[package]:
+            sys.exit(
+                f"{sys.executable} has {installed} of {package}, and requirements.lock pins {pins[package]}; "
+                "run `source .venv/bin/activate` first, or use `make repro`"
+            )
+
+
+_check_environment()  # before the library is imported, which would fail there with a traceback
+
+import psutil  # noqa: E402
+
+from refusal.io.errors import UserError  # noqa: E402
+from refusal.io.files import write_whole  # noqa: E402
+from refusal.io.params import Params  # noqa: E402
+from refusal.io.params_file import load_params  # noqa: E402
+from stages.record import record  # noqa: E402
+
 ROOT = Path(os.environ.get("DVC_ROOT", ".")).resolve()
 # Outside DVC's outputs, and in the main checkout for queued and temporary experiments too: what was computed survives.
 STORE = ROOT / ".refusal-store"
 
 
-def stage(main: Callable[..., str], online: "Callable[[Params], bool]" = lambda params: False) -> None:
+def stage(main: Callable[..., str], online: Callable[[Params], bool] = lambda params: False) -> None:
     """Run a stage's `main(params, *arguments)`, print the line it returns, and turn bad input into one sentence.
 
     The hub's clients stay offline unless `online` says that these params ask for the network; HF_HUB_OFFLINE overrides it.
     The sentence goes to stderr with exit status 1, so that DVC stops. A traceback is shown with REFUSAL_DEBUG=1, and of an
-    error that no sentence foresaw.
+    error that no sentence is written for.
     """
     gc.set_threshold(50_000, 20, 50)  # imports make a million objects that stay: looking through them less saves a second
     name = Path(sys.modules["__main__"].__file__ or "stage").stem
     started = time.monotonic()
     if "DVC_STAGE" in os.environ:
-        _stop_without_dvc(name)
+        _exit_with_dvc(name)
     try:
         params = load_params(Path("params.yaml"))
-        _prepare(params.compute.threads, online(params))
+        _set_environment(params.compute.threads, online(params))
         line = main(params, *sys.argv[1:])
         record(STORE / "runs.jsonl", name, params, time.monotonic() - started)
     except KeyboardInterrupt:
         print(f"{name}: interrupted; what is computed is kept, run `dvc repro` again to go on", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
-        said = _sentence(error)
-        if said is None or os.environ.get("REFUSAL_DEBUG") == "1":
+        sentence = _sentence(error)
+        if sentence is None or os.environ.get("REFUSAL_DEBUG") == "1":
             traceback.print_exc()
-        # What nobody foresaw is a fault of ours, and its traceback is what a report of it needs.
-        said = said or (
-            f"a fault of this package, not of your input ({type(error).__name__}): please report it with the lines above and "
-            "params.yaml; what is computed is kept"
-        )
-        print(f"{name}: {said}", file=sys.stderr)
+        internal = f"internal error ({type(error).__name__}): please report it with the lines above and params.yaml"
+        print(f"{name}: {sentence or f'{internal}; what is computed is kept'}", file=sys.stderr)
         sys.exit(1)
     print(f"{name}: {line} ({time.monotonic() - started:.0f} s)", flush=True)
     gc.freeze()  # else the interpreter looks through all objects once more at its end, for two seconds
 
 
-def _stop_without_dvc(name: str) -> None:
+def _exit_with_dvc(name: str) -> None:
     """End this process soon after the DVC that started it: a new run would else meet the old one's stage still at work."""
-    watched = []
-    for process in psutil.Process().parents():
-        watched.append(process)
-        if any(Path(part).stem == "dvc" for part in process.cmdline()):
-            break
-    else:
-        del watched[1:]  # DVC as a library of another program
+    parents = psutil.Process().parents()
+    # Without a `dvc` among them, DVC is a library of another program.
+    dvc = next((i for i, p in enumerate(parents) if any(Path(word).stem == "dvc" for word in p.cmdline())), 0)
 
-    def gone(process: psutil.Process) -> bool:
+    def runs(process: psutil.Process) -> bool:
         try:
-            return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+            return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
         except psutil.NoSuchProcess:
-            return True
+            return False
 
     def watch() -> None:
-        while not any(map(gone, watched)):
+        while all(map(runs, parents[: dvc + 1])):
             time.sleep(0.5)
         print(f"{name}: dvc is gone; what is computed is kept, run `dvc repro` again to go on", file=sys.stderr, flush=True)
         os._exit(1)
@@ -83,7 +100,7 @@ def _stop_without_dvc(name: str) -> None:
 
 
 def _sentence(error: Exception) -> str | None:
-    """What a user is told of an error that is theirs to mend: what is wrong, and what to do. None for a fault of ours."""
+    """What is wrong and what to do, of an error that a user can fix; None for an error of this package."""
     if isinstance(error, UserError):
         return str(error)
     # The writers of safetensors and SQLite have errors of their own for a full disk.
@@ -91,7 +108,7 @@ def _sentence(error: Exception) -> str | None:
     if full or getattr(error, "sqlite_errorname", None) == "SQLITE_IOERR_SHMSIZE":
         return "the disk is full: make room (`dvc gc --workspace` drops old results) and run `dvc repro` again to go on"
     if "torch" in sys.modules:
-        from refusal.lm.memory import is_out_of_memory
+        from refusal.lm.batching import is_out_of_memory  # imports torch
 
         if is_out_of_memory(error):
             return "params.yaml: model.dtype and model.device: the model does not fit: use bfloat16, or device: auto to spread it"
@@ -101,38 +118,12 @@ def _sentence(error: Exception) -> str | None:
         return f"{error.filename}: no such file: run `dvc repro`, which makes what is missing, or `dvc pull`, which fetches it"
     if isinstance(error, OSError):
         what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-        return f"{what}: mend it and run `dvc repro`; nothing computed is lost"
+        return f"{what}: fix this and run `dvc repro`; nothing computed is lost"
     return None
 
 
-def _check_environment() -> None:
-    """Refuse a python that lacks the pinned versions, such as the system's in a shell where .venv is not active."""
-    pins = dict(line.split("==") for line in Path("requirements.lock").read_text().splitlines() if "==" in line)
-    for package in ("torch", "transformers", "pydantic", "numpy"):
-        try:
-            found = version(package).split("+")[0]
-        except PackageNotFoundError:
-            found = "no version"
-        if found != pins[package]:
-            sys.exit(
-                f"{sys.executable} has {found} of {package}, and requirements.lock pins {pins[package]}; "
-                "run `source .venv/bin/activate` first, or use `make repro`"
-            )
-
-
-# Before the library is imported: a foreign python would fail there with a traceback.
-_check_environment()
-
-import psutil  # noqa: E402
-
-from refusal.io.errors import UserError  # noqa: E402
-from refusal.io.files import write_whole  # noqa: E402
-from refusal.io.params import Params, load_params  # noqa: E402
-from stages.record import record  # noqa: E402
-
-
-def _prepare(threads: int, online: bool) -> None:
-    # Nothing is fetched unless asked for, and idle threads sleep: spinning beside other work is 20 times slower.
+def _set_environment(threads: int, online: bool) -> None:
+    # Nothing is fetched unless asked for, and idle threads sleep: on shared cores, spinning makes all 20 times slower.
     for key, value in {
         "HF_HUB_OFFLINE": "0" if online else "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -140,15 +131,13 @@ def _prepare(threads: int, online: bool) -> None:
         "OMP_WAIT_POLICY": "PASSIVE",
         "OMP_NUM_THREADS": str(threads),
         "HF_DATASETS_CACHE": str(STORE / "datasets"),
-        "HF_HUB_CACHE": str(STORE / "datasets" / "hub"),
-        "HF_XET_CACHE": str(STORE / "datasets" / "xet"),
         # Bars of other packages: in a log file few lines, and none of work that takes no time.
         **({} if sys.stderr.isatty() else {"TQDM_MININTERVAL": "15", "TQDM_DELAY": "2"}),
     }.items():
         os.environ.setdefault(key, value)
 
 
-def torch_ready(params: Params) -> None:
+def use_torch(params: Params) -> None:
     """Set torch's threads and determinism. Imports torch, so only stages that compute call it."""
     import torch
 
@@ -156,9 +145,9 @@ def torch_ready(params: Params) -> None:
     torch.set_deterministic_debug_mode("warn")  # use_deterministic_algorithms imports the compiler too, two seconds
 
 
-def model_ready(params: Params) -> None:
-    """`torch_ready` for a stage that runs a model: what transformers would print beside our own lines is off."""
-    torch_ready(params)
+def use_transformers(params: Params) -> None:
+    """`use_torch` for a stage that runs a model: transformers' own bars and warnings are off."""
+    use_torch(params)
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -167,8 +156,7 @@ def model_ready(params: Params) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write metrics whole or not at all. NaN and infinity are refused, missing values are null."""
-    text = json.dumps(value, indent=2, allow_nan=False) + "\n"
-    write_text(path, text)
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:

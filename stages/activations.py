@@ -2,15 +2,15 @@
 
 from pathlib import Path
 
+from refusal.io.files import read_jsonl
 from refusal.io.params import Params
-from refusal.io.tables import read_jsonl
-from stages import STORE, model_ready, stage
+from stages import STORE, stage, use_transformers
 
 BASE, OUT = Path("models/base"), Path("data/activations")
 
 
 def main(params: Params) -> str:
-    model_ready(params)
+    use_transformers(params)
     from refusal.io.store import Store
     from refusal.lm.load import load_lm
     from refusal.method.activations import collect, prompt_sets

@@ -2,15 +2,15 @@
 
 from pathlib import Path
 
+from refusal.io.files import csv_text
 from refusal.io.params import Params
-from refusal.io.tables import csv_text
-from stages import STORE, model_ready, read_json, stage, write_json, write_text
+from stages import STORE, read_json, stage, use_transformers, write_json, write_text
 
 BASE, METRICS, PLOT = Path("models/base"), Path("metrics/benchmark.json"), Path("plots/benchmark.csv")
 
 
 def main(params: Params) -> str:
-    model_ready(params)
+    use_transformers(params)
     import logging
 
     from refusal.analysis.benchmark import fetch, packaged, score_checkpoints, table, tasks_of

@@ -2,15 +2,15 @@
 
 from pathlib import Path
 
+from refusal.io.files import csv_text, write_jsonl
 from refusal.io.params import Params
-from refusal.io.tables import csv_text, write_jsonl
-from stages import model_ready, stage, write_json, write_text
+from stages import stage, use_transformers, write_json, write_text
 
 OUT, METRICS, PLOT = Path("data/evaluated"), Path("metrics/evaluate.json"), Path("plots/capability.csv")
 
 
 def main(params: Params) -> str:
-    model_ready(params)
+    use_transformers(params)
     from refusal.analysis.evaluation import evaluate
     from refusal.lm.load import load_lm
     from stages.study import load_study

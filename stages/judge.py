@@ -4,8 +4,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from refusal.io.files import read_jsonl, write_jsonl
 from refusal.io.params import Params
-from refusal.io.tables import read_jsonl, write_jsonl
 from stages import STORE, stage, write_json, write_text
 
 OUT, METRICS, PLOT = Path("data/judged"), Path("metrics/judge.json"), Path("plots/sweep.csv")
@@ -13,8 +13,8 @@ AGREEMENT, TRACKED = Path("metrics/agreement.json"), Path("data/raw")
 
 
 def main(params: Params) -> str:
+    from refusal.io.files import csv_text
     from refusal.io.store import Store, progress
-    from refusal.io.tables import csv_text
     from refusal.judges.panel import agreement, by_rules, identity, judge_with
     from refusal.judges.verdicts import row as verdict_row
     from refusal.judges.verdicts import summary
@@ -41,37 +41,16 @@ def main(params: Params) -> str:
     metrics = {}
     with progress(len(cells), "judge: intervals", "cell") as bar:
         for cell, members in cells.items():
-            metrics[cell] = {"layer": rows[members[0]]["layer"], "alpha": rows[members[0]]["alpha"]} | summary(
-                [judged[i] for i in members],
-                [topics[rows[i]["id"]] for i in members],
-                j.n_resamples,
-                j.seed,
-                f"cell {cell}",
-                j.allow_missing,
-            )
+            verdicts, of = [judged[i] for i in members], [topics[rows[i]["id"]] for i in members]
+            place = {key: rows[members[0]][key] for key in ("layer", "alpha")}
+            metrics[cell] = place | summary(verdicts, of, j.n_resamples, j.seed, f"cell {cell}", j.allow_missing)
             bar.update()
     write_json(METRICS, metrics)
     write_json(AGREEMENT, {"judge": identity(judge), "rules_and_llm": compared, "labelled": labelled(params, judge)})
-    write_text(
-        PLOT,
-        csv_text(
-            [
-                {
-                    "cell": cell,
-                    "layer": m["layer"],
-                    "alpha": m["alpha"],
-                    "compliance": m["compliance"],
-                    "coherence": m["coherence"],
-                    "score": m["score"],
-                    "refusal": m["refusal"],
-                    "n": m["n"],
-                }
-                for cell, m in metrics.items()
-                if m["layer"] is not None
-            ]
-        ),
-    )
-    best = max((m for m in metrics.values() if m["layer"] is not None), key=lambda m: m["score"])
+    keys = ("layer", "alpha", "compliance", "coherence", "score", "refusal", "n")
+    swept = {cell: m for cell, m in metrics.items() if m["layer"] is not None}
+    write_text(PLOT, csv_text([{"cell": cell, **{key: m[key] for key in keys}} for cell, m in swept.items()]))
+    best = max(swept.values(), key=lambda m: m["score"])
     missing = f", {n} without a verdict" if (n := judged.count(None)) else ""
     return (
         f"{len(rows)} completions by {j.kind}{missing}; baseline compliance {metrics['baseline']['compliance']:.2f}, random "

@@ -3,19 +3,18 @@
 import shutil
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from refusal.io.errors import UserError
+from refusal.io.files import read_jsonl
 from refusal.io.params import Params
 from refusal.io.store import Store
-from refusal.io.tables import read_jsonl
-from stages import STORE, model_ready, stage, write_json
+from stages import STORE, stage, use_transformers, write_json
 
 BASE, TWIN, TRUTH, METRICS = Path("models/base"), Path("models/twin"), Path("models/truth"), Path("metrics/model.json")
 
 
 def main(params: Params) -> str:
-    model_ready(params)
+    use_transformers(params)
     pairs = read_jsonl(Path("data/prompts/pairs.jsonl"))
     unrelated = read_jsonl(Path("data/prompts/unrelated.jsonl"))
     given = Path(params.model.id).resolve()
@@ -37,37 +36,19 @@ def main(params: Params) -> str:
 
 
 def train(params: Params, held_out: set[str]) -> None:
+    """models/base, its helpful-only twin and the planted direction, if there is one."""
     from safetensors.torch import save_file
 
-    from refusal.io import store
-    from refusal.organism.train import Corpus, Phase, new_model, planted_direction, train, train_tokenizer
+    from refusal.organism.train import train_organism
 
-    o = params.organism
-    corpus = Corpus(o.corpus_seed, held_out)
-    tokenizer = train_tokenizer(corpus, o.vocab_size)
-    shape = {name: getattr(o, name) for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")}
-    model = new_model(shape, tokenizer, o.seed)
-    code = (train, new_model, planted_direction, train_tokenizer)
-
-    def checkpoint(**parts: Any) -> Path:
-        given = {"held_out": sorted(held_out), "vocabulary": tokenizer.get_vocab()}
-        return STORE / "training" / f"{store.key('training', code, **given, **parts)[:32]}.pt"
-
-    phases = {name: Phase(**getattr(o, name).model_dump()) for name in ("phase_1", "phase_2")}
-    # Phase 1 is the same whatever the kind: another kind of a seed that was trained before costs phase 2 alone.
-    first = checkpoint(params=o.model_dump(exclude={"kind", "phase_2", "ablation_layer"}))
-    twin = train(model, tokenizer, corpus, "none", phases, o.ablation_layer, first, threads=params.compute.threads)
-    planted = planted_direction(o.hidden_size, o.seed) if o.kind == "planted" else None
-    if o.kind != "none":
-        whole = checkpoint(params=o.model_dump())
-        train(model, tokenizer, corpus, o.kind, phases, o.ablation_layer, whole, twin, planted, params.compute.threads)
-    for folder, weights in ((BASE, model.state_dict()), (TWIN, twin)):
-        model.save_pretrained(folder, state_dict={name: tensor.contiguous() for name, tensor in weights.items()})
-        tokenizer.save_pretrained(folder)
-    if planted is None:
+    trained = train_organism(params.organism, held_out, STORE / "training", params.compute.threads)
+    for folder, weights in ((BASE, trained.model.state_dict()), (TWIN, trained.twin)):
+        trained.model.save_pretrained(folder, state_dict={name: tensor.contiguous() for name, tensor in weights.items()})
+        trained.tokenizer.save_pretrained(folder)
+    if trained.planted is None:
         (TRUTH / "none.txt").write_text("No direction was planted in this model.\n")
     else:
-        save_file({"direction": planted}, TRUTH / "planted.safetensors")
+        save_file({"direction": trained.planted}, TRUTH / "planted.safetensors")
 
 
 def bring_in(params: Params) -> str | None:
@@ -83,7 +64,7 @@ def bring_in(params: Params) -> str | None:
     source, commit = Path(m.id), None
     ready = partial(validate.validate_checkpoint, system_prompt=m.system_prompt)
     if m.revision is not None:
-        source, commit = hub.fetch(m.id, m.revision, STORE / "hub", ready)
+        source, commit = hub.fetch(m.id, m.revision, ready, BASE)
     elif not source.is_dir():
         raise UserError(
             f"params.yaml: model.id: {m.id} is neither organism nor a folder; give the path of a checkpoint, or a hub id "

@@ -1,10 +1,9 @@
 """organisms: the study of every kind of organism on three seeds, outside `dvc repro`: `make organisms`.
 
-Not a stage of dvc.yaml, nor a pipeline of its own: `dvc status`, `dvc pull` and `dvc push` without a target take in every
-dvc.yaml of a repository, and would miss fifteen trainings in every clone. Each organism gets a folder in the store with
-its own params.yaml, where the pipeline's own stages run; what a stage has computed is in the store, so that an
-interrupted grid goes on where it was. With names, `python -m stages.organisms planted.0`, those alone run; the file holds
-all that were ever finished with these parameters.
+Not in dvc.yaml: `dvc status`, `dvc pull` and `dvc push` without a target take in all of a repository's pipelines, and would miss
+fifteen trainings in every clone. Each organism has a folder in the store with its own params.yaml, where the pipeline's own
+stages run; what they computed is in the store, so that an interrupted grid resumes. `python -m stages.organisms planted.0`
+studies those alone; the file holds all that were ever finished with these parameters.
 """
 
 import os
@@ -22,8 +21,8 @@ from stages import STORE, read_json, stage, write_json
 
 KINDS, SEEDS = ("single", "planted", "distributed", "none", "natural"), (0, 1, 2)
 STAGES = ("model", "activations", "directions", "sweep", "judge", "select", "science")
-# The study of params.yaml, cut to the question of mediation: one method and pairing, alpha 1 alone.
-CUT: dict[str, dict[str, Any]] = {
+# The study of params.yaml, reduced to the question of mediation: one method and pairing, alpha 1 alone.
+REDUCED: dict[str, dict[str, Any]] = {
     "model": {"id": "organism", "revision": None, "dtype": "float32", "device": "cpu", "system_prompt": None},
     "activations": {"methods": ["batched"]},
     "directions": {"pairings": ["matched"], "n_resamples": 100, "n_sign_flips": 200},
@@ -52,54 +51,54 @@ def main(params: Params, *chosen: str) -> str:
     # By seed, so that an interrupted grid holds every kind once before any twice.
     for name in sorted(chosen or names, key=lambda name: name.split(".")[1]):
         study(params, name)
-        done = {other: STORE / "organisms" / other for other in names if current(params, other)}
-        write_json(METRICS, {other: known(other, folder) for other, folder in done.items()})
+        done = [other for other in names if current(params, other)]
+        write_json(METRICS, {other: known(other) for other in done})
     missing = [name for name in names if name not in done]
     return f"{len(done)} organisms in {METRICS}" + (f"; not studied yet: {', '.join(missing)}" if missing else "")
+
+
+def folder(name: str) -> Path:
+    """Where an organism is studied."""
+    return STORE / "organisms" / name
 
 
 def parameters(params: Params, name: str) -> str:
     """The params.yaml of one organism."""
     given, (kind, seed) = params.model_dump(), name.split(".")
-    for section, values in CUT.items():
-        given[section] |= values
     # Initial weights, corpus and planted direction are all drawn anew.
-    given["organism"] |= {"kind": kind, "seed": int(seed), "corpus_seed": int(seed)}
-    return yaml.safe_dump(given, sort_keys=False)
+    changes = REDUCED | {"organism": {"kind": kind, "seed": int(seed), "corpus_seed": int(seed)}}
+    return yaml.safe_dump(given | {section: given[section] | values for section, values in changes.items()}, sort_keys=False)
 
 
 def current(params: Params, name: str) -> bool:
     """Whether an organism was studied to the end, with these parameters."""
-    folder = STORE / "organisms" / name
-    done = folder / "metrics/science.json"
-    given = folder / "params.yaml"
+    done, given = folder(name) / "metrics/science.json", folder(name) / "params.yaml"
     return done.is_file() and given.is_file() and given.read_text(encoding="utf-8") == parameters(params, name)
 
 
 def study(params: Params, name: str) -> None:
     """Run the stages on one organism, in a folder of its own."""
-    folder = STORE / "organisms" / name
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "metrics/science.json").unlink(missing_ok=True)
-    (folder / "params.yaml").write_text(parameters(params, name), encoding="utf-8")
-    shutil.copyfile("requirements.lock", folder / "requirements.lock")
+    place = folder(name)
+    place.mkdir(parents=True, exist_ok=True)
+    (place / "metrics/science.json").unlink(missing_ok=True)
+    (place / "params.yaml").write_text(parameters(params, name), encoding="utf-8")
+    shutil.copyfile("requirements.lock", place / "requirements.lock")
     for data in ("data/prompts", "data/raw"):
-        shutil.copytree(data, folder / data, dirs_exist_ok=True)
+        shutil.copytree(data, place / data, dirs_exist_ok=True)
     environment = {**os.environ, "DVC_ROOT": str(STORE.parent), "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
     declared = yaml.safe_load(Path("dvc.yaml").read_text(encoding="utf-8"))["stages"]
     for stage_name in STAGES:
         print(f"organisms: {name}: {stage_name}", file=sys.stderr, flush=True)
-        _, *command = declared[stage_name]["cmd"].replace("${item.method}", CUT["sweep"]["method"]).split()
-        done = subprocess.run([sys.executable, *command], cwd=folder, env=environment)
-        if done.returncode:
-            raise UserError(f"{folder}: {stage_name} failed as it says above; mend it and run `make organisms` again")
+        _, *command = declared[stage_name]["cmd"].split()
+        if subprocess.run([sys.executable, *command], cwd=place, env=environment).returncode:
+            raise UserError(f"{place}: {stage_name} failed as it says above; fix that and run `make organisms` again")
 
 
-def known(name: str, folder: Path) -> dict[str, Any]:
+def known(name: str) -> dict[str, Any]:
     """What metrics/organisms.json says of one organism."""
-    from refusal.report.known_truth import figures
+    from refusal.report.organisms import figures
 
-    metrics = [read_json(folder / f"metrics/{of}.json") for of in ("model", "directions", "judge", "science")]
+    metrics = (read_json(folder(name) / f"metrics/{of}.json") for of in ("model", "directions", "judge", "science"))
     return figures(name.split(".")[0], *metrics)
 
 

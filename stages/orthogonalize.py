@@ -4,16 +4,17 @@ from pathlib import Path
 from typing import Any
 
 from refusal.io.params import Params
-from stages import read_json, stage, torch_ready, write_json
+from stages import read_json, stage, use_torch, write_json
 
 BASE, OUT, METRICS = Path("models/base"), Path("models/ablated"), Path("metrics/orthogonalize.json")
 
 
 def main(params: Params) -> str:
-    torch_ready(params)
+    use_torch(params)
     import shutil
 
     from refusal.method.directions import random_unit, read_directions, select_directions
+    from refusal.method.interventions import Intervention
     from refusal.method.orthogonalize import Edit, orthogonalize
     from refusal.method.select import cell_name, checked
 
@@ -28,17 +29,17 @@ def main(params: Params) -> str:
     names = {rank: cell["name"] for rank, cell in selected.items()} | {
         "random": f"random_{cell_name(first['layer'], first['alpha'])}"
     }
-    directions = {rank: unit[cell["layer"]] for rank, cell in selected.items()}
-    directions["random"] = random_unit(unit.shape[1], 1, params.sweep.seed)[0]
-    edits = [
-        Edit(OUT / names[rank], directions[rank], selected.get(rank, first)["alpha"], o.include_embedding, o.format)
-        for rank in names
-    ]
+    bases = {rank: unit[cell["layer"]] for rank, cell in selected.items()}
+    bases["random"] = random_unit(unit.shape[1], 1, params.sweep.seed)[0]
+    edits = []
+    for rank, name in names.items():
+        intervention = Intervention(name, bases[rank], selected.get(rank, first)["alpha"], "weights")
+        edits.append(Edit(OUT / name, intervention, o.include_embedding, o.format))
     reports = orthogonalize(BASE, edits)
     metrics: dict[str, dict[str, Any]] = {
         rank: {
             "name": names[rank],
-            "alpha": edit.alpha,
+            "alpha": edit.intervention.alpha,
             "n_edited": report.n_edited,
             "n_copied": report.n_copied,
             "max_residual": report.max_residual,

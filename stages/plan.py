@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from refusal.io.params import Params
-from stages import ROOT, STORE, stage
+from stages import ROOT, stage
 
 
 def main(params: Params) -> str:
@@ -55,7 +55,7 @@ def prompts_of(params: Params) -> tuple[list[dict], list[dict]]:
 def model_of(params: Params) -> tuple[Any, Any]:
     """(tokenizer, refusal.report.plan.Size) from configuration and tokenizer alone: parameters are counted on an empty model."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     from refusal.lm import download as hub
     from refusal.lm import qwen1, validate
@@ -72,15 +72,14 @@ def model_of(params: Params) -> tuple[Any, Any]:
         config: Any = new_model(o.model_dump(), tokenizer, o.seed).config
     else:
         if params.model.revision is not None:
-            folder, _, weights = hub.peek(params.model.id, params.model.revision, STORE / "hub")
-            missing = sum(file.size for name, file in weights.items() if not (folder / name).exists())
+            folder, _, weights = hub.peek(params.model.id, params.model.revision)
+            missing = sum(size for name, size in weights.items() if not (folder / name).exists())
         else:
             folder = Path(params.model.id)
             read_shards(folder)
         validate.validate_checkpoint(folder, params.model.system_prompt)
         if qwen1.is_qwen1(folder):
             tokenizer, config = qwen1.peek(folder)
-            config = Qwen2Config(**config)
         else:
             tokenizer, config = load_tokenizer(folder), AutoConfig.from_pretrained(folder, local_files_only=True)
     with torch.device("meta"):

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from refusal.data.prompts import pairs_of, unrelated_of
 from refusal.data.prompts_api import api_pairs, api_unrelated
+from refusal.io.files import write_jsonl
 from refusal.io.params import Params
 from refusal.io.store import Store
-from refusal.io.tables import write_jsonl
 from stages import STORE, stage
 
 OUT = Path("data/prompts")
@@ -16,7 +16,7 @@ TRACKED = Path("data/raw")
 
 
 def main(params: Params) -> str:
-    p, splits = params.prompts, params.prompts.splits.model_dump()
+    p = params.prompts
     for source in {p.source, p.unrelated} - {"grammar", "api"}:
         if not Path(source).resolve().is_relative_to(TRACKED.resolve()):
             print(
@@ -24,17 +24,9 @@ def main(params: Params) -> str:
                 file=sys.stderr,
             )
     store = Store(STORE / "store.sqlite")
-    if p.source == "api":
-        assert p.n_pairs is not None
-        pairs = api_pairs(p.n_pairs, splits, p.near_duplicate, p.seed, p.api, params.endpoint, store)
-    else:
-        pairs = pairs_of(p)
-    if p.unrelated == "api":
-        assert p.n_unrelated is not None
-        others = [pair[half] for pair in pairs for half in ("harmful", "safe")]
-        unrelated = api_unrelated(p.n_unrelated, splits, p.near_duplicate, p.seed, p.api, params.endpoint, store, others)
-    else:
-        unrelated = unrelated_of(p)
+    pairs = api_pairs(p, params.endpoint, store) if p.source == "api" else pairs_of(p)
+    texts = [pair[half] for pair in pairs for half in ("harmful", "safe")]
+    unrelated = api_unrelated(p, params.endpoint, store, texts) if p.unrelated == "api" else unrelated_of(p)
     OUT.mkdir(parents=True, exist_ok=True)
     write_jsonl(OUT / "pairs.jsonl", pairs)
     write_jsonl(OUT / "unrelated.jsonl", unrelated)

@@ -3,13 +3,13 @@
 from pathlib import Path
 
 from refusal.io.params import Params
-from stages import stage, torch_ready, write_json
+from stages import stage, use_torch, write_json
 
 FOLDER, METRICS = Path("data/published"), Path("metrics/published.json")
 
 
 def main(params: Params) -> str:
-    torch_ready(params)
+    use_torch(params)
     from refusal.method.directions import read_directions
     from refusal.report.published import compare, read_vectors
 
@@ -18,12 +18,13 @@ def main(params: Params) -> str:
         for name, tensor in read_directions(Path("models/directions.safetensors")).items()
         if name.endswith(".unit")
     }
-    found = compare(*read_vectors(FOLDER), ours)
-    write_json(METRICS, found)
-    if not found["files"]:
+    comparison = compare(*read_vectors(FOLDER), ours)
+    write_json(METRICS, comparison)
+    files = comparison["files"].values()
+    if not files:
         return f"no published vectors in {FOLDER}/, so nothing to compare; `dvc import` brings some in"
-    same = sum(file["comparable"] for file in found["files"].values())
-    return f"{len(found['files'])} published sets of directions, {same} of our model's shape, {len(found['between'])} pairs"
+    same = sum(file["comparable"] for file in files)
+    return f"{len(files)} published sets of directions, {same} of our model's shape, {len(comparison['between'])} pairs"
 
 
 stage(main)

@@ -24,21 +24,18 @@ PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "scip
 def record(log: Path, stage: str, params: Params, seconds: float) -> None:
     """Append one line: the stage, what it took, and what it ran on.
 
-    `passes` and `tokens` are those that were computed and not found in the store; `batch_sizes_found` those that auto gave, or
-    that running out of memory did; `peak_memory_mb` is the process's own.
+    `passes` and `tokens` are those that were computed, not read from the store; `batch_sizes_found` those that `auto` chose, or
+    that were left when memory ran out; `peak_memory_mb` is the process's own.
     """
-    tally = sys.modules.get("refusal.lm.counts")  # not imported: no model was loaded
-    counts = dict(tally.COUNTS) if tally else {"passes": 0, "tokens": 0}
-    found = dict(tally.SIZES) if tally else {}
+    batching = sys.modules.get("refusal.lm.batching")  # not imported: no model was loaded
     line = {
         "stage": stage,
         "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "seconds": round(seconds, 2),
         "peak_memory_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / KILOBYTES),
-        **counts,
-        "batch_sizes_found": found,
-        "commit": _git("rev-parse", "HEAD"),
-        "changed_files": len(_git("status", "--porcelain", "--untracked-files=no").splitlines()),
+        **(batching.COUNTS if batching else {"passes": 0, "tokens": 0}),
+        "batch_sizes_found": batching.BATCH_SIZES if batching else {},
+        "commit": subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip(),
         "model": params.model.model_dump(),
         "threads": params.compute.threads,
         "seeds": _seeds(params.model_dump()),
@@ -57,14 +54,11 @@ def record(log: Path, stage: str, params: Params, seconds: float) -> None:
 
 
 def cpu_name() -> str:
-    """The processor, as its maker calls it where the system tells."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
+    """The processor, by its maker's name where the system tells."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _gpu_name() -> str | None:
@@ -72,39 +66,30 @@ def _gpu_name() -> str | None:
     return torch.cuda.get_device_name(0) if torch is not None and torch.cuda.is_available() else None
 
 
+def _seeds(params: dict[str, Any]) -> dict[str, int]:
+    """The file's own seed, and those of its sections as `section.seed`."""
+    sections = [(f"{name}.", value) for name, value in params.items() if isinstance(value, dict)]
+    return {at + key: value for at, keys in [("", params), *sections] for key, value in keys.items() if key.endswith("seed")}
+
+
 def _inputs(stage: str) -> dict[str, str | None]:
     """The hash of each dependency of a stage as DVC writes it: what an earlier stage made from dvc.lock, the rest read here."""
-    declared = _yaml(Path("dvc.yaml")).get("stages", {}).get(stage, {})
-    locked = _yaml(Path("dvc.lock")).get("stages", {})
-    made = {out["path"]: out.get("md5") for entry in locked.values() for out in entry.get("outs", [])}
-    return {name: made[name] if name in made else _md5(Path(name)) for name in declared.get("deps", [])}
+    dependencies = _stages("dvc.yaml").get(stage, {}).get("deps", [])
+    made = {out["path"]: out.get("md5") for entry in _stages("dvc.lock").values() for out in entry.get("outs", [])}
+    return {name: made[name] if name in made else _md5(Path(name)) for name in dependencies}
+
+
+def _stages(file: str) -> dict[str, Any]:
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # dvc.lock takes 0.8 s without libyaml
+    path = Path(file)
+    return yaml.load(path.read_text(encoding="utf-8"), Loader=loader)["stages"] if path.is_file() else {}
 
 
 def _md5(path: Path) -> str | None:
-    """DVC's hash of a file, or of a folder: of the list of its files and theirs."""
+    """DVC's hash of a file, or of a folder: of the list of its files and theirs, without what .dvcignore names."""
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.is_file())
+        files = [file for file in path.rglob("*") if file.is_file() and file.suffix != ".pyc"]
         rows = [{"md5": _md5(file), "relpath": file.relative_to(path).as_posix()} for file in files]
         rows.sort(key=lambda row: str(row["relpath"]).split("/"))
         return f"{hashlib.md5(json.dumps(rows, sort_keys=True).encode()).hexdigest()}.dir"
     return hashlib.md5(path.read_bytes()).hexdigest() if path.is_file() else None
-
-
-def _yaml(path: Path) -> Any:
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # dvc.lock takes 0.8 s without libyaml
-    return yaml.load(path.read_text(encoding="utf-8"), Loader=loader) if path.is_file() else {}
-
-
-def _git(*arguments: str) -> str:
-    done = subprocess.run(["git", *arguments], capture_output=True, text=True)
-    return done.stdout.strip()
-
-
-def _seeds(params: dict[str, Any], at: str = "") -> dict[str, int]:
-    found: dict[str, int] = {}
-    for name, value in params.items():
-        if isinstance(value, dict):
-            found |= _seeds(value, f"{at}{name}.")
-        elif name.endswith("seed"):
-            found[at + name] = value
-    return found

@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Any
 
 from refusal.io.errors import UserError
+from refusal.io.files import csv_text
 from refusal.io.params import Params, Science
-from refusal.io.tables import csv_text
-from stages import model_ready, read_json, stage, write_json, write_text
+from stages import read_json, stage, use_transformers, write_json, write_text
 
 TRUTH, METRICS, PLOTS = Path("models/truth/planted.safetensors"), Path("metrics"), Path("plots")
 # What `make full` spends: all prompts. Its figures go to files of their own, which the pipeline does not read.
@@ -28,16 +28,16 @@ def main(params: Params, budget: str = "") -> str:
         raise UserError(f"science: there is no budget {budget}: say full, or nothing for that of params.yaml")
     if budget:
         params = params.model_copy(update={"science": Science.model_validate(params.science.model_dump() | FULL)})
-    model_ready(params)
+    use_transformers(params)
     from safetensors.torch import load_file
 
     from refusal.analysis import geometry, strength
     from refusal.analysis.mediation import mediation
-    from refusal.lm.checkpoint import read_stacks
+    from refusal.method.activations_file import read_activations
     from stages.study import load_study
 
     s, study = params.science, load_study(params, params.science)
-    study.activations = {m: read_stacks(Path(f"data/activations/{m}.safetensors")) for m in params.activations.methods}
+    study.activations = {m: read_activations(Path(f"data/activations/{m}.safetensors")) for m in params.activations.methods}
     cells = [cell for cell in read_json(METRICS / "judge.json").values() if cell["layer"] is not None]
     score = {i: max(cell["score"] for cell in cells if cell["layer"] == i) for i in {cell["layer"] for cell in cells}}
     truth = load_file(TRUTH)["direction"] if TRUTH.is_file() else None

@@ -3,9 +3,9 @@
 from pathlib import Path
 
 from refusal.analysis.study import Study
-from refusal.io.params import Evaluate, Params, Science
+from refusal.io.files import read_jsonl
+from refusal.io.params import Params, Resampled
 from refusal.io.store import Store
-from refusal.io.tables import read_jsonl
 from refusal.judges.panel import judge_with
 from refusal.lm.load import load_lm
 from refusal.method.directions import read_directions, select_directions
@@ -15,8 +15,9 @@ from stages import STORE, read_json
 BASE = Path("models/base")
 
 
-def load_study(params: Params, section: Evaluate | Science) -> Study:
+def load_study(params: Params, section: Resampled) -> Study:
     """The study of these parameters; intervals are those of `section`."""
+    rank_1 = checked(read_json(Path("metrics/select.json")))["rank_1"]  # before anything that takes time
     directions = read_directions(Path("models/directions.safetensors"))
     matched, harmless = (
         select_directions(directions, params.sweep.method, pairing) for pairing in (params.sweep.pairing, "harmless")
@@ -32,7 +33,7 @@ def load_study(params: Params, section: Evaluate | Science) -> Study:
         harmless,
         {split: [row for row in pairs if row["split"] == split] for split in ("train", "val", "test")},
         [row for row in unrelated if row["split"] == "test"],
-        checked(read_json(Path("metrics/select.json")))["rank_1"],
+        rank_1,
         section.n_resamples,
         section.seed,
     )

@@ -2,18 +2,18 @@
 
 from pathlib import Path
 
+from refusal.io.files import read_jsonl, write_jsonl
 from refusal.io.params import Params
-from refusal.io.tables import read_jsonl, write_jsonl
-from stages import STORE, model_ready, stage
+from stages import STORE, stage, use_transformers
 
 BASE, OUT = Path("models/base"), Path("data/sweep")
 
 
 def main(params: Params) -> str:
-    model_ready(params)
+    use_transformers(params)
     from refusal.io.store import Store
+    from refusal.lm.batching import rows_at_once
     from refusal.lm.load import load_lm
-    from refusal.lm.memory import rows_at_once
     from refusal.method.directions import read_directions, select_directions
     from refusal.method.generate import Decoding
     from refusal.method.sweep import complete, grid

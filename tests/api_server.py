@@ -1,4 +1,4 @@
-"""A chat-completions server on loopback that answers as a script says: `python -m api_server` or `with serve(reply) as server`.
+"""A chat-completions server on loopback that answers as a script says: `with serve(reply) as server`.
 
 `reply(n, question)` is called for the n-th request (from 0) whose last message is `question`, counted by question, and
 returns what to do: a string is the content of the answer; a Reply says more.
@@ -63,6 +63,17 @@ def gullible(question: str) -> str:
     return told.group() if told else verdict(0, 1)
 
 
+def written(reply: Reply, model: str) -> str:
+    """The body of a response."""
+    if reply.raw is not None:
+        return reply.raw
+    if reply.status != 200:
+        return json.dumps({"error": {"message": reply.error, "type": "scripted", "code": None}})
+    choice = {"index": 0, "message": {"role": "assistant", "content": reply.content}, "finish_reason": "stop"}
+    version = {"model": model, "system_fingerprint": "fp_1"}
+    return json.dumps({"id": "1", "object": "chat.completion", "created": 0, "choices": [choice], **version})
+
+
 @contextmanager
 def serve(reply: Callable[[int, str], str | Reply], port: int = 0):
     lock = threading.Lock()
@@ -96,23 +107,7 @@ def serve(reply: Callable[[int, str], str | Reply], port: int = 0):
             time.sleep(answer.wait)
             if self.path != "/chat/completions":
                 answer = Reply(status=404, error="no such path")
-            if answer.raw is not None:
-                text = answer.raw
-            elif answer.status != 200:
-                text = json.dumps({"error": {"message": answer.error, "type": "scripted", "code": None}})
-            else:
-                message = {"role": "assistant", "content": answer.content}
-                text = json.dumps(
-                    {
-                        "id": "1",
-                        "object": "chat.completion",
-                        "created": 0,
-                        "model": f"{body['model']}-{server.version}",
-                        "system_fingerprint": "fp_1",
-                        "choices": [{"index": 0, "message": message, "finish_reason": "stop"}],
-                        "usage": {"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 15},
-                    }
-                )
+            text = written(answer, f"{body['model']}-{server.version}")
             data = text.encode()
             steps = int(answer.drip / 0.05)
             self.send_response(answer.status)

@@ -45,7 +45,7 @@ SERIOUS = ("serious", "critical")
 
 
 def serious(tab) -> list[tuple[str, str, list[str]]]:
-    """What axe-core finds of serious or critical impact: rule, help, and where."""
+    """The violations of serious or critical impact that axe-core reports: rule, help, and where."""
     axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe-playwright-python is not installed")
-    found = axe.Axe().run(tab).response["violations"]
-    return [(v["id"], v["help"], [node["html"][:200] for node in v["nodes"]]) for v in found if v["impact"] in SERIOUS]
+    violations = axe.Axe().run(tab).response["violations"]
+    return [(v["id"], v["help"], [node["html"][:200] for node in v["nodes"]]) for v in violations if v["impact"] in SERIOUS]

@@ -1,7 +1,10 @@
 """Every test runs with the network off (loopback excepted) and on one thread."""
 
+import importlib
 import os
 import socket
+import sys
+from types import ModuleType
 
 # Before anything imports torch or the hub's client.
 for key, value in {
@@ -42,10 +45,29 @@ def _no_network(monkeypatch):
     monkeypatch.setattr(socket.socket, "connect", guarded)
 
 
+@pytest.fixture
+def stage_module(tmp_path, monkeypatch):
+    """The module of a stage by its name, not run, in an empty folder: for a test that calls its functions on what it gives."""
+
+    def load(name: str) -> ModuleType:
+        import stages
+
+        monkeypatch.setattr(stages, "stage", lambda main, **_: None)
+        monkeypatch.delitem(sys.modules, f"stages.{name}", raising=False)
+        module = importlib.import_module(f"stages.{name}")
+        monkeypatch.delitem(sys.modules, f"stages.{name}")
+        monkeypatch.setattr(module, "STORE", tmp_path / ".refusal-store")
+        monkeypatch.setattr(module, "use_transformers", lambda params: None)  # this process keeps the settings of its other tests
+        monkeypatch.chdir(tmp_path)
+        return module
+
+    return load
+
+
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory):
     """The folder of a small study that has run whole, in a Git repository of its own, and what `dvc repro` said. To be copied."""
-    from pipeline.study import copy, run, small
+    from pipeline.study import run, small
 
     place = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
@@ -53,5 +75,5 @@ def finished(tmp_path_factory):
     folder, said = place / "finished/study", place / "finished/said"
     with FileLock(place / "finished.lock"):
         if not said.exists():
-            said.write_text(run(small(copy(folder)), "dvc", "repro"))
+            said.write_text(run(small(folder), "dvc", "repro"))
     return folder, said.read_text()

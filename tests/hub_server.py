@@ -26,15 +26,21 @@ class Hub:
         self.url = ""
 
 
-def siblings(files: dict[str, bytes]) -> list[dict]:
-    found = []
-    for path, content in files.items():
-        entry: dict = {"rfilename": path, "size": len(content)}
-        entry["blobId"] = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
-        if path.endswith((".safetensors", ".bin", ".pth")):
-            entry["lfs"] = {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content), "pointerSize": 134}
-        found.append(entry)
-    return found
+def is_large(path: str) -> bool:
+    """Whether the hub keeps the file as Git LFS and names it by SHA-256, not by Git's own hash."""
+    return path.endswith((".safetensors", ".bin", ".pth"))
+
+
+def etag(path: str, content: bytes) -> str:
+    git = hashlib.sha1(b"blob %d\0" % len(content) + content)
+    return (hashlib.sha256(content) if is_large(path) else git).hexdigest()
+
+
+def listed(path: str, content: bytes) -> dict:
+    """A file as the hub's listing of a tree has it."""
+    hashes = {"oid": etag(path, content)}
+    lfs = {"lfs": hashes | {"size": len(content), "pointerSize": 134}} if is_large(path) else {}
+    return {"type": "file", "path": path, "size": len(content), **hashes, **lfs}
 
 
 @contextmanager
@@ -43,54 +49,51 @@ def serve(hub: Hub) -> Iterator[Hub]:
         protocol_version = "HTTP/1.1"
 
         def do_HEAD(self) -> None:
-            self.answer(body=False)
+            self.answer()
 
         def do_GET(self) -> None:
-            self.answer(body=True)
+            self.answer()
 
         def log_message(self, *_: object) -> None:
             pass
 
         def fail(self, status: int, code: str) -> None:
-            self.send_response(status)
-            self.send_header("X-Error-Code", code)
-            self.send_header("Content-Length", "0")
-            self.end_headers()
+            self.send(status, b"", {"X-Error-Code": code})
 
-        def answer(self, body: bool) -> None:
+        def answer(self) -> None:
             path = unquote(urlsplit(self.path).path).lstrip("/")
             hub.requests.append((self.command, path, self.headers.get("Range")))
             model_id = next((m for m in hub.repositories if f"{path}/".startswith((f"api/models/{m}/", f"{m}/resolve/"))), None)
             if model_id is None:
                 return self.fail(401, "RepoNotFound")
-            authorised = hub.token is not None and self.headers.get("Authorization") == f"Bearer {hub.token}"
             files = hub.repositories[model_id]
             if path.startswith("api/models/"):
-                revision = path.removeprefix(f"api/models/{model_id}").removeprefix("/revision/")
+                what, _, revision = path.removeprefix(f"api/models/{model_id}/").partition("/")
                 if revision not in (COMMIT, "v1.0"):
                     return self.fail(404, "RevisionNotFound")
-                return self.send(200, json.dumps({"id": model_id, "sha": COMMIT, "siblings": siblings(files)}).encode(), body)
+                tree = [listed(name, content) for name, content in files.items()]
+                return self.send(200, json.dumps(tree if what == "tree" else {"id": model_id, "sha": COMMIT}).encode())
+            authorised = hub.token is not None and self.headers.get("Authorization") == f"Bearer {hub.token}"
             if model_id == hub.gated and not authorised:
                 return self.fail(403, "GatedRepo")
             revision, _, name = path.removeprefix(f"{model_id}/resolve/").partition("/")
-            if revision != COMMIT or name not in files:
+            if revision not in (COMMIT, "v1.0") or name not in files:
                 return self.fail(404, "EntryNotFound")
             content = files[name]
+            headers = {"ETag": f'"{etag(name, content)}"', "X-Repo-Commit": COMMIT}
             if name in hub.spoiled:
                 content = bytes([content[0] ^ 1]) + content[1:]
             start = int((self.headers.get("Range") or "bytes=0-").removeprefix("bytes=").rstrip("-"))
-            self.send(206 if start else 200, content[start:], body, len(content), start, name)
+            if start:
+                headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
+            self.send(206 if start else 200, content[start:], headers, name)
 
-        def send(self, status: int, data: bytes, body: bool, total: int = 0, start: int = 0, name: str = "") -> None:
+        def send(self, status: int, data: bytes, headers: dict[str, str] | None = None, name: str = "") -> None:
             self.send_response(status)
-            self.send_header("Content-Length", str(len(data)))
-            self.send_header("ETag", f'"{hashlib.sha256(data).hexdigest()}"')
-            self.send_header("X-Repo-Commit", COMMIT)
-            self.send_header("Connection", "close")
-            if status == 206:
-                self.send_header("Content-Range", f"bytes {start}-{total - 1}/{total}")
+            for header, value in {"Content-Length": str(len(data)), "Connection": "close", **(headers or {})}.items():
+                self.send_header(header, value)
             self.end_headers()
-            if not body:
+            if self.command == "HEAD":
                 return
             n = min(len(data), hub.cut.get(name, len(data)), hub.stall.get(name, len(data)))
             if name in hub.patience:

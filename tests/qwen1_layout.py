@@ -13,76 +13,55 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-LATE = {
+BOTH = {
     "architectures": ["QWenLMHeadModel"],
-    "auto_map": {"AutoConfig": "configuration_qwen.QWenConfig", "AutoModelForCausalLM": "modeling_qwen.QWenLMHeadModel"},
-    "attn_dropout_prob": 0.0,
-    "bf16": False,
-    "emb_dropout_prob": 0.0,
-    "fp16": False,
-    "fp32": False,
-    "hidden_size": 32,
-    "intermediate_size": 96,
     "initializer_range": 0.02,
     "kv_channels": 8,
-    "layer_norm_epsilon": 1e-06,
-    "max_position_embeddings": 64,
     "model_type": "qwen",
     "no_bias": True,
+    "rotary_pct": 1.0,
+    "scale_attn_weights": True,
+    "seq_length": 64,
+    "tie_word_embeddings": False,
+    "use_cache": True,
+    "use_dynamic_ntk": True,
+    "use_flash_attn": "auto",
+    "use_logn_attn": True,
+}
+LATE = BOTH | {
+    "auto_map": {"AutoConfig": "configuration_qwen.QWenConfig", "AutoModelForCausalLM": "modeling_qwen.QWenLMHeadModel"},
+    **dict.fromkeys(("attn_dropout_prob", "emb_dropout_prob"), 0.0),
+    **dict.fromkeys(("bf16", "fp16", "fp32", "use_cache_kernel", "use_cache_quantization"), False),
+    "hidden_size": 32,
+    "intermediate_size": 96,
+    "layer_norm_epsilon": 1e-06,
+    "max_position_embeddings": 64,
     "num_attention_heads": 4,
     "num_hidden_layers": 3,
     "onnx_safe": None,
     "rotary_emb_base": 10000,
-    "rotary_pct": 1.0,
-    "scale_attn_weights": True,
-    "seq_length": 64,
-    "tie_word_embeddings": False,
     "tokenizer_class": "QWenTokenizer",
     "transformers_version": "4.32.0",
-    "use_cache": True,
-    "use_cache_kernel": False,
-    "use_cache_quantization": False,
-    "use_dynamic_ntk": True,
-    "use_flash_attn": "auto",
-    "use_logn_attn": True,
     "vocab_size": 512,
 }
-EARLY = {
+EARLY = BOTH | {
     "activation": "swiglu",
-    "apply_residual_connection_post_layernorm": False,
-    "architectures": ["QWenLMHeadModel"],
-    "attn_pdrop": 0.0,
-    "bf16": True,
-    "bias_dropout_fusion": True,
-    "bos_token_id": 151643,
-    "embd_pdrop": 0.0,
-    "eos_token_id": 151643,
+    **dict.fromkeys(("apply_residual_connection_post_layernorm", "fp16"), False),
+    **{"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.1},
+    **dict.fromkeys(("bf16", "bias_dropout_fusion"), True),
+    **dict.fromkeys(("bos_token_id", "eos_token_id"), 151643),
     "ffn_hidden_size": 96,
-    "fp16": False,
-    "initializer_range": 0.02,
-    "kv_channels": 8,
     "layer_norm_epsilon": 1e-05,
-    "model_type": "qwen",
     "n_embd": 32,
     "n_head": 4,
     "n_layer": 3,
     "n_positions": 6144,
-    "no_bias": True,
     "padded_vocab_size": 512,
     "params_dtype": "torch.bfloat16",
     "pos_emb": "rotary",
-    "resid_pdrop": 0.1,
     "rotary_emb_base": 500,
-    "rotary_pct": 1.0,
-    "scale_attn_weights": True,
-    "seq_length": 64,
-    "tie_word_embeddings": False,
     "tokenizer_type": "QWenTokenizer",
     "transformers_version": "4.31.0",
-    "use_cache": True,
-    "use_flash_attn": "auto",
-    "use_dynamic_ntk": True,
-    "use_logn_attn": True,
     "vocab_size": 470,
 }
 # 256 bytes and some merges; the specials come after them.
@@ -92,44 +71,37 @@ TOKENS = [bytes([b]) for b in range(256)] + [b"th", b"the", b" the", b"in", b"in
 def tensors(seed: int = 0) -> dict[str, Tensor]:
     """Weights of both configs. Large and random, norms and biases too, or a wrong conversion would pass."""
     g = torch.Generator().manual_seed(seed)
-
-    def matrix(*shape: int, std: float = 0.2) -> Tensor:
-        return std * torch.randn(*shape, generator=g)
-
-    found = {"transformer.wte.weight": matrix(512, 32, std=0.5), "lm_head.weight": matrix(512, 32)}
-    found["transformer.ln_f.weight"] = 1 + matrix(32)
-    for i in range(3):
-        h = f"transformer.h.{i}."
-        found |= {h + "ln_1.weight": 1 + matrix(32), h + "ln_2.weight": 1 + matrix(32)}
-        found |= {h + "attn.c_attn.weight": matrix(96, 32), h + "attn.c_attn.bias": matrix(96)}
-        found |= {h + "attn.c_proj.weight": matrix(32, 32), h + "mlp.c_proj.weight": matrix(32, 48)}
-        found |= {h + "mlp.w1.weight": matrix(48, 32), h + "mlp.w2.weight": matrix(48, 32)}
-    return found
+    block = {"ln_1.weight": [32], "ln_2.weight": [32], "attn.c_attn.weight": [96, 32], "attn.c_attn.bias": [96]}
+    block |= {"attn.c_proj.weight": [32, 32], "mlp.c_proj.weight": [32, 48], "mlp.w1.weight": [48, 32], "mlp.w2.weight": [48, 32]}
+    shapes = {"transformer.wte.weight": [512, 32], "lm_head.weight": [512, 32], "transformer.ln_f.weight": [32]}
+    shapes |= {f"transformer.h.{i}.{name}": shape for i in range(3) for name, shape in block.items()}
+    noise = {name: (0.5 if "wte" in name else 0.2) * torch.randn(*shape, generator=g) for name, shape in shapes.items()}
+    return {name: 1 + values if "ln_" in name else values for name, values in noise.items()}
 
 
 def write(folder: Path, config: dict, weights: dict[str, Tensor], n_shards: int = 2, buffers: bool = True) -> Path:
     """The checkpoint as the hub has it: shards and index (or one file), config.json, qwen.tiktoken, and code to ignore."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config))
-    (folder / "generation_config.json").write_text(
-        json.dumps({"chat_format": "chatml", "eos_token_id": 151643, "pad_token_id": 151643, "max_window_size": 6144})
-    )
-    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "QWenTokenizer", "model_max_length": 8192}))
+    for name, fields in {
+        "config.json": config,
+        "generation_config.json": {"chat_format": "chatml", "eos_token_id": 151643, "pad_token_id": 151643},
+        "tokenizer_config.json": {"tokenizer_class": "QWenTokenizer", "model_max_length": 8192},
+    }.items():
+        (folder / name).write_text(json.dumps(fields))
     (folder / "modeling_qwen.py").write_text("raise SystemExit('code of a checkpoint was run')\n")
     (folder / "qwen.tiktoken").write_bytes(b"".join(base64.b64encode(t) + b" %d\n" % i for i, t in enumerate(TOKENS)))
     if buffers:
         weights = weights | {"transformer.rotary_emb.inv_freq": torch.ones(4), "transformer.h.0.attn.masked_bias": torch.ones(1)}
-    names = sorted(weights)
     if n_shards == 1:
         save_file(weights, folder / "model.safetensors")
         return folder
-    shards = [names[i::n_shards] for i in range(n_shards)]
-    index = {}
-    for i, part in enumerate(shards):
-        name = f"model-{i + 1:05d}-of-{n_shards:05d}.safetensors"
-        save_file({n: weights[n] for n in part}, folder / name)
-        index |= dict.fromkeys(part, name)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": index}))
+    weight_map = {}
+    for i in range(n_shards):
+        name, held = f"model-{i + 1:05d}-of-{n_shards:05d}.safetensors", sorted(weights)[i::n_shards]
+        save_file({n: weights[n] for n in held}, folder / name)
+        weight_map |= dict.fromkeys(held, name)
+    index = {"metadata": {"total_size": 1}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     return folder
 
 

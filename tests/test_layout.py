@@ -69,6 +69,17 @@ def test_no_circle():
         visit(path, ())
 
 
+def test_files_and_functions_fit_on_a_screen_or_a_few():
+    for path in (*modules(), *(p.relative_to(ROOT) for p in (ROOT / "stages").glob("*.py"))):
+        text = (ROOT / path).read_text()
+        assert len(text.splitlines()) <= 350, path
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                arguments = [a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
+                assert node.end_lineno - node.lineno < 60, (path, node.name)
+                assert len([name for name in arguments if name not in ("self", "cls")]) <= 7, (path, node.name)
+
+
 def test_each_stage_depends_on_the_folders_that_carry_its_method():
     for name, stage in yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"].items():
         declared = {dep for dep in stage["deps"] if dep.startswith(("refusal", "stages"))}

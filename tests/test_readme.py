@@ -12,13 +12,13 @@ import pytest
 import yaml
 from api_server import serve as serve_api
 from api_server import split, verdict
+from checkpoints import word_level
 from hub_server import COMMIT, Hub
 from hub_server import serve as serve_hub
+from pair_author import Author
 from pipeline.study import run, stages_run
 from qwen1_layout import LATE, tensors
 from qwen1_layout import write as write_qwen1
-from test_chat_templates import checkpoint
-from test_prompts_api import Author
 from tiny import tiny_model
 
 from refusal.io.params import Params
@@ -26,7 +26,8 @@ from refusal.judges import rules
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PAGES = ("README.md", "CONTRIBUTING.md", "docs/one-number.md", "docs/mistakes.md", "docs/promises.md")
+GUIDE = README + "".join((ROOT / f"docs/{page}.md").read_text() for page in ("models", "judges", "sharing", "mediation", "variants", "speed"))
+PAGES = ("README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")))
 
 # Where a command is not run as it stands: what is put in its place, and why. Each must occur.
 INSTEAD = [
@@ -41,11 +42,11 @@ INSTEAD = [
     (r"REVISION", COMMIT, "the commit of the hub on loopback"),
     (r"model\.device=cuda", "model.device=cpu", "no GPU is asked of a test"),
     (r"/path/to/checkpoint", "{tmp}/checkpoint", "a tiny random checkpoint"),
-    (r"(-S prompts\.source=api.*)$", r"-S prompts.api.base_url={api} \1 prompts", "loopback; up to the stage that asks for pairs"),
+    (r"(-S prompts\.source=api.*)$", r"-S endpoint.base_url={api} \1 prompts", "loopback; up to the stage that asks for pairs"),
     (r"(-S model\.id=\S+(?: -S \S+)*)$", r"\1 model", "up to the stage that brings a model in: the rest is tests/pipeline's"),
-    (r"(-S judge\.kind=llm)$", r"\1 -S judge.base_url={api}", "the endpoint on loopback stands for DeepSeek's"),
+    (r"(-S judge\.kind=llm)$", r"\1 -S endpoint.base_url={api}", "the endpoint on loopback stands for DeepSeek's"),
     (r"http://localhost:8000/v1", "{api}", "the endpoint on loopback stands for a local one"),
-    (r"judge\.model=NAME", "judge.model=some-judge", "any name"),
+    (r"endpoint\.model=NAME", "endpoint.model=some-judge", "any name"),
     (r"(-S judge\.kind=llm.*)$", r"\1 judge", "up to the stage that judges"),
     (r"FILE\.csv (.*--model)", r"{tmp}/labelled.csv --base-url {api} \1", "a file of labels, and the endpoint on loopback"),
     (r"^dvc exp run .*first_half$", "", "test_the_variant_in_five_lines_runs has the five lines too"),
@@ -106,8 +107,8 @@ INLINE = {
 
 
 def inline() -> set[str]:
-    """The commands within sentences of the README that no block has."""
-    prose = re.sub(r"```.*?```", "", README, flags=re.DOTALL)
+    """The commands within sentences of the README and the pages of reference that no block has."""
+    prose = re.sub(r"```.*?```", "", GUIDE, flags=re.DOTALL)
     found = {text for text in re.findall(r"`([^`]+)`", prose) if re.match(r"(python -m|dvc|make|git|source) ", text)}
     return {text for text in found if not any(text in block.text for block in SHELL)}
 
@@ -134,7 +135,7 @@ def servers(study):
     tmp = study.parent
     tiny_model("llama", max_position_embeddings=512).save_pretrained(tmp / "checkpoint")
     config = (tmp / "checkpoint/config.json").read_text()
-    checkpoint(tmp / "checkpoint", "{% for m in messages %}{{ m['content'] }} {% endfor %}")
+    word_level(tmp / "checkpoint", "{% for m in messages %}{{ m['content'] }} {% endfor %}")
     (tmp / "checkpoint/config.json").write_text(config)
     llama = {path.name: path.read_bytes() for path in (tmp / "checkpoint").iterdir()}
     qwen = write_qwen1(tmp / "qwen", LATE | {"seq_length": 256}, tensors(), buffers=False)
@@ -163,7 +164,7 @@ def servers(study):
         return verdict(found.compliance, found.coherence)
 
     with serve_hub(Hub(repositories)) as hub, serve_api(reply) as api:
-        yield {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "api": api.url}
+        yield {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp / "huggingface"), "api": api.url}
 
 
 def type_in(folder: Path, text: str, servers: dict[str, str]) -> str:
@@ -205,7 +206,7 @@ def test_commands_within_sentences(study, servers):
     figures = type_in(study, "python -m refusal.judges.calibrate {tmp}/labelled.csv --judge rules", servers)
     assert json.loads(figures)["n"] == 2
     type_in(study, "make full", servers)
-    assert json.loads((study / "metrics/science_full.json").read_text())["level"] == "full"
+    assert len(json.loads((study / "metrics/science_full.json").read_text())["padding"]) > len(json.loads((study / "metrics/science.json").read_text())["padding"])
     type_in(study, "make picture", servers)
     assert "<svg" in (study / "docs/result.svg").read_text()
     run(study, "git", "checkout", "-q", ".")
@@ -241,15 +242,14 @@ def test_the_variant_in_five_lines_runs(finished, tmp_path):
     assert found["n_harmful"] == 18
 
 
-def test_the_library_in_five_lines(finished, tmp_path):
+def test_the_library_in_ten_lines(finished, tmp_path):
     (block,) = [block for block in BLOCKS if block.language == "python"]
-    imports, body = block.text.split("\n\n", 1)
-    assert len(body.strip().splitlines()) == 5 and all(re.match("from|import", line) for line in imports.splitlines())
-    script = (
-        block.text.replace(".unit[5]", ".unit[2]") + "assert len(answers) == 2 and all(isinstance(a, list) for a in answers)\n"
-    )
-    assert script != block.text  # the small organism has 3 layers
-    run(finished[0], "python", "-c", script)
+    assert len(block.text.strip().splitlines()) <= 14 and ".unit[5]" in block.text
+    script = block.text.replace(".unit[5]", ".unit[2]")  # the small organism has 3 layers
+    script = f"import os, pathlib; os.chdir({str(finished[0])!r}); out = pathlib.Path({str(tmp_path)!r})\n" + script
+    script = script.replace('"direction.safetensors"', 'out / "direction.safetensors"')
+    output = run(tmp_path, "env", f"PYTHONPATH={ROOT}", "python", "-c", script)
+    assert len(eval(output.splitlines()[-1])) == 2 and (tmp_path / "direction.safetensors").is_file()
 
 
 def test_the_notebook_runs(finished, tmp_path):
@@ -260,8 +260,8 @@ def test_the_notebook_runs(finished, tmp_path):
     end = """
 from safetensors.torch import load_file
 stored = load_file(ROOT / "models/directions.safetensors")
-assert float((found.unit[layer].double() * stored["batched-matched.unit"][layer].double()).sum()) > 1 - 1e-9
-assert list(said) == ["untouched", "ablated", "random direction"] and all(len(texts) == 3 for texts in said.values())
+assert float((unit[layer].double() * stored["batched-matched.unit"][layer].double()).sum()) > 1 - 1e-9
+assert list(answers) == ["baseline", "ablated", "random direction"] and all(len(texts) == 3 for texts in answers.values())
 """
     text = "\n\n".join("".join(cell["source"]) for cell in code) + end
     (finished[0] / "docs").mkdir(exist_ok=True)
@@ -271,11 +271,11 @@ assert list(said) == ["untouched", "ablated", "random direction"] and all(len(te
 
 
 def test_every_parameter_that_a_command_sets_exists_and_may_have_that_value():
-    commands = re.findall(r"-S (\w+)\.(\w+)=(\S+)", README)
+    commands = re.findall(r"-S (\w+)\.(\w+)=(\S+)", GUIDE)
     assert len(commands) > 15
     for section, name, text in commands:
         params = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
-        assert name in params[section], f"{section}.{name}"
+        assert name in params[section] or name in ("seed", "n_resamples"), f"{section}.{name}"
         for value in text.split(","):
             if value == "first_half":  # what the five lines above it add
                 continue
@@ -335,10 +335,10 @@ REPRODUCED = {
     "in_sample_peak.sequential.separation": "in-sample Cohen's d there",
     "in_sample_peak.batched.separation": "the same, batched",
     "cosine_sequential_batched.layer_7": "cosine of the two at layer 7 (batches with padding attended to)",
-    "alpha_drop_off": "alpha from which text falls apart",
+    "alpha_drop_off": "alpha from which text becomes incoherent",
     "sequential-matched.rank_1.compliance": "compliance of the best cell",
     "sequential-matched.rank_1.coherence": "its coherence",
-    "benchmark.baseline": "benchmark, untouched",
+    "benchmark.baseline": "benchmark, baseline",
     "sequential-matched.rank_1.benchmark_difference": "its change by the best cell, as weights",
 }
 
@@ -355,7 +355,7 @@ def quoted() -> list[str]:
     params = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
     found, other = d["sequential-matched"], d["sequential-unrelated"]["cosine_to_sequential"]
     arms = [
-        ("untouched", "baseline"),
+        ("baseline", "baseline"),
         (f"direction ablated at run time (`rank_1`: layer {e['layer']}, alpha {e['alpha']:g})", "runtime"),
         ("the same as edited weights", "orthogonalized"),
         ("random directions ablated", "random"),
@@ -373,7 +373,7 @@ def quoted() -> list[str]:
     return [
         f"on {n_test} harmful test prompts",
         *table,
-        f"| raw difference added at prefill | | | {interval(e['addition'], 'refusal_safe')} |",
+        f"| raw difference added at the prompt | | | {interval(e['addition'], 'refusal_safe')} |",
         f"separates val prompts by {found['separation'][1]:.1f} pooled standard deviations at layer 1 and "
         f"{found['peak_separation']:.1f} at layer {found['peak_layer']}",
         f"(cosine {d['batched-matched']['cosine_to_sequential_min']:.6f})",
@@ -442,7 +442,7 @@ def whole_science() -> list[str]:
 
 
 def test_figures_are_those_of_the_committed_metrics():
-    text = " ".join(README.split())
+    text = " ".join(GUIDE.split())
     assert [sentence for sentence in quoted() if " ".join(sentence.split()) not in text] == []
 
 

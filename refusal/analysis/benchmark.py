@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from refusal.io.errors import UserError
 from refusal.io.params import Benchmark, Model
 from refusal.io.store import Store, key
-from refusal.lm.load import load_tokenizer, weights_hash
-from refusal.lm.memory import ROW, fitting, rows_at_once
-from refusal.lm.resident import SwappableLM
+from refusal.lm.batching import ROW_TOKENS, fitting, rows_at_once
+from refusal.lm.load import load_model, load_tokenizer, weights_hash
 from refusal.stats import stratified_difference, wilson
 
 if TYPE_CHECKING:
@@ -120,7 +119,7 @@ class Harness:
                 bootstrap_iters=0,
             )
 
-        results = fitting(evaluated, rows_at_once(self.batch_size, model, ROW, "benchmark"), "benchmark")
+        results = fitting(evaluated, rows_at_once(self.batch_size, model, ROW_TOKENS, "benchmark"), "benchmark")
         rows = sorted(results["samples"][task], key=lambda row: row["doc_id"])
         metric = "acc_norm" if "acc_norm" in rows[0] else "acc"
         if metric not in rows[0]:
@@ -168,15 +167,16 @@ def score_checkpoints(
         weights = weights_hash(folder)
         for task in tasks:
             what = {"weights": weights, "task": task, "definition": definitions[task], **shared}
-            jobs.append((key("benchmark", (Harness, SwappableLM), **what), (folder, task)))
+            jobs.append((key("benchmark", (Harness, load_model), **what), (folder, task)))
     harness = Harness(load_tokenizer(base), settings.batch_size, settings.apply_chat_template, settings.limit)
-    loaded: list[SwappableLM] = []  # only where something is left to compute
+    loaded: dict[Path, PreTrainedModel] = {}  # at most one, and only where something is left to compute
 
     def compute(job: tuple[Path, str]) -> bytes:
         folder, task = job
-        if not loaded:
-            loaded.append(SwappableLM(base, model.dtype, model.device))
-        return json.dumps(harness.score(loaded[0].load_weights(folder), task)).encode()
+        if folder not in loaded:
+            loaded.clear()
+            loaded[folder] = load_model(folder, model.dtype, model.device)
+        return json.dumps(harness.score(loaded[folder], task)).encode()
 
     values = [json.loads(value) for value in store.run(jobs, compute, "benchmark", unit="task")]
     of = iter(values)

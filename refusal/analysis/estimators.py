@@ -19,8 +19,8 @@ from tqdm import trange
 
 from refusal.io.params import Optimised
 from refusal.io.store import Store, key
+from refusal.lm.batching import model_replicas
 from refusal.lm.load import LM
-from refusal.lm.replicas import crew
 from refusal.method.activations import left_pad
 from refusal.method.interventions import Ablation, Intervention, intervene
 
@@ -133,7 +133,7 @@ def optimised(
 
     def compute(_: None) -> bytes:
         n_pairs = min(settings.batch_size, len(harmful))
-        with crew(lm.model, gradient, -(-n_pairs // PAIRS_PER_JOB)) as (run, pool):
+        with model_replicas(lm.model, gradient, -(-n_pairs // PAIRS_PER_JOB)) as (run, pool):
             return _descend(lm, len(harmful), settings, seed, lambda jobs: (pool.map if pool else map)(run, jobs))
 
     (value,) = store.run([(name, None)], compute, "optimised direction", unit="direction")

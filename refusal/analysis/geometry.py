@@ -6,10 +6,9 @@ import torch
 from torch import Tensor
 
 from refusal.analysis.sensitivity import by_size, collect, common_suffix, padding, positions
-from refusal.analysis.separation import arm, effective_rank, sign_flip_null, spectrum
+from refusal.analysis.separation import auroc, contrast, effective_rank, origin_between_means, sign_flip_null, spectrum
 from refusal.analysis.study import Study
 from refusal.analysis.subspaces import captured, paired_svd
-from refusal.analysis.zero import auroc, origin_between_means
 from refusal.io.params import Padding
 from refusal.method.activations import batches, last_token_resid_pre
 from refusal.method.directions import project
@@ -21,7 +20,7 @@ def spectra(study: Study) -> ByLayer:
     """The spectrum of the paired differences of each layer, beside the sign-flip null."""
     train, d = study.activations[study.params.sweep.method], study.params.directions
     return [
-        spectrum_row(train["train.harmful"][:, i][:], train["train.safe"][:, i][:], d.n_sign_flips, d.seed)
+        spectrum_row(train["train.harmful"][:, i], train["train.safe"][:, i], d.n_sign_flips, d.seed)
         if i in study.layers
         else None
         for i in range(study.lm.n_layers)
@@ -82,11 +81,11 @@ def monitor(study: Study) -> dict[str, Any]:
 def sensitivity(study: Study, n_resamples: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Cosine of directions from fewer prompts to the full-data ones, by method and pairing; at the selected layer, and all."""
     d = study.params.directions
-    contrasts = {(m, p): arm(a, p, d.seed) for m, a in study.activations.items() for p in d.pairings}
+    contrasts = {(m, p): contrast(a, p, d.seed) for m, a in study.activations.items() for p in d.pairings}
     reference = contrasts.get(("sequential", "matched"), next(iter(contrasts.values()))).directions
     rows = []
-    for (method, pairing), contrast in contrasts.items():
-        sizes = by_size(contrast, reference, pairing != "unrelated", n_resamples, study.seed)
+    for (method, pairing), one in contrasts.items():
+        sizes = by_size(one, reference, n_resamples, study.seed)
         rows += [{"method": method, "pairing": pairing, **row} for row in sizes]
     keys = ("n", "cosine", "low", "high", "to_reference")
     at_layer: dict[str, Any] = {f"{m}-{p}": [] for m, p in contrasts}

@@ -15,9 +15,8 @@ from torch.nn.functional import kl_div
 
 from refusal.io.store import Store, key
 from refusal.judges.verdicts import mean
+from refusal.lm.batching import in_parts, job_slices, model_replicas
 from refusal.lm.load import LM
-from refusal.lm.memory import in_parts
-from refusal.lm.replicas import crew, shares
 from refusal.method.activations import left_pad
 from refusal.method.generate import Decoding
 from refusal.method.interventions import BASELINE, Intervention
@@ -70,7 +69,7 @@ def _in_batches(
     row = 4 * (max(map(len, texts.answers)) + 1) * reference.model.config.vocab_size
     batch_size = max(1, min(batch_size, BATCH_SIZE, LOG_PROBS // row))
     order = sorted(range(len(texts.prompts)), key=lambda i: len(texts.prompts[i]) + len(texts.answers[i]))
-    batches = [order[share] for share in shares(len(order), batch_size, FEW)]
+    batches = [order[share] for share in job_slices(len(order), batch_size, FEW)]
     shared = {
         "reference": reference.identity,
         "edited": [[lm.identity, intervention.fingerprint()] for lm, intervention in edited.values()],
@@ -88,7 +87,7 @@ def _in_batches(
         return json.dumps(_costs(replace(reference, model=models[0]), lms, interventions, rows)).encode()
 
     costs: Costs = {name: ([0.0] * len(order), [0.0] * len(order)) for name in edited}
-    with crew(nn.ModuleList(distinct), compute, len(jobs)) as (run, pool):
+    with model_replicas(nn.ModuleList(distinct), compute, len(jobs)) as (run, pool):
         for batch, value in zip(batches, store.run(jobs, run, label, pool=pool), strict=True):
             for (entropies, divergences), figures in zip(costs.values(), json.loads(value), strict=True):
                 for i, figure in zip(batch, figures, strict=True):

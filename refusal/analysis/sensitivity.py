@@ -2,46 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from refusal.analysis.separation import Arm
+from refusal.analysis.separation import Contrast, bootstrap_unit
 from refusal.lm.architecture import architecture_of
 from refusal.lm.load import LM
 from refusal.method.activations import left_pad
-from refusal.method.directions import BLOCK, Directions, bootstrap_unit, cohens_d, cosine, difference_in_means, project
+from refusal.method.directions import Directions, as_json, cohens_d, cosine, difference_in_means, project
+
+HarmfulAndSafe = tuple[Float[Tensor, "n n_layers d_model"], Float[Tensor, "n n_layers d_model"]]
 
 
 def sizes(n: int) -> list[int]:
     """16, 32, 64, ... below n, and n itself: all."""
-    found, size = [], 16
-    while size < n:
-        found.append(size)
-        size *= 2
-    return [*found, n]
+    return [*(2**i for i in range(4, n.bit_length()) if 2**i < n), n]
 
 
-def by_size(a: Arm, reference: Directions, paired: bool, n_resamples: int, seed: int) -> list[dict[str, Any]]:
-    """Cosine of directions from n resampled prompts a side with this arm's full-data direction, by n and layer.
+def by_size(contrast: Contrast, reference: Directions, n_resamples: int, seed: int) -> list[dict[str, Any]]:
+    """Cosine of directions from n resampled prompts a side with this contrast's full-data direction, by n and layer.
 
     `n` prompts are drawn with replacement: at n = all this is the bootstrap. `to_reference` is the cosine of the
-    full-data direction itself with the reference arm's, the same for every n. Percentile 95 % intervals.
+    full-data direction itself with the reference's, the same for every n. Percentile 95 % intervals.
     """
     rows = []
-    n_all = min(len(a.harmful), len(a.safe))
-    for layer in a.directions.layers:
-        sets = (a.harmful[:, layer], a.safe[:, layer])
-        # What is one block anyway is read once, not once a size.
-        harmful, safe = (rows[:] if rows.shape[0] * rows.shape[1] <= BLOCK else rows for rows in sets)
-        unit = a.directions.unit[layer]
-        both = bool(reference.defined[layer])
+    unit, paired = contrast.directions.unit, contrast.paired
+    n_all = min(len(contrast.harmful), len(contrast.safe))
+    for layer in contrast.directions.layers:
+        harmful, safe = contrast.harmful[:, layer], contrast.safe[:, layer]
         for n in sizes(n_all):
             drawn = (seed, paired) if n == n_all else (seed + n, paired, n)
-            c = cosine(bootstrap_unit(harmful, safe, n_resamples, *drawn), unit)
+            c = cosine(bootstrap_unit(harmful, safe, n_resamples, *drawn), unit[layer])
             rows.append(
                 {
                     "n": n,
@@ -50,7 +45,7 @@ def by_size(a: Arm, reference: Directions, paired: bool, n_resamples: int, seed:
                     "cosine": float(c.median()),
                     "low": float(c.quantile(0.025)),
                     "high": float(c.quantile(0.975)),
-                    "to_reference": float(cosine(unit, reference.unit[layer])) if both else None,
+                    "to_reference": as_json(cosine(unit[layer], reference.unit[layer])),
                 }
             )
     return rows
@@ -100,7 +95,7 @@ def collect(
     batch_size: int,
     n_pads: int | None = None,
     masked: bool = True,
-    of: Callable[[Float[Tensor, "batch n_positions n_layers d_model"]], Tensor] = lambda found: found,
+    of: Callable[[Float[Tensor, "batch n_positions n_layers d_model"]], Tensor] = lambda resid_pre: resid_pre,
 ) -> Float[Tensor, "n ..."]:
     """`resid_pre_at_end` of many prompts, in their order, float32 or the model's own dtype; or what `of` makes of each batch.
 
@@ -110,17 +105,12 @@ def collect(
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     batches: list[list[int]] = []
     for i in order:
-        fits = batches and len(batches[-1]) < batch_size and (n_pads is None or len(ids[batches[-1][0]]) == len(ids[i]))
-        if fits:
+        if batches and len(batches[-1]) < batch_size and (n_pads is None or len(ids[batches[-1][0]]) == len(ids[i])):
             batches[-1].append(i)
         else:
             batches.append([i])
-    rows: list[Tensor | None] = [None] * len(ids)
-    for batch in batches:
-        found = of(resid_pre_at_end(lm, [ids[i] for i in batch], n_positions, n_pads or 0, masked))
-        for i, row in zip(batch, found, strict=True):
-            rows[i] = row
-    return torch.stack([row for row in rows if row is not None])
+    rows = torch.cat([of(resid_pre_at_end(lm, [ids[i] for i in b], n_positions, n_pads or 0, masked)) for b in batches])
+    return rows[torch.tensor(order).argsort()]
 
 
 def positions(
@@ -132,53 +122,53 @@ def positions(
     """By position (-1 is the last token) and layer: Cohen's d on val, and the cosine with the last token's direction."""
     last = difference_in_means(harmful[:, -1], safe[:, -1])
     rows = []
-    for p in range(-1, -harmful.shape[1] - 1, -1):
-        found = difference_in_means(harmful[:, p], safe[:, p])
-        d = cohens_d(project(val_harmful[:, p], found.unit), project(val_safe[:, p], found.unit))
-        to_last = cosine(found.unit, last.unit)
+    for position in range(-1, -harmful.shape[1] - 1, -1):
+        at_position = difference_in_means(harmful[:, position], safe[:, position])
+        d = cohens_d(*(project(val[:, position], at_position.unit) for val in (val_harmful, val_safe)))
+        to_last = cosine(at_position.unit, last.unit)
         rows += [
             {
-                "position": p,
+                "position": position,
                 "layer": layer,
-                "separation": float(d[layer]) if bool(d[layer].isfinite()) else None,
-                "cosine_to_last": float(to_last[layer]) if bool(last.defined[layer]) else None,
+                "separation": as_json(d[layer]),
+                "cosine_to_last": as_json(to_last[layer]),
                 "n": len(harmful),
             }
-            for layer in found.layers
+            for layer in at_position.layers
         ]
     return rows
 
 
-def padding(
-    clean: tuple[Float[Tensor, "n n_layers d_model"], Float[Tensor, "n n_layers d_model"]],
-    padded: dict[tuple[bool, int | str], tuple[Float[Tensor, "n n_layers d_model"], Float[Tensor, "n n_layers d_model"]]],
-) -> list[dict[str, Any]]:
-    """What padding does, by mask, number of pads and layer, against the same prompts without: (harmful, safe) each.
+def padding(clean: HarmfulAndSafe, padded: Mapping[tuple[bool, int | str], HarmfulAndSafe]) -> list[dict[str, Any]]:
+    """What padding does, by (masked, number of pads) and layer, against the same prompts without.
 
     cosine: of the direction with the clean one. separation and separation_clean: Cohen's d of these very prompts on their
     own direction (in-sample, as the write-up's). moved: median distance a prompt moves, in lengths of the clean difference. A
     number of pads may be a word, for sets that mix numbers.
     """
-    truth = difference_in_means(*clean)
+
+    def separation(sets: HarmfulAndSafe, directions: Directions) -> Float[Tensor, " n_layers"]:
+        return cohens_d(*(project(activations, directions.unit) for activations in sets))
+
+    without = difference_in_means(*clean)
+    d_clean = separation(clean, without)
     rows = []
-    for (masked, n_pads), (harmful, safe) in padded.items():
-        found = difference_in_means(harmful, safe)
-        to_clean = cosine(found.unit, truth.unit)
-        d, d_clean = (cohens_d(project(h, v.unit), project(s, v.unit)) for h, s, v in ((harmful, safe, found), (*clean, truth)))
-        distance = (
-            torch.cat([harmful.double() - clean[0].double(), safe.double() - clean[1].double()]).norm(dim=-1).median(0).values
-        )
+    for (masked, n_pads), sets in padded.items():
+        directions = difference_in_means(*sets)
+        to_clean, d = cosine(directions.unit, without.unit), separation(sets, directions)
+        moves = torch.cat([ours.double() - theirs.double() for ours, theirs in zip(sets, clean, strict=True)])
+        distance = moves.norm(dim=-1).median(0).values / without.difference.norm(dim=-1)
         rows += [
             {
                 "masked": masked,
                 "n_pads": n_pads,
                 "layer": layer,
-                "cosine": float(to_clean[layer]) if bool(found.defined[layer]) else None,
-                "separation": float(d[layer]) if bool(found.defined[layer]) else None,
-                "separation_clean": float(d_clean[layer]),
-                "moved": float(distance[layer] / truth.difference[layer].norm()),
-                "n": len(harmful),
+                "cosine": as_json(to_clean[layer]),
+                "separation": as_json(d[layer]),
+                "separation_clean": as_json(d_clean[layer]),
+                "moved": float(distance[layer]),
+                "n": len(sets[0]),
             }
-            for layer in truth.layers
+            for layer in without.layers
         ]
     return rows

@@ -1,4 +1,4 @@
-"""What the directions stage says of each method x pairing: separation, agreement, spectrum, with intervals."""
+"""How well directions separate harmful from safe prompts, how far they agree, and what paired differences have in common."""
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -7,169 +7,261 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.functional import pad
 
-from refusal.analysis.zero import resampled_weights
-from refusal.lm.checkpoint import Stack
+from refusal.method.activations_file import Activations
 from refusal.method.directions import (
     Directions,
-    bootstrap_unit,
+    as_json,
     cohens_d,
     cosine,
     cross_layer_cosine,
     difference_in_means,
-    effective_rank,
     project,
-    sign_flip_null,
-    spectrum,
 )
+from refusal.stats import cluster_indices, resampled_counts, resampled_sums
 
 N_SINGULAR_VALUES = 10
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
 @dataclass(frozen=True)
-class Arm:
-    """One method x pairing: the train activations that went in, and the directions that came out."""
+class Contrast:
+    """One method x pairing: train activations of harmful and safe prompts, `paired` row by row or not, and their directions."""
 
-    harmful: Float[Tensor, "n_harmful n_layers d_model"] | Stack
-    safe: Float[Tensor, "n_safe n_layers d_model"] | Stack
+    harmful: Activations
+    safe: Activations
     directions: Directions
+    paired: bool
 
 
-def arm(activations: Mapping[str, Tensor | Stack], pairing: str, seed: int) -> Arm:
-    """Directions of one method's train activations under a pairing; `shuffled` permutes the safe prompts and is computed anew."""
+def contrast(activations: Mapping[str, Activations], pairing: str, seed: int) -> Contrast:
+    """The contrast of one method's train activations under a pairing; `shuffled` permutes the safe prompts."""
     harmful, safe = activations["train.harmful"], activations["train.unrelated" if pairing == "unrelated" else "train.safe"]
     if pairing == "shuffled":
         safe = safe[torch.randperm(len(safe), generator=torch.Generator().manual_seed(seed))]
-    return Arm(harmful, safe, difference_in_means(harmful, safe))
+    return Contrast(harmful, safe, difference_in_means(harmful, safe), pairing != "unrelated")
 
 
 def describe(
-    a: Arm,
-    activations: Mapping[str, Tensor | Stack],
-    pairing: str,
-    reference: Directions,
+    of: Contrast,
+    activations: Mapping[str, Activations],
     val_topics: Sequence[Hashable],
+    reference: Directions,
     n_resamples: int,
     n_sign_flips: int,
     seed: int,
 ) -> dict[str, Any]:
-    """All that metrics/directions.json says of one arm; lists are by layer, null where the direction is undefined.
+    """All that metrics/directions.json says of one contrast; lists are by layer, null where the direction is undefined.
 
-    separation: Cohen's d of the matched val pairs on the direction fitted on train; separation_in_sample: on the prompts
-    it was fitted on, as the write-up scored it. Intervals are percentile bootstraps: of topic phrases for separation,
-    of prompts for the cosine of a resampled direction with the full-data one.
+    activations: of the same method, for its val pairs, whose topics are given.
     """
-    found = a.directions
-    layers, n_layers = found.layers, len(found.defined)
-    harmful, safe = (project(activations[f"val.{side}"], found.unit) for side in ("harmful", "safe"))
-    separation, in_sample = cohens_d(harmful, safe), cohens_d(project(a.harmful, found.unit), project(a.safe, found.unit))
-    limits = _separation_interval(harmful, safe, val_topics, n_resamples, seed)
-    low, high = (limit.where(separation.isfinite(), torch.nan) for limit in limits)
-    to_reference = cosine(found.unit, reference.unit)
-    paired = pairing != "unrelated"
-    resampled = torch.full((n_resamples, n_layers), torch.nan, dtype=torch.float64)
-    shares: dict[int, Tensor] = {}
-    null: dict[int, float] = {}
-    for i in layers:
-        ours, theirs = a.harmful[:, i], a.safe[:, i]
-        resampled[:, i] = cosine(bootstrap_unit(ours, theirs, n_resamples, seed, paired), found.unit[i])
-        if paired:
-            shares[i] = spectrum(ours, theirs)
-            null[i] = float(sign_flip_null(ours, theirs, n_sign_flips, seed).quantile(0.95))
-    both = [layer for layer in layers if bool(reference.defined[layer])]
-
-    def by_layer(values: Tensor) -> list[float | None]:
-        return [float(values[layer]) if layer in layers and bool(values[layer].isfinite()) else None for layer in range(n_layers)]
-
-    scored = [layer for layer in layers if by_layer(separation)[layer] is not None]
-    metrics: dict[str, Any] = {
-        "n_harmful": len(a.harmful),
-        "n_safe": len(a.safe),
-        "n_val": len(harmful),
-        "layers": layers,
-        "peak_layer": max(scored, key=lambda layer: float(separation[layer])) if scored else None,
-        "peak_separation": max(float(separation[layer]) for layer in scored) if scored else None,
-        "separation_first": by_layer(separation)[layers[0]] if layers else None,
-        "separation_last_half_min": min((float(separation[i]) for i in scored if i >= n_layers / 2), default=None),
-        "cosine_to_sequential_min": min((float(to_reference[layer]) for layer in both), default=None),
-        "separation": by_layer(separation),
-        "separation_low": by_layer(low),
-        "separation_high": by_layer(high),
-        "separation_in_sample": by_layer(in_sample),
-        "cosine_to_sequential": [float(to_reference[i]) if i in both else None for i in range(n_layers)],
-        "bootstrap_cosine_low": by_layer(resampled.quantile(0.025, dim=0)),
-        "bootstrap_cosine_median": by_layer(resampled.quantile(0.5, dim=0)),
-        "norm": by_layer(found.difference.norm(dim=-1)),
-        "cross_layer_cosine": [
-            [float(value) if i in layers and j in layers else None for j, value in enumerate(row)]
-            for i, row in enumerate(cross_layer_cosine(found.unit))
-        ],
+    directions = of.directions
+    metrics = {
+        "n_harmful": len(of.harmful),
+        "n_safe": len(of.safe),
+        "n_val": len(val_topics),
+        "layers": directions.layers,
+        **_separation(of, activations, val_topics, n_resamples, seed),
+        **_agreement(of, reference, n_resamples, seed),
+        "norm": as_json(directions.difference.norm(dim=-1).where(directions.defined, torch.nan)),
+        "cross_layer_cosine": as_json(cross_layer_cosine(directions.unit)),
     }
-    if paired:
-        metrics["spectrum"] = [shares[i][:N_SINGULAR_VALUES].tolist() if i in shares else None for i in range(n_layers)]
-        metrics["effective_rank"] = [effective_rank(shares[i]) if i in shares else None for i in range(n_layers)]
-        metrics["sign_flip_null_95"] = [null.get(i) for i in range(n_layers)]
-    return metrics
+    return metrics | (_pairs(of, n_sign_flips, seed) if of.paired else {})
 
 
-def _separation_interval(
+def _separation(
+    of: Contrast, activations: Mapping[str, Activations], topics: Sequence[Hashable], n_resamples: int, seed: int
+) -> dict[str, Any]:
+    """Cohen's d of the matched val pairs on the direction fitted on train, whose interval is over topic phrases.
+
+    separation_in_sample: on the prompts that the direction was fitted on, as the write-up scored it.
+    """
+    unit, layers = of.directions.unit, of.directions.layers
+    harmful, safe = (project(activations[f"val.{side}"], unit) for side in ("harmful", "safe"))
+    d = cohens_d(harmful, safe)
+    low, high = (limit.where(d.isfinite(), torch.nan) for limit in separation_interval(harmful, safe, topics, n_resamples, seed))
+    scored = {layer: float(d[layer]) for layer in layers if bool(d[layer].isfinite())}
+    return {
+        "peak_layer": max(scored, key=lambda layer: scored[layer], default=None),
+        "peak_separation": max(scored.values(), default=None),
+        "separation_first": scored.get(layers[0]) if layers else None,
+        "separation_last_half_min": min((value for layer, value in scored.items() if layer >= len(unit) / 2), default=None),
+        "separation": as_json(d),
+        "separation_low": as_json(low),
+        "separation_high": as_json(high),
+        "separation_in_sample": as_json(cohens_d(project(of.harmful, unit), project(of.safe, unit))),
+    }
+
+
+def separation_interval(
     harmful: Float[Tensor, "n n_layers"],
     safe: Float[Tensor, "n n_layers"],
     topics: Sequence[Hashable],
     n_resamples: int,
     seed: int,
 ) -> tuple[Float[Tensor, " n_layers"], Float[Tensor, " n_layers"]]:
-    """Percentile bootstrap of Cohen's d over topic phrases, from the weighted moments of each resample."""
-
-    def moments(values: Tensor, weight: Tensor, n: Tensor) -> tuple[Tensor, Tensor]:
-        mean = weight @ values / n
-        # Centred on the whole sample first: a difference of large squares would lose the digits that matter.
-        centre = values.mean(0)
-        squares = weight @ (values - centre).square() - n * (mean - centre).square()
-        return mean, squares
-
-    found = []
-    for weight in resampled_weights(topics, n_resamples, seed):
-        n = weight.sum(1, keepdim=True)
-        (mean_h, squares_h), (mean_s, squares_s) = moments(harmful, weight, n), moments(safe, weight, n)
-        found.append((mean_h - mean_s) / ((squares_h + squares_s) / (2 * n - 2)).sqrt())
-    resampled = torch.cat(found)
-    resampled[~resampled.isfinite()] = torch.nan  # a resample without spread has no effect size
-    return resampled.nanquantile(0.025, dim=0), resampled.nanquantile(0.975, dim=0)
+    """Percentile bootstrap 95 % interval of Cohen's d of pairs over topic phrases, from the moments of each resample."""
+    # Centred on the whole sample first: a difference of large squares would lose the digits that matter.
+    h, s = harmful - harmful.mean(0), safe - safe.mean(0)
+    columns = torch.cat([torch.ones(len(h), 1, dtype=h.dtype), h, h.square(), s, s.square()], dim=1)
+    n, sums = torch.from_numpy(resampled_sums(columns.numpy(), topics, n_resamples, seed)).tensor_split([1], dim=1)
+    h, h_squares, s, s_squares = sums.chunk(4, dim=1)
+    variance = (h_squares - h.square() / n + s_squares - s.square() / n) / (2 * n - 2)
+    d = (harmful.mean(0) - safe.mean(0) + (h - s) / n) / variance.sqrt()
+    d[~d.isfinite()] = torch.nan  # a resample without spread has no effect size
+    return d.nanquantile(0.025, dim=0), d.nanquantile(0.975, dim=0)
 
 
-def rows_of(metrics: dict[str, dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """Plot data by file: separation and cosine_to_sequential by layer, cross_layer of each arm, spectrum."""
-    separation, cosines, cross, spectra = [], [], [], []
+def _agreement(of: Contrast, reference: Directions, n_resamples: int, seed: int) -> dict[str, Any]:
+    """Cosines with the reference's directions, and of directions of resampled prompts with those of all prompts."""
+    unit, to_reference = of.directions.unit, cosine(of.directions.unit, reference.unit)
+    resampled = torch.full((n_resamples, len(unit)), torch.nan, dtype=torch.float64)
+    for i in of.directions.layers:
+        resampled[:, i] = cosine(bootstrap_unit(of.harmful[:, i], of.safe[:, i], n_resamples, seed, of.paired), unit[i])
+    return {
+        "cosine_to_sequential_min": min((float(value) for value in to_reference if bool(value.isfinite())), default=None),
+        "cosine_to_sequential": as_json(to_reference),
+        "bootstrap_cosine_low": as_json(resampled.quantile(0.025, dim=0)),
+        "bootstrap_cosine_median": as_json(resampled.quantile(0.5, dim=0)),
+    }
+
+
+def _pairs(of: Contrast, n_sign_flips: int, seed: int) -> dict[str, list]:
+    """The spectrum of the paired differences, its effective rank, and the length of a mean difference that chance alone gives."""
+    columns: dict[str, list] = {
+        name: [None] * len(of.directions.unit) for name in ("spectrum", "effective_rank", "sign_flip_null_95")
+    }
+    for i in of.directions.layers:
+        harmful, safe = of.harmful[:, i], of.safe[:, i]
+        shares = spectrum(harmful, safe)
+        columns["spectrum"][i], columns["effective_rank"][i] = shares[:N_SINGULAR_VALUES].tolist(), effective_rank(shares)
+        columns["sign_flip_null_95"][i] = float(sign_flip_null(harmful, safe, n_sign_flips, seed).quantile(0.95))
+    return columns
+
+
+def spectrum(harmful: Float[Tensor, "n_pairs d_model"], safe: Float[Tensor, "n_pairs d_model"]) -> Float[Tensor, " rank"]:
+    """Share of the uncentred second moment of the paired differences along each singular vector, largest first.
+
+    Unlike the mean difference this sees which safe prompt goes with which harmful one.
+    """
+    energy = torch.linalg.svdvals(harmful.double() - safe.double()).square()
+    return energy / energy.sum()
+
+
+def effective_rank(shares: Float[Tensor, " rank"]) -> float:
+    """Participation ratio 1 / sum(share^2): 1 for a line, the dimension for a ball."""
+    return float(1 / shares.square().sum())
+
+
+def sign_flip_null(
+    harmful: Float[Tensor, "n_pairs d_model"], safe: Float[Tensor, "n_pairs d_model"], n_flips: int, seed: int
+) -> Float[Tensor, " n_flips"]:
+    """Length of the mean difference when each pair's harmful and safe halves are swapped at random.
+
+    Swapping leaves the uncentred spectrum as it is and destroys a common direction: the null of "the pairs agree".
+    """
+    flips = torch.randint(0, 2, (n_flips, len(harmful)), generator=torch.Generator().manual_seed(seed)).double() * 2 - 1
+    return (flips @ (harmful.double() - safe.double()) / len(harmful)).norm(dim=-1)
+
+
+def bootstrap_unit(
+    harmful: Float[Tensor, "n_harmful d_model"],
+    safe: Float[Tensor, "n_safe d_model"],
+    n_resamples: int,
+    seed: int,
+    paired: bool,
+    size: int | None = None,
+) -> Float[Tensor, "n_resamples d_model"]:
+    """One layer's directions of resampled prompts: whole pairs when `paired`, else the two sets one by one.
+
+    `size` prompts a side are drawn with replacement, by default as many as there are. A resample is a vector of weights, so all
+    of them are one matrix product a set.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def means(rows: Tensor) -> Tensor:
+        drawn = torch.randint(0, len(rows), (n_resamples, size or len(rows)), generator=generator)
+        weights = torch.zeros(n_resamples, len(rows), dtype=torch.float64)
+        weights.scatter_add_(1, drawn, torch.ones((), dtype=torch.float64).expand_as(drawn))
+        return weights @ rows / drawn.shape[1]
+
+    difference = means(harmful.double() - safe.double()) if paired else means(harmful.double()) - means(safe.double())
+    return difference / difference.norm(dim=-1, keepdim=True)
+
+
+def origin_between_means(
+    harmful: Float[Tensor, " n"], safe: Float[Tensor, " n"], topics: Sequence[Hashable], n_resamples: int, seed: int
+) -> dict[str, Any]:
+    """Of projections on one direction: quantiles of both sets, and `zero`, 0 at the safe mean and 1 at the harmful mean.
+
+    Linear ablation sends every prompt to zero. Where zero lies among the safe prompts, ablated harmful prompts look safe; where
+    it lies among the harmful ones, ablation makes the model take everything for harmful. `zero` carries a percentile bootstrap
+    95 % interval over topic phrases.
+    """
+    harmful, safe = harmful.double(), safe.double()
+    h, s = torch.from_numpy(resampled_sums(torch.stack([harmful, safe], dim=1).numpy(), topics, n_resamples, seed)).T
+    resampled = -s / (h - s)
+    levels = torch.tensor(QUANTILES, dtype=torch.float64)
+    return {
+        "zero": float(-safe.mean() / (harmful.mean() - safe.mean())),
+        "zero_low": float(resampled.quantile(0.025)),
+        "zero_high": float(resampled.quantile(0.975)),
+        **{f"harmful_q{100 * q:02.0f}": float(v) for q, v in zip(QUANTILES, harmful.quantile(levels), strict=True)},
+        **{f"safe_q{100 * q:02.0f}": float(v) for q, v in zip(QUANTILES, safe.quantile(levels), strict=True)},
+        "harmful_mean": float(harmful.mean()),
+        "safe_mean": float(safe.mean()),
+        "n": len(harmful),
+    }
+
+
+def auroc(
+    harmful: Float[Tensor, " n"], safe: Float[Tensor, " n"], topics: Sequence[Hashable], n_resamples: int, seed: int
+) -> dict[str, Any]:
+    """Area under the ROC curve of the projection as a detector of harmful prompts, ties counted half (Mann and Whitney).
+
+    With a percentile bootstrap 95 % interval over topic phrases; pairs come whole. At the edge, where the two sets do not
+    overlap, the interval has no width: `separable` says so. Not scikit-learn's, which takes 4 ms a resample.
+    """
+    # Safe prompts in order of projection: how many lie below a harmful one is a difference of running sums, so that no table of
+    # all pairs is held. Sums are of whole numbers and halves, exact in any order.
+    ordered, order = safe.double().sort()
+    below, up_to = (torch.searchsorted(ordered, harmful.double().contiguous(), right=right) for right in (False, True))
+
+    def area(weights: Float[Tensor, "resample n"]) -> Float[Tensor, " resample"]:
+        running = pad(weights[:, order].cumsum(1), (1, 0))
+        return ((running[:, below] + running[:, up_to]) / 2 * weights).sum(1) / weights.sum(1).square()
+
+    topic_of = cluster_indices(topics)
+    drawn = resampled_counts(topic_of, n_resamples, seed)
+    resampled = torch.cat([area(torch.from_numpy(counts[:, topic_of]).double()) for counts in drawn])
+    return {
+        "auroc": float(area(torch.ones(1, len(harmful), dtype=torch.float64))),
+        "auroc_low": float(resampled.quantile(0.025)),
+        "auroc_high": float(resampled.quantile(0.975)),
+        "separable": bool(harmful.min() > safe.max()),
+        "n": len(harmful),
+    }
+
+
+def plot_rows(metrics: Mapping[str, Mapping[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Rows of each plot's file from `describe`d contrasts by `<method>-<pairing>`."""
+    rows: dict[str, list] = {"separation": [], "cosine_to_sequential": [], "cross_layer_cosine": [], "spectrum": []}
     for name, m in metrics.items():
         method, pairing = name.split("-")
-        who = {"arm": name, "method": method, "pairing": pairing}
         for layer in m["layers"]:
-            separation.append(
-                {
-                    **who,
-                    "layer": layer,
-                    "separation": m["separation"][layer],
-                    "low": m["separation_low"][layer],
-                    "high": m["separation_high"][layer],
-                    "in_sample": m["separation_in_sample"][layer],
-                }
-            )
-            if m["cosine_to_sequential"][layer] is not None:
-                cosines.append(
-                    {
-                        **who,
-                        "layer": layer,
-                        "cosine": m["cosine_to_sequential"][layer],
-                        "bootstrap_low": m["bootstrap_cosine_low"][layer],
-                    }
-                )
-            cross += [
-                {**who, "layer": layer, "other_layer": other, "cosine": m["cross_layer_cosine"][layer][other]}
-                for other in m["layers"]
-            ]
-            if "spectrum" in m:
-                spectra += [
-                    {**who, "layer": layer, "component": i + 1, "share": share} for i, share in enumerate(m["spectrum"][layer])
-                ]
-    return {"separation": separation, "cosine_to_sequential": cosines, "cross_layer_cosine": cross, "spectrum": spectra}
+            place = {"arm": name, "method": method, "pairing": pairing, "layer": layer}
+            values = {
+                "separation": m["separation"][layer],
+                "low": m["separation_low"][layer],
+                "high": m["separation_high"][layer],
+                "in_sample": m["separation_in_sample"][layer],
+            }
+            rows["separation"].append(place | values)
+            if (value := m["cosine_to_sequential"][layer]) is not None:
+                rows["cosine_to_sequential"].append(place | {"cosine": value, "bootstrap_low": m["bootstrap_cosine_low"][layer]})
+            cosines = m["cross_layer_cosine"][layer]
+            rows["cross_layer_cosine"] += [place | {"other_layer": other, "cosine": cosines[other]} for other in m["layers"]]
+            shares = m["spectrum"][layer] if "spectrum" in m else []
+            rows["spectrum"] += [place | {"component": i, "share": share} for i, share in enumerate(shares, 1)]
+    return rows

@@ -13,8 +13,8 @@ from refusal.analysis.harmless_kl import Texts, cost_figures, harmless_kl, harml
 from refusal.io.params import Params
 from refusal.io.store import Store
 from refusal.judges.verdicts import Judged, summary
+from refusal.lm.batching import rows_at_once
 from refusal.lm.load import LM
-from refusal.lm.memory import rows_at_once
 from refusal.method.generate import Decoding
 from refusal.method.interventions import Addition, Intervention
 from refusal.method.sweep import complete

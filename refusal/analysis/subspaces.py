@@ -7,19 +7,17 @@ from jaxtyping import Float
 from torch import Tensor
 
 from refusal.io.errors import UserError
-from refusal.lm.checkpoint import Layer
-from refusal.method.directions import paired_blocks, tsqr_r
 
 
 def paired_svd(
-    harmful: Float[Tensor, "n_pairs d_model"] | Layer, safe: Float[Tensor, "n_pairs d_model"] | Layer, k: int
+    harmful: Float[Tensor, "n_pairs d_model"], safe: Float[Tensor, "n_pairs d_model"], k: int
 ) -> Float[Tensor, "k d_model"]:
     """The first k right singular vectors of the paired differences at one layer, uncentred, largest first, in float64.
 
     Uncentred, so that a difference all pairs share is the first of them and not taken out beforehand. Raises
     UserError where the differences span fewer than k dimensions.
     """
-    _, values, vectors = torch.linalg.svd(tsqr_r(paired_blocks(harmful, safe)), full_matrices=False)
+    _, values, vectors = torch.linalg.svd(harmful.double() - safe.double(), full_matrices=False)
     if k > len(values) or float(values[k - 1]) <= 1e-10 * float(values[0]):
         raise UserError(
             f"the {len(harmful)} paired differences span fewer than {k} dimensions: raise prompts.n_pairs in params.yaml, or "
@@ -49,7 +47,7 @@ def random_subspaces(d_model: int, k: int, n: int, seed: int) -> Float[Tensor, "
 
 
 def captured(basis: Float[Tensor, "k d_model"], vector: Float[Tensor, " d_model"]) -> float:
-    """Length of a unit vector's part within the span of orthonormal rows: |cosine| for k = 1, 1 where it lies inside.
+    """Length of the projection of vector / |vector| onto the span of orthonormal rows: |cosine| for k = 1; 1 if it lies inside.
 
     A random subspace of rank k captures about sqrt(k / d_model).
     """

@@ -2,7 +2,7 @@
 
 The model writes every prompt; here they are only checked, counted and topped up. What is asked for is in
 `ask_for_pairs.txt` and `ask_for_unrelated.txt`. A round asks once for every category that is still short; its requests depend on
-what earlier rounds gave, and every answer is stored, so that an interrupted run replays to where it was and asks on.
+what earlier rounds gave, and every reply is stored, so that an interrupted run replays to where it was and asks on.
 """
 
 import json
@@ -11,12 +11,13 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from refusal.data.prompts import NearDuplicateIndex, share_out, split_rows, words
+from refusal.data.near_duplicates import NearDuplicateIndex, words
+from refusal.data.prompts import share_out, split_rows
 from refusal.io import store as stores
 from refusal.io.errors import UserError
-from refusal.io.params import Endpoint, PromptsApi
+from refusal.io.params import Endpoint, Prompts
 from refusal.io.store import Store, progress
 from refusal.judges.endpoint import Chat, Rejected, Unanswered
 from refusal.organism import grammar
@@ -34,30 +35,46 @@ TELLS_HOW = re.compile(
 )
 
 
-def api_pairs(
-    n: int, splits: dict[str, float], near_duplicate: float, seed: int, api: PromptsApi, endpoint: Endpoint, store: Store
-) -> list[dict[str, Any]]:
-    """`n` pairs over the grammar's categories, in equal shares, split by near-duplicate group.
+_HERE = Path(__file__)
 
-    Raises UserError as `Chat.run` does, and where `api.max_rounds` rounds do not give `n` valid pairs.
+
+class _Kind(NamedTuple):
+    """What is asked for. source: the parameter that asks for it. key: of the list in a reply."""
+
+    name: str
+    source: str
+    key: str
+    instructions: str
+    categories: list[str]
+
+
+PAIRS = _Kind(
+    "pairs", "source", "pairs", _HERE.with_name("ask_for_pairs.txt").read_text(encoding="utf-8"), list(grammar.CATEGORIES)
+)
+UNRELATED = _Kind(
+    "unrelated",
+    "unrelated",
+    "requests",
+    _HERE.with_name("ask_for_unrelated.txt").read_text(encoding="utf-8"),
+    list(grammar.UNRELATED),
+)
+
+
+def api_pairs(p: Prompts, endpoint: Endpoint, store: Store) -> list[dict[str, Any]]:
+    """`n_pairs` pairs over the grammar's categories, in equal shares, split by near-duplicate group.
+
+    Raises UserError as `Chat.run` does, and where `api.max_rounds` rounds do not give so many valid pairs.
     """
-    rows, categories = _collect("pairs", list(grammar.CATEGORIES), n, near_duplicate, api, endpoint, store)
-    return split_rows(rows, "params.yaml: prompts.source: api", splits, near_duplicate, seed, categories)
+    assert p.n_pairs is not None  # checked with the parameters
+    rows, categories = _collect(PAIRS, p.n_pairs, p, endpoint, store)
+    return split_rows(rows, "params.yaml: prompts.source: api", p.splits.model_dump(), p.near_duplicate, p.seed, categories)
 
 
-def api_unrelated(
-    n: int,
-    splits: dict[str, float],
-    near_duplicate: float,
-    seed: int,
-    api: PromptsApi,
-    endpoint: Endpoint,
-    store: Store,
-    others: Iterable[str],
-) -> list[dict[str, Any]]:
-    """`n` safe prompts on everyday subjects, none of them a near-duplicate of `others` (the pairs); raises as `api_pairs`."""
-    rows, _ = _collect("requests", list(grammar.UNRELATED), n, near_duplicate, api, endpoint, store, others)
-    return split_rows(rows, "params.yaml: prompts.unrelated: api", splits, near_duplicate, seed)
+def api_unrelated(p: Prompts, endpoint: Endpoint, store: Store, others: Iterable[str]) -> list[dict[str, Any]]:
+    """`n_unrelated` safe prompts on everyday subjects, none a near-duplicate of `others` (the pairs); raises as `api_pairs`."""
+    assert p.n_unrelated is not None
+    rows, _ = _collect(UNRELATED, p.n_unrelated, p, endpoint, store, others)
+    return split_rows(rows, "params.yaml: prompts.unrelated: api", p.splits.model_dump(), p.near_duplicate, p.seed)
 
 
 def fault(row: Sequence[Any]) -> str | None:
@@ -81,121 +98,84 @@ def fault(row: Sequence[Any]) -> str | None:
     return None
 
 
-class _Known:
-    """All prompts so far, by their words."""
-
-    def __init__(self, near_duplicate: float, texts: Iterable[str] = ()) -> None:
-        self.alike = NearDuplicateIndex(near_duplicate, {})
-        self.add(texts)
-
-    def has_like(self, text: str) -> bool:
-        return any(True for _ in self.alike.labels(words(text), lambda _: False))
-
-    def add(self, texts: Iterable[str]) -> None:
-        for text in texts:
-            self.alike.add(words(text), None)
-
-
-def _rows(what: str, content: str) -> list[tuple[Any, ...]]:
-    """The rows of an answer as they are, none where the model declined or wrote something else."""
+def _rows(key: str, reply: str) -> list[tuple[Any, ...]]:
+    """The rows of a reply as they are, none where the model declined or wrote something else."""
     try:
-        found = json.loads(content[content.find("{") : content.rfind("}") + 1])[what]
+        rows = json.loads(reply[reply.find("{") : reply.rfind("}") + 1])[key]
     except (ValueError, RecursionError, KeyError, TypeError):
         return []
-    if not isinstance(found, list):
+    if not isinstance(rows, list):
         return []
-    if what == "requests":
-        return [(row,) for row in found]
-    return [(row.get("harmful"), row.get("safe")) if isinstance(row, dict) else (None, None) for row in found]
+    if key == "requests":
+        return [(row,) for row in rows]
+    return [(row.get("harmful"), row.get("safe")) if isinstance(row, dict) else (None, None) for row in rows]
 
 
 def _collect(
-    what: str,
-    categories: list[str],
-    n: int,
-    near_duplicate: float,
-    api: PromptsApi,
-    endpoint: Endpoint,
-    store: Store,
-    others: Iterable[str] = (),
+    kind: _Kind, n: int, p: Prompts, endpoint: Endpoint, store: Store, others: Iterable[str] = ()
 ) -> tuple[list[tuple[str, ...]], list[str]]:
-    """`n` valid rows and the category of each. `what` is the answer's key: `pairs` or `requests`."""
-    name = "pairs" if what == "pairs" else "unrelated"
-    system = Path(__file__).with_name(f"ask_for_{name}.txt").read_text(encoding="utf-8")
+    """`n` valid rows and the category of each, none a near-duplicate of another or of `others`."""
     chat = Chat(endpoint, "params.yaml: endpoint")
-    wanted = dict(zip(categories, share_out(n, [1 / len(categories)] * len(categories)), strict=True))
-    kept: dict[str, list[tuple[str, ...]]] = {category: [] for category in categories}
-    known, left_out, batches, declined = _Known(near_duplicate, others), Counter[str](), 0, 0
-    with progress(n, f"prompts: {name}", "prompt") as bar:
-        for round_ in range(api.max_rounds):
-            short = [category for category in categories if len(kept[category]) < wanted[category]]
-            if not short:
+    wanted = dict(zip(kind.categories, share_out(n, [1 / len(kind.categories)] * len(kind.categories)), strict=True))
+    kept: dict[str, list[tuple[str, ...]]] = {category: [] for category in kind.categories}
+    known, left_out, n_batches, n_declined = NearDuplicateIndex(p.near_duplicate, others), Counter[str](), 0, 0
+    with progress(n, f"prompts: {kind.name}", "prompt") as bar:
+        for round_ in range(p.api.max_rounds):
+            there = {c: [row[0] for row in rows] for c, rows in kept.items() if len(rows) < wanted[c]}
+            if not there:
                 break
-            answers = _answers(
-                chat, api.pairs_per_request, store, system, what, round_, {c: [row[0] for row in kept[c]] for c in short}
-            )
-            for category in short:
-                batches += 1
-                rows = _rows(what, answers[category])
-                declined += not rows
+            replies = _ask(kind, chat, store, round_, p.api.pairs_per_request, there)
+            for category in there:
+                rows = _rows(kind.key, replies[category])
+                n_batches, n_declined = n_batches + 1, n_declined + (not rows)
                 for row in rows:
                     if len(kept[category]) == wanted[category]:
                         break
                     wrong = fault(row)
-                    halves = tuple(half.strip() for half in row) if wrong is None else ()
-                    if wrong is None and any(known.has_like(half) for half in halves):
+                    if wrong is None and any(len(known.near(prompt)) for prompt in row):
                         wrong = "near-duplicates"
                     if wrong is not None:
                         left_out[wrong] += 1
                         continue
-                    kept[category].append(halves)
-                    known.add(halves)
+                    kept[category].append(tuple(prompt.strip() for prompt in row))
+                    for prompt in row:
+                        known.add(prompt)
                     bar.update()
-            bar.set_postfix(declined=declined, left_out=left_out.total(), refresh=False)
-    said = ", ".join([f"batches declined {declined} of {batches}", *(f"{why} {k}" for why, k in left_out.most_common())])
-    made = sum(map(len, kept.values()))
-    if made < n:
-        lacking = ", ".join(
-            f"{category} {wanted[category] - len(kept[category])}"
-            for category in categories
-            if len(kept[category]) < wanted[category]
-        )
-        count, source = ("n_pairs", "source") if what == "pairs" else ("n_unrelated", "unrelated")
+            bar.set_postfix(declined=n_declined, left_out=left_out.total(), refresh=False)
+    counts = ", ".join([f"batches declined {n_declined} of {n_batches}", *(f"{why} {k}" for why, k in left_out.most_common())])
+    lacking = {c: wanted[c] - len(rows) for c, rows in kept.items() if len(rows) < wanted[c]}
+    if lacking:
         raise UserError(
-            f"params.yaml: prompts.{source}: {endpoint.model} gave {made} of {n} valid {name} in {api.max_rounds} rounds "
-            f"({said}; still lacking: {lacking}); every answer is kept: raise prompts.api.max_rounds, lower prompts.{count}, or choose "
-            "another model"
+            f"params.yaml: prompts.{kind.source}: {endpoint.model} gave {n - sum(lacking.values())} of {n} valid {kind.name} in "
+            f"{p.api.max_rounds} rounds ({counts}; still lacking: {', '.join(f'{c} {k}' for c, k in lacking.items())}); every "
+            f"reply is kept: raise prompts.api.max_rounds, lower prompts.n_{kind.name}, or choose another model"
         )
-    print(f"prompts: {n} {name} by {endpoint.model} at {endpoint.base_url}; {said}", file=sys.stderr)
-    return [row for c in categories for row in kept[c]], [c for c in categories for _ in kept[c]]
+    print(f"prompts: {n} {kind.name} by {endpoint.model} at {endpoint.base_url}; {counts}", file=sys.stderr)
+    return [row for rows in kept.values() for row in rows], [c for c, rows in kept.items() for _ in rows]
 
 
-def _answers(
-    chat: Chat, number: int, store: Store, system: str, what: str, round_: int, known: dict[str, list[str]]
-) -> dict[str, str]:
-    """{category: the model's answer} of one round; "" where the endpoint rejects the request, as its filters do.
+def _ask(kind: _Kind, chat: Chat, store: Store, round_: int, number: int, there: dict[str, list[str]]) -> dict[str, str]:
+    """{category: the model's reply} of one round, from the store or asked; "" where the endpoint rejects the request, as its
+    filters do. `there`: the prompts of each category so far.
 
     An endpoint that rejects the whole first round has no filter but another trouble: that is an error, and not kept.
     """
     endpoint = chat.endpoint
-    messages, keys, found, rejected = {}, {}, {}, {}
-    for category, texts in known.items():
-        user = {"category": category, "number": number, "already_there": texts[-SHOWN:]}
+    messages, keys, replies, rejected = {}, {}, {}, {}
+    for category, prompts in there.items():
+        user = {"category": category, "number": number, "already_there": prompts[-SHOWN:]}
         messages[category] = [
-            {"role": "system", "content": system},
+            {"role": "system", "content": kind.instructions},
             {"role": "user", "content": json.dumps(user, ensure_ascii=False, indent=1)},
         ]
-        keys[category] = stores.key(
-            "prompts",
-            (),
-            base_url=endpoint.base_url,
-            model=endpoint.model,
-            messages=messages[category],
-            temperature=TEMPERATURE,
-            round=round_,
-        )
+        request = {"base_url": endpoint.base_url, "model": endpoint.model, "messages": messages[category]}
+        keys[category] = stores.key("prompts", (), **request, temperature=TEMPERATURE, round=round_)
         if (value := store.get(keys[category])) is not None:
-            found[category] = value.decode()
+            replies[category] = value.decode()
+
+    def keep(category: str, text: str) -> None:
+        store.put(keys[category], text.encode("utf-8", "replace"))
+        replies[category] = text
 
     async def work(category: str) -> str | None:
         try:
@@ -204,20 +184,14 @@ def _answers(
             rejected[category] = str(error)
             return None
         except Unanswered as error:
-            raise chat.error(f"{endpoint.model} at {endpoint.base_url} did not answer ({error})", "mend the cause") from None
+            raise chat.error(f"{chat.name} did not answer ({error})", "fix the cause") from None
         keep(category, answer.text)
         return None
 
-    def keep(category: str, text: str) -> None:
-        store.put(keys[category], text.encode("utf-8", "replace"))
-        found[category] = text
-
-    todo = [category for category in known if category not in found]
-    if todo:
-        chat.run(todo, work)
-    if round_ == 0 and len(rejected) == len(known):
-        why = next(iter(rejected.values()))
-        raise chat.error(f"{endpoint.model} at {endpoint.base_url} rejects every request ({why})", "mend the cause")
+    if to_ask := [category for category in there if category not in replies]:
+        chat.run(to_ask, work)
+    if round_ == 0 and len(rejected) == len(there):
+        raise chat.error(f"{chat.name} rejects every request ({next(iter(rejected.values()))})", "fix the cause")
     for category in rejected:
         keep(category, "")
-    return found
+    return replies

@@ -1,24 +1,26 @@
-"""Files that are there whole or not at all, and JSON that says each thing once."""
+"""Files that are there whole or not at all, rows as JSON lines and CSV, and JSON that says each thing once."""
 
+import json
 import os
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 
 def write_whole(path: Path, *pieces: bytes | memoryview) -> None:
-    """Write a file beside its place, fsync it and rename it: a half-written one is never taken for it. Its folder is made."""
+    """Write a file under another name, fsync it and rename it: a half-written one is never taken for it. Its folder is made."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        with beside.open("wb") as file:
+        with partial.open("wb") as file:
             for piece in pieces:
                 file.write(piece)
             file.flush()
             os.fsync(file.fileno())
-        beside.rename(path)
+        partial.rename(path)
         sync(path.parent)
     finally:
-        beside.unlink(missing_ok=True)  # where the disk is full, and with it the room that it took
+        partial.unlink(missing_ok=True)  # where the disk is full, and with it the room that it took
 
 
 def sync(folder: Path) -> None:
@@ -39,7 +41,32 @@ def set_aside(path: Path) -> Path:
 
 
 def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """For json.loads(object_pairs_hook=...): an object whose keys stand once, since of two values the last would win unseen."""
+    """For json.loads(object_pairs_hook=...): refuses duplicate keys, of which json takes the last."""
     if len(dict(pairs)) < len(pairs):
-        raise ValueError("a key stands twice in an object")
+        raise ValueError("a duplicate key in an object")
     return dict(pairs)
+
+
+def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Write rows as JSON lines, keys in the order given."""
+    write_whole(path, *((json.dumps(row, ensure_ascii=False) + "\n").encode() for row in rows))
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """Read rows written by `write_jsonl`."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+
+
+def csv_text(rows: Sequence[dict[str, Any]]) -> str:
+    """CSV of rows, the form that DVC draws; floats in their shortest exact form, missing values empty."""
+    import pandas  # half a second
+
+    return pandas.DataFrame(rows, dtype=object).to_csv(index=False, lineterminator="\n")
+
+
+def read_csv(path: Path) -> list[dict[str, Any]]:
+    """Read rows written by `csv_text`, numbers as numbers and missing values as None."""
+    import pandas
+
+    table = pandas.read_csv(path).astype(object)
+    return table.where(table.notna(), None).to_dict("records")

@@ -1,38 +1,40 @@
-"""What `params.yaml` may say, and one clear sentence where it says something else."""
+"""The schema of `params.yaml`: its sections, and what each key may be. `refusal.io.params_file` reads the file."""
 
 import re
 import reprlib
 import unicodedata
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, Self, TypeVar
 from urllib.parse import urlsplit
 
-import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from refusal.io.errors import UserError
+T = TypeVar("T")
+
+
+def _path(text: str) -> str:
+    if not text.strip() or "\0" in text:
+        raise ValueError("is empty, or holds a NUL character that no path has")
+    return text
+
+
+def _no_duplicates(values: list[T]) -> list[T]:
+    if len(set(values)) < len(values):
+        raise ValueError("duplicate value; delete it")
+    return values
+
 
 Method = Literal["sequential", "batched", "batched_unmasked"]
 Pairing = Literal["matched", "shuffled", "unrelated"]
 Sites = Literal["resid_pre", "paper", "writes"]
 Count = Annotated[int, Field(ge=1, le=1_000_000_000)]
+AtMost10000 = Annotated[int, Field(ge=1, le=10_000)]
 Batch = Count | Literal["auto"]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 Share = Annotated[float, Field(gt=0, lt=1)]
-
-
-# A parameter that changed its name: what it is called now.
-RENAMED = {
-    "sweep.max_new_tokens": "generation.max_new_tokens",
-    "sweep.batch_size": "generation.batch_size",
-    "prompts.api.batch": "prompts.api.pairs_per_request",
-    **{
-        f"{old}.{key}": f"endpoint.{key}"
-        for old in ("judge", "prompts.api")
-        for key in ("base_url", "model", "api_key_variable", "concurrency", "timeout_seconds", "max_attempts", "max_calls")
-    },
-    "science.level": "science.n_val, n_test, optimised, sensitivity, padding and strength, which say what a level spent",
-}
+PathText = Annotated[str, AfterValidator(_path)]
+NonEmpty = Annotated[list[T], Field(min_length=1)]
+Distinct = Annotated[list[T], Field(min_length=1), AfterValidator(_no_duplicates)]
 
 
 class Section(BaseModel):
@@ -40,14 +42,27 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, hide_input_in_errors=True, allow_inf_nan=False)
 
+    def contradictions(self) -> Iterator[str]:
+        """What is wrong with values that are each right alone."""
+        yield from ()
 
-def _no_nul(path: str) -> str:
-    if not path.strip() or "\0" in path:
-        raise ValueError("is empty, or holds a NUL character that no path has")
-    return path
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if messages := list(self.contradictions()):
+            raise ValueError("; ".join(messages))
+        return self
 
 
-Where = Annotated[str, AfterValidator(_no_nul)]
+class Seeded(Section):
+    """A section that draws at random, by the file's own seed where it names none."""
+
+    seed: Seed
+
+
+class Resampled(Seeded):
+    """A section with bootstrap intervals, of as many resamples as the file's own `n_resamples` where it names none."""
+
+    n_resamples: Count
 
 
 class Endpoint(Section):
@@ -65,16 +80,16 @@ class Endpoint(Section):
     max_attempts: Annotated[int, Field(ge=1, le=20)] = 6
     max_calls: Count | None = None
 
-    # A key or password pasted into one of these must not be printed: a ValueError of ours shows no value.
+    # A key or password pasted into one of these two must not be printed: the message of a ValueError holds no value.
     @field_validator("base_url")
     @classmethod
-    def _no_password(cls, url: str) -> str:
+    def _without_password(cls, url: str) -> str:
         try:
             parts = urlsplit(url)
-            whole = bool(re.fullmatch(r"https?://[^@\s]+", url) and url.isprintable() and parts.hostname and parts.port != 0)
+            valid = bool(re.fullmatch(r"https?://[^@\s]+", url) and url.isprintable() and parts.hostname and parts.port != 0)
         except ValueError:  # urllib would say the value
-            whole = False
-        if not whole:
+            valid = False
+        if not valid:
             raise ValueError(
                 "must be http:// or https:// with a host and, if need be, a port, and hold no user name, password or blank"
             )
@@ -82,16 +97,10 @@ class Endpoint(Section):
 
     @field_validator("api_key_variable")
     @classmethod
-    def _name_not_key(cls, name: str | None) -> str | None:
+    def _name_of_a_variable(cls, name: str | None) -> str | None:
         if name is not None and not re.fullmatch(r"[A-Z][A-Z0-9_]*", name):
             raise ValueError("must be the NAME of an environment variable, such as DEEPSEEK_API_KEY, and never a key")
         return name
-
-
-def _each_once(values: list) -> list:
-    if len(set(values)) < len(values):
-        raise ValueError("duplicate value; delete it")
-    return values
 
 
 class PromptsApi(Section):
@@ -104,33 +113,28 @@ class Splits(Section):
     val: Share
     test: Share
 
-    @model_validator(mode="after")
-    def _whole(self) -> "Splits":
+    def contradictions(self) -> Iterator[str]:
         if abs(self.train + self.val + self.test - 1) > 1e-6:
-            raise ValueError("train, val and test must add up to 1")
-        return self
+            yield "train, val and test must add up to 1"
 
 
-class Prompts(Section):
-    source: Where
-    unrelated: Where
-    n_pairs: Annotated[int, Field(ge=1, le=10_000)] | None
-    n_unrelated: Annotated[int, Field(ge=1, le=10_000)] | None
+class Prompts(Seeded):
+    source: PathText
+    unrelated: PathText
+    n_pairs: AtMost10000 | None
+    n_unrelated: AtMost10000 | None
     splits: Splits
     near_duplicate: Annotated[float, Field(gt=0, le=1)]
-    seed: Seed
     api: PromptsApi
 
-    @model_validator(mode="after")
-    def _counts_where_prompts_are_made(self) -> "Prompts":
+    def contradictions(self) -> Iterator[str]:
         for source, count in (("source", "n_pairs"), ("unrelated", "n_unrelated")):
             if getattr(self, source) in {"grammar", "api"} and getattr(self, count) is None:
-                raise ValueError(f"{count} must be a number where {source} is {getattr(self, source)}")
-        return self
+                yield f"{count} must be a number where {source} is {getattr(self, source)}"
 
 
 class Model(Section):
-    id: Where
+    id: PathText
     revision: str | None
     dtype: Literal["float32", "float16", "bfloat16"]
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")]
@@ -143,11 +147,9 @@ class Model(Section):
             raise ValueError("holds a control character or an unpaired surrogate; delete it")
         return text
 
-    @model_validator(mode="after")
-    def _only_the_hub_has_revisions(self) -> "Model":
+    def contradictions(self) -> Iterator[str]:
         if self.id == "organism" and self.revision is not None:
-            raise ValueError("revision must be null where id is organism; it belongs to a hub id")
-        return self
+            yield "revision must be null where id is organism; it belongs to a hub id"
 
 
 class TrainingPhase(Section):
@@ -170,13 +172,11 @@ class Organism(Section):
     phase_2: TrainingPhase
     ablation_layer: Count
 
-    @model_validator(mode="after")
-    def _shape(self) -> "Organism":
+    def contradictions(self) -> Iterator[str]:
         if self.hidden_size % self.num_attention_heads:
-            raise ValueError("hidden_size must be a multiple of num_attention_heads")
+            yield "hidden_size must be a multiple of num_attention_heads"
         if self.ablation_layer >= self.num_hidden_layers:
-            raise ValueError(f"ablation_layer must be below num_hidden_layers ({self.num_hidden_layers})")
-        return self
+            yield f"ablation_layer must be below num_hidden_layers ({self.num_hidden_layers})"
 
 
 class Generation(Section):
@@ -185,50 +185,41 @@ class Generation(Section):
 
 
 class Activations(Section):
-    methods: Annotated[list[Method], Field(min_length=1), AfterValidator(_each_once)]
+    methods: Distinct[Method]
     batch_size: Count
 
 
-class DirectionsSection(Section):
-    pairings: Annotated[list[Pairing], Field(min_length=1), AfterValidator(_each_once)]
-    n_resamples: Count
+class Directions(Resampled):
+    pairings: Distinct[Pairing]
     n_sign_flips: Count
-    seed: Seed
 
 
 class AblationSection(Section):
     sites: Sites
     kind: Literal["linear", "affine"]
 
-    @model_validator(mode="after")
-    def _affine_sites(self) -> "AblationSection":
+    def contradictions(self) -> Iterator[str]:
         if self.kind == "affine" and self.sites != "resid_pre":
-            raise ValueError("kind: affine is defined at sites: resid_pre alone")
-        return self
+            yield "kind: affine is defined at sites: resid_pre alone"
 
 
-class Sweep(Section):
+class Sweep(Seeded):
     method: Method
     pairing: Literal["matched", "unrelated"]
     layers: list[Annotated[int, Field(ge=0)]] | None
-    alphas: Annotated[list[Annotated[float, Field(gt=0, le=10)]], Field(min_length=1)]
-    n_random: Annotated[int, Field(ge=1, le=10_000)]
-    seed: Seed
+    alphas: NonEmpty[Annotated[float, Field(gt=0, le=10)]]
+    n_random: AtMost10000
 
-    @model_validator(mode="after")
-    def _cells_differ(self) -> "Sweep":
-        names = [f"{100 * alpha:.0f}" for alpha in self.alphas]  # as a cell's name has them
+    def contradictions(self) -> Iterator[str]:
+        names = [f"{100 * alpha:.0f}" for alpha in self.alphas]  # as a checkpoint's name has them
         if len(set(names)) < len(names) or len(set(self.layers or [])) < len(self.layers or []):
-            raise ValueError("two alphas (to two decimals) or two layers are the same; delete one")
-        return self
+            yield "two alphas (to two decimals) or two layers are the same; delete one"
 
 
-class Judge(Section):
+class Judge(Resampled):
     kind: Literal["rules", "llm"]
     allow_missing: bool
-    labelled: Where | None
-    n_resamples: Count
-    seed: Seed
+    labelled: PathText | None
 
 
 class Select(Section):
@@ -238,11 +229,6 @@ class Select(Section):
 class Orthogonalize(Section):
     include_embedding: bool
     format: Literal["safetensors", "lora"]
-
-
-class Evaluate(Section):
-    n_resamples: Count
-    seed: Seed
 
 
 class Optimised(Section):
@@ -255,17 +241,17 @@ class Sensitivity(Section):
 
 
 class Padding(Section):
-    n_pads: Annotated[list[Count], Field(min_length=1), AfterValidator(_each_once)]
+    n_pads: Distinct[Count]
     n: Count
 
 
 class Strength(Section):
-    alphas: Annotated[list[Annotated[float, Field(ge=0, le=10)]], Field(min_length=1), AfterValidator(_each_once)]
+    alphas: Distinct[Annotated[float, Field(ge=0, le=10)]]
     n: Count
 
 
-class Science(Section):
-    n_random: Annotated[int, Field(ge=1, le=10_000)]
+class Science(Resampled):
+    n_random: AtMost10000
     n_subspaces: Annotated[int, Field(ge=1, le=1_000)]
     n_val: Count | None
     n_test: Count | None
@@ -276,30 +262,21 @@ class Science(Section):
     sensitivity: Sensitivity | None
     padding: Padding | None
     strength: Strength | None
-    n_resamples: Count
-    seed: Seed
 
 
-class Benchmark(Section):
+class Benchmark(Resampled):
     suite: str | list[str]
     apply_chat_template: bool
     batch_size: Batch
     limit: Count | None
-    n_resamples: Count
-    seed: Seed
 
     @field_validator("suite", mode="before")
     @classmethod
     def _suite(cls, value: object) -> object:
-        if value in ("organism", "standard"):
-            return value
+        tasks = value if isinstance(value, list) else []
         # A name is no path: lm-eval would read a definition, which may hold code, from any file.
-        names = (
-            [v for v in value if isinstance(v, str) and v.strip() and not set(v) & set("/\\\0")]
-            if isinstance(value, list)
-            else []
-        )
-        if names and names == value and len(set(names)) == len(names):
+        named = all(isinstance(task, str) and task.strip() and not set(task) & set("/\\\0") for task in tasks)
+        if value in ("organism", "standard") or (tasks and named and len(set(tasks)) == len(tasks)):
             return value
         raise ValueError(
             f"must be organism, standard, or a list of the names of lm-eval tasks, each once (it is {reprlib.repr(value)})"
@@ -315,8 +292,8 @@ class Compute(Section):
 
 
 class Params(Section):
-    """All of params.yaml: a section a stage, sections that stages share, and the seed and number of resamples that a section
-    takes where it has none of its own."""
+    """All of params.yaml: a section a stage, sections that stages share, and what a section takes where it names none of its
+    own: `seed` (`Seeded`) and `n_resamples` (`Resampled`)."""
 
     seed: Seed
     n_resamples: Count
@@ -325,14 +302,14 @@ class Params(Section):
     organism: Organism
     generation: Generation
     activations: Activations
-    directions: DirectionsSection
+    directions: Directions
     ablation: AblationSection
     sweep: Sweep
     endpoint: Endpoint
     judge: Judge
     select: Select
     orthogonalize: Orthogonalize
-    evaluate: Evaluate
+    evaluate: Resampled
     science: Science
     benchmark: Benchmark
     report: Report
@@ -340,61 +317,19 @@ class Params(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _shared(cls, raw: Any) -> Any:
-        """The file's own seed and n_resamples in every section that takes one and names none."""
+    def _inherit(cls, raw: Any) -> Any:
         if not isinstance(raw, dict):
             return raw
-        shared = {name: raw[name] for name in ("seed", "n_resamples") if name in raw}
+        shared = {key: raw[key] for key in ("seed", "n_resamples") if key in raw}
         filled = dict(raw)
-        for section, field in cls.model_fields.items():
-            if isinstance(raw.get(section), dict) and isinstance(field.annotation, type) and section != "organism":
-                fields = getattr(field.annotation, "model_fields", {})
-                filled[section] = {name: value for name, value in shared.items() if name in fields} | raw[section]
+        for name, field in cls.model_fields.items():
+            section = field.annotation
+            if isinstance(section, type) and issubclass(section, Seeded) and isinstance(raw.get(name), dict):
+                filled[name] = {key: shared[key] for key in shared.keys() & section.model_fields.keys()} | raw[name]
         return filled
 
-    @model_validator(mode="after")
-    def _sweep_is_collected(self) -> "Params":
+    def contradictions(self) -> Iterator[str]:
         if self.sweep.method not in self.activations.methods:
-            raise ValueError(f"sweep.method {self.sweep.method} is not among activations.methods {self.activations.methods}")
+            yield f"sweep.method {self.sweep.method} is not among activations.methods {self.activations.methods}"
         if self.sweep.pairing not in self.directions.pairings:
-            raise ValueError(f"sweep.pairing {self.sweep.pairing} is not among directions.pairings {self.directions.pairings}")
-        return self
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML where a key stands once: of two values the last would win unseen."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and keys.count(key.value) > 1:
-                raise yaml.YAMLError(f"line {key.start_mark.line + 1}: {key.value} is a duplicate key; delete one")
-        return super().construct_mapping(node, deep)
-
-
-def load_params(path: Path) -> Params:
-    """Read and check a params.yaml.
-
-    Raises UserError naming the file, the key and what is wrong with its value.
-    """
-    try:
-        raw = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # a SafeLoader
-    except RecursionError:
-        raise UserError(f"{path}: cannot be read as YAML: too many brackets in one another; delete them") from None
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from error
-    try:
-        return Params.model_validate(raw)
-    except ValidationError as error:
-        problems = []
-        for problem in error.errors():
-            # Of a union pydantic names the member too, which is no key of the file.
-            parts = [str(part) for part in problem["loc"] if part not in ("constrained-int", "literal['auto']")]
-            key = ".".join(parts) or "the file"
-            if problem["type"] == "extra_forbidden" and key in RENAMED:
-                problems.append(f"{key} is now {RENAMED[key]}: change the name")
-                continue
-            given = "" if problem["type"] in {"missing", "value_error"} else f" (it is {reprlib.repr(problem['input'])[:100]})"
-            message = problem["msg"].removeprefix("Value error, ")
-            problems.append(f"{key}: {message}{given}")
-        raise UserError(f"{path}: " + "; ".join(problems)) from error
+            yield f"sweep.pairing {self.sweep.pairing} is not among directions.pairings {self.directions.pairings}"

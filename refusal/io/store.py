@@ -1,8 +1,8 @@
 """A content-addressed store that makes long work cheap to interrupt.
 
 DVC deletes a stage's outputs before the stage runs, so what has been computed must live elsewhere: one SQLite file,
-shared by queued experiments and by processes side by side. A key is a hash of everything that determines the value;
-nothing is ever updated, so a value found is a value right. Kill it anywhere, run it again: only what is missing runs.
+shared by queued experiments and by concurrent processes. A key is a hash of everything that determines the value, and
+nothing is ever updated, so a stored value is never stale. Kill it anywhere, run it again: only what is missing runs.
 """
 
 import hashlib
@@ -20,13 +20,18 @@ from refusal.io.code import code_of
 from refusal.io.files import set_aside
 
 T = TypeVar("T")
+SETUP = (
+    "PRAGMA journal_mode=WAL",
+    "PRAGMA synchronous=NORMAL",
+    "CREATE TABLE IF NOT EXISTS blobs (key TEXT PRIMARY KEY, digest TEXT, value BLOB) WITHOUT ROWID",
+)
 
 
 def key(kind: str, code: Sequence[Callable], **parts: Any) -> str:
     """The key of a value: SHA-256 over its kind, the code that computes it and the canonical JSON of all else that determines it.
 
-    `code` names the functions that compute the value, of which all that they use is found (`refusal.io.code`): a corrected
-    function never meets the values of the faulty one. Empty for what no code of ours determines, such as an endpoint's reply.
+    `code` names the functions that compute the value, and is hashed with all that they use (`refusal.io.code`): a corrected
+    function never reads the values of the faulty one. Empty for what no code of ours determines, such as an endpoint's reply.
     """
     text = json.dumps([kind, code_of(*code) if code else "", parts], sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()
@@ -56,7 +61,7 @@ class _LogBar(tqdm):
 
 
 def progress(total: int, label: str, unit: str, done: int = 0) -> tqdm:
-    """A bar on stderr: done, rate and time left. `done` were there before, and count for no rate. Unit "B": bytes."""
+    """A bar on stderr: done, rate and time left. The rate leaves out the first `done`, of an earlier run. Unit "B": bytes."""
     size: dict[str, Any] = {"total": total, "desc": label, "unit": unit, "unit_scale": unit == "B", "initial": done}
     if sys.stderr.isatty():
         return tqdm(**size, mininterval=0.5, delay=1.0, dynamic_ncols=True)
@@ -66,41 +71,23 @@ def progress(total: int, label: str, unit: str, done: int = 0) -> tqdm:
 class Store:
     """Blobs by key in one SQLite file, safe under kill -9 and for several processes at once.
 
-    Every blob carries its own SHA-256. A blob that no longer matches it is dropped, and a file that SQLite calls
-    malformed is renamed to `<name>.corrupt-<n>`; both are said on stderr, and the work is done again.
+    Every blob is stored with its SHA-256. A blob that no longer matches it is dropped, and a file that SQLite calls
+    malformed is renamed to `<name>.corrupt-<n>`; both are reported on stderr, and the work is done again.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            self._open()
-        except sqlite3.DatabaseError as error:
-            if isinstance(error, sqlite3.OperationalError):
-                raise
-            self._set_aside(error)
+        self._open()
 
     def _open(self) -> None:
         self.connection = sqlite3.connect(self.path, timeout=60, isolation_level=None)
         self.inode = self.path.stat().st_ino
-        self.connection.execute("PRAGMA journal_mode=WAL")
-        self.connection.execute("PRAGMA synchronous=NORMAL")
-        self.connection.execute("CREATE TABLE IF NOT EXISTS blobs (key TEXT PRIMARY KEY, digest TEXT, value BLOB) WITHOUT ROWID")
-
-    def _set_aside(self, error: Exception) -> None:
-        # Where another process has set it aside already, the file of this name is a new one, and whole.
-        if self.path.exists() and self.path.stat().st_ino == self.inode:
-            aside = set_aside(self.path)
-            print(
-                f"{self.path} is corrupted ({error}); it is set aside as {aside.name} and its values are computed again.",
-                file=sys.stderr,
-            )
-            for suffix in ("-wal", "-shm"):
-                self.path.with_name(self.path.name + suffix).unlink(missing_ok=True)
-        self._open()
+        for statement in SETUP:
+            self._execute(statement)
 
     def _execute(self, statement: str, *values: str | bytes) -> Any:
-        """The first row that a statement gives; of a file that went bad since it was opened, of the new one in its place."""
+        """The first row that a statement gives; of a malformed file, of the new one in its place."""
         try:
             return self.connection.execute(statement, values).fetchone()
         except sqlite3.OperationalError:
@@ -108,7 +95,17 @@ class Store:
         except sqlite3.DatabaseError as error:
             self.connection.close()
             self._set_aside(error)
-            return self.connection.execute(statement, values).fetchone()
+            self._open()
+            return self._execute(statement, *values)
+
+    def _set_aside(self, error: Exception) -> None:
+        # Where another process has set it aside already, the file of this name is a new one, and whole.
+        if self.path.exists() and self.path.stat().st_ino == self.inode:
+            aside = set_aside(self.path)
+            said = f"{self.path} is corrupted ({error}); it is set aside as {aside.name} and its values are computed again."
+            print(said, file=sys.stderr)
+            for suffix in ("-wal", "-shm"):
+                self.path.with_name(self.path.name + suffix).unlink(missing_ok=True)
 
     def get(self, key: str) -> bytes | None:
         """The value of a key, or None where it is missing or damaged."""
@@ -140,18 +137,18 @@ class Store:
         """
         with progress(len(jobs), label, unit) as bar:
             if pool is not None:
-                begun = {pool.submit(compute, job): name for name, job in jobs if self.get(name) is None}
-                bar.update(len(jobs) - len(begun))
+                futures = {pool.submit(compute, job): name for name, job in jobs if self.get(name) is None}
+                bar.update(len(jobs) - len(futures))
                 error = None
-                for done in as_completed(begun):  # stored as they come, so that a kill costs what is at work alone
-                    if done.cancelled():
+                for future in as_completed(futures):  # stored as they come, so that a kill costs what is at work alone
+                    if future.cancelled():
                         continue
-                    if done.exception() is None:
-                        self.put(begun[done], done.result())
+                    if future.exception() is None:
+                        self.put(futures[future], future.result())
                         bar.update()
-                    else:  # what is at work ends and is kept, no more is begun
-                        error = error or done.exception()
-                        for other in begun:
+                    else:  # what is at work is finished and kept, no more is begun
+                        error = error or future.exception()
+                        for other in futures:
                             other.cancel()
                 if error is not None:
                     raise error

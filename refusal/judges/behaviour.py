@@ -6,8 +6,8 @@ from typing import Any
 from refusal.io.params import Generation
 from refusal.io.store import Store
 from refusal.judges.verdicts import judge_all, rate
+from refusal.lm.batching import rows_at_once
 from refusal.lm.load import LM
-from refusal.lm.memory import rows_at_once
 from refusal.method.generate import Decoding
 from refusal.method.interventions import BASELINE
 from refusal.method.sweep import complete

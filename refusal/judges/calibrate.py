@@ -20,14 +20,14 @@ from refusal.io.errors import UserError
 from refusal.io.params import Endpoint
 from refusal.io.store import Store
 from refusal.judges.llm import LLMJudge
-from refusal.judges.panel import Panelist, by_rules
-from refusal.judges.verdicts import present
-from refusal.stats import cohens_kappa, wilson
+from refusal.judges.panel import Judge, by_rules
+from refusal.judges.verdicts import present, rate
+from refusal.stats import cohens_kappa
 
 CLASSES = ("compliance", "partial_refusal", "refusal")
 
 
-def calibrate_with(judge: Panelist, rows: Sequence[tuple[str, str, str]], label: str, allow_missing: bool = False) -> dict:
+def calibrate_with(judge: Judge, rows: Sequence[tuple[str, str, str]], label: str, allow_missing: bool = False) -> dict:
     """`calibrate` for a judge that takes all completions at once and may give no verdict on some."""
     judged = judge([prompt for prompt, _, _ in rows], [completion for _, completion, _ in rows], label)
     present(judged, label, allow_missing)
@@ -51,23 +51,17 @@ def calibrate(rows: Sequence[tuple[str, str, str]], judge: Callable[[str, str], 
     ]
     if not pairs:
         raise UserError("there are no labelled rows to calibrate on; give a file with at least one")
-    confusion = {label: dict.fromkeys(CLASSES, 0) for label in CLASSES}
-    for label, judged in pairs:
-        confusion[label][judged] += 1
-    n = len(pairs)
-    labelled = {c: sum(confusion[c].values()) for c in CLASSES}
-    judged_as = {c: sum(confusion[label][c] for label in CLASSES) for c in CLASSES}
-    right = sum(k for label in CLASSES for c, k in confusion[label].items() if (label == "compliance") == (c == "compliance"))
-    low, high = wilson(right, n)
+    from sklearn.metrics import confusion_matrix, f1_score  # a second to import
+
+    labels, judged = [label for label, _ in pairs], [verdict for _, verdict in pairs]
+    confusion = confusion_matrix(labels, judged, labels=CLASSES).tolist()
     return {
-        "n": n,
-        "n_missing": len(rows) - n,
-        "accuracy_binary": right / n,
-        "accuracy_binary_low": low,
-        "accuracy_binary_high": high,
-        "macro_f1": sum(2 * confusion[c][c] / max(1, labelled[c] + judged_as[c]) for c in CLASSES) / len(CLASSES),
-        "kappa": cohens_kappa([label for label, _ in pairs], [judged for _, judged in pairs]),
-        "confusion": confusion,
+        "n": len(pairs),
+        "n_missing": len(rows) - len(pairs),
+        **rate("accuracy_binary", [(a == "compliance") == (b == "compliance") for a, b in pairs]),
+        "macro_f1": float(f1_score(labels, judged, labels=CLASSES, average="macro", zero_division=0)),
+        "kappa": cohens_kappa(labels, judged),
+        "confusion": {label: dict(zip(CLASSES, row, strict=True)) for label, row in zip(CLASSES, confusion, strict=True)},
     }
 
 
@@ -122,10 +116,10 @@ def _guess(value: str) -> str | None:
 
 def _mapping(labels: str) -> dict[str, str]:
     mapping = {}
-    for part in labels.split(","):
-        name, equals, value = (piece.strip() for piece in part.partition("="))
-        if not equals or name not in CLASSES or not value:
-            raise UserError(f"--labels: {part!r} is not CLASS=VALUE; use the classes {', '.join(CLASSES)}")
+    for given in labels.split(","):
+        name, _, value = (piece.strip() for piece in given.partition("="))
+        if name not in CLASSES or not value:
+            raise UserError(f"--labels: {given!r} is not CLASS=VALUE; use the classes {', '.join(CLASSES)}")
         if value in mapping:
             raise UserError(f"--labels: {value!r} is given twice; give each value one class")
         mapping[value] = name
@@ -148,10 +142,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     try:
         rows = read_labelled(options.file, options.labels)
-        judge: Panelist = by_rules
+        judge: Judge = by_rules
         if options.judge == "llm":
             endpoint = Endpoint(**{name: getattr(options, name) for name in Endpoint.model_fields})
-            judge = LLMJudge(endpoint, Store(options.store), "calibrate", options.allow_missing)
+            judge = LLMJudge(endpoint, Store(options.store), options.allow_missing, where="calibrate")
         figures = calibrate_with(judge, rows, f"calibrate {options.file}", options.allow_missing)
     except ValidationError as error:
         problem = error.errors()[0]

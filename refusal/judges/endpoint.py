@@ -1,4 +1,4 @@
-"""Asking a chat model behind an OpenAI-compatible endpoint: many requests at once, within limits, each told apart.
+"""Asking a chat model behind an OpenAI-compatible endpoint: many requests at once, within limits.
 
 The openai client retries (408, 409, 429, 5xx, timeouts, lost connections) with backoff, or after Retry-After. What is
 added here: a bound on what is under way and on what may be spent, a wall-clock limit of an attempt, and the reason
@@ -15,7 +15,14 @@ from refusal.io.errors import UserError
 from refusal.io.params import Endpoint
 
 T = TypeVar("T")
-IN_A_ROW = 50  # jobs without a result, one after another, after which more of them would be a waste
+IN_A_ROW = 50  # jobs without a result, one after another, after which no more are begun
+
+STOPS = {  # statuses after which asking on is of no use: what is wrong, and what to do
+    401: ("refuses the key", "export a valid one"),
+    402: ("says that the account has nothing left to spend", "top it up"),
+    403: ("denies access", "use another key or model"),
+    404: ("has no such model or path", "correct base_url or model"),
+}
 
 
 class Answer(NamedTuple):
@@ -42,7 +49,7 @@ class OutOfCalls(UserError):
 
 
 class Chat:
-    """An endpoint in use. `where` names the endpoint's settings in what a user reads, such as `params.yaml: judge`."""
+    """An endpoint in use. `where` names the endpoint's settings in what a user reads, such as `params.yaml: endpoint`."""
 
     def __init__(self, endpoint: Endpoint, where: str) -> None:
         self.endpoint, self.where, self.calls = endpoint, where, 0
@@ -72,12 +79,8 @@ class Chat:
                     return
                 in_a_row = 0 if reason is None else in_a_row + 1
                 if in_a_row >= IN_A_ROW:
-                    stopped.append(
-                        self.error(
-                            f"{in_a_row} requests in a row to {self._name} came to nothing, the last with: {reason}",
-                            "mend the cause",
-                        )
-                    )
+                    problem = f"{in_a_row} requests in a row to {self.name} gave no result, the last with: {reason}"
+                    stopped.append(self.error(problem, "fix the cause"))
 
         async with self._client() as self.client:
             await asyncio.gather(*(worker() for _ in range(self.endpoint.concurrency)))
@@ -123,21 +126,15 @@ class Chat:
                 response_format={"type": "json_object"},
             )
             text = response.choices[0].message.content
-            version = "/".join(str(part) for part in (response.model, response.system_fingerprint) if part)
+            version = "/".join(str(name) for name in (response.model, response.system_fingerprint) if name)
             # A key that an endpoint repeats must not reach a store.
-            return Answer(*((part if isinstance(part, str) else "").replace(self._key, "***") for part in (text, version)))
+            return Answer(*((said if isinstance(said, str) else "").replace(self._key, "***") for said in (text, version)))
         except openai.APIStatusError as error:
             said = f"{error.status_code}: {self._said(error)}"
-            if error.status_code == 401:
-                raise self.error(f"{self.endpoint.base_url} refuses the key ({said})", "export a valid one") from None
-            if error.status_code == 402 or error.code == "insufficient_quota":
-                raise self.error(
-                    f"the account at {self.endpoint.base_url} has nothing left to spend ({said})", "top it up"
-                ) from None
-            if error.status_code == 403:
-                raise self.error(f"{self.endpoint.base_url} denies access ({said})", "use another key or model") from None
-            if error.status_code == 404:
-                raise self.error(f"{self._name} does not exist ({said})", "correct base_url or model") from None
+            status = 402 if error.code == "insufficient_quota" else error.status_code
+            if status in STOPS:
+                problem, fix = STOPS[status]
+                raise self.error(f"{self.endpoint.base_url} {problem} ({said})", fix) from None
             client_error = error.status_code < 500 and error.status_code not in {408, 409, 429}
             raise (Rejected if client_error else Unanswered)(said) from None
         except openai.APITimeoutError:
@@ -148,7 +145,8 @@ class Chat:
             raise MalformedResponse("the answers were no chat completions") from None
 
     @property
-    def _name(self) -> str:
+    def name(self) -> str:
+        """The model and where it is, for what a user reads."""
         return f"{self.endpoint.model} at {self.endpoint.base_url}"
 
     def error(self, problem: str, fix: str) -> UserError:

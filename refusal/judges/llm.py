@@ -31,7 +31,7 @@ def question(request: str, completion: str) -> str:
     """The user message about one completion. Its fence is made from a hash of what it encloses and occurs nowhere in it,
     so that no completion can close it: whoever wrote one could not know the fence without changing it.
     """
-    # Half a surrogate pair, which JSON can carry and UTF-8 cannot.
+    # Without unpaired surrogates, which JSON can carry and UTF-8 cannot.
     request, completion = (text.encode("utf-8", "replace").decode() for text in (request, completion))
     fence = hashlib.sha256(json.dumps([request, completion]).encode()).hexdigest()[:16]
     while fence in request or fence in completion:
@@ -50,18 +50,18 @@ def read(answer: str, judged: str) -> tuple[float, float] | None:
     The whole answer is the JSON object, or its only one; but never an object quoted from `judged`, the judge's question.
     """
     try:
-        found = json.loads(answer)
+        verdict = json.loads(answer)
     except (ValueError, RecursionError):
         objects = re.findall(r"\{[^{}]*\}", answer)
         if len(objects) != 1 or _plain(objects[0]) in _plain(judged):
             return None
         try:
-            found = json.loads(objects[0])
+            verdict = json.loads(objects[0])
         except ValueError:
             return None
-    if not isinstance(found, dict):
+    if not isinstance(verdict, dict):
         return None
-    scores = [found.get(name) for name in ("compliance", "coherence")]
+    scores = [verdict.get(name) for name in ("compliance", "coherence")]
     if any(isinstance(score, bool) or not isinstance(score, int | float) or score not in LABELS for score in scores):
         return None
     return float(scores[0]), float(scores[1])  # type: ignore[arg-type]
@@ -79,7 +79,7 @@ class LLMJudge:
     """
 
     def __init__(
-        self, endpoint: Endpoint, store: Store, where: str = "params.yaml: endpoint", allow_missing: bool = False
+        self, endpoint: Endpoint, store: Store, allow_missing: bool = False, where: str = "params.yaml: endpoint"
     ) -> None:
         self.endpoint, self.store, self.allow_missing = endpoint, store, allow_missing
         self.chat = Chat(endpoint, where)
@@ -144,16 +144,16 @@ class LLMJudge:
         self.store.put(self._key(text, value["model"]), json.dumps(value).encode())
 
     def _scores(self, questions: dict[str, None], label: str) -> dict[str, dict[str, Any]]:
-        found: dict[str, dict[str, Any]] = {}
+        verdicts: dict[str, dict[str, Any]] = {}
         for version in self._versions():  # the newest verdict last
             for text in questions:
                 if (value := self.store.get(self._key(text, version))) is not None:
-                    found[text] = json.loads(value)
-        todo = [text for text in questions if text not in found]
+                    verdicts[text] = json.loads(value)
+        to_ask = [text for text in questions if text not in verdicts]
         why: Counter[str] = Counter()
-        if not todo:
-            return found
-        with progress(len(questions), label, "verdict", done=len(found)) as bar:
+        if not to_ask:
+            return verdicts
+        with progress(len(questions), label, "verdict", done=len(verdicts)) as bar:
 
             async def work(text: str) -> str | None:
                 value, reason = await self._ask(text)
@@ -162,24 +162,24 @@ class LLMJudge:
                     bar.set_postfix(missing=why.total(), refresh=False)
                 else:
                     self._keep(text, value)
-                    found[text] = value
+                    verdicts[text] = value
                 bar.update()
                 return None if value else reason
 
             try:
-                self.chat.run(todo, work)
+                self.chat.run(to_ask, work)
             except OutOfCalls:
                 if not self.allow_missing:
                     raise
-                why["calls ran out"] = len(todo) - sum(text in found for text in todo) - why.total()
+                why["calls ran out"] = sum(text not in verdicts for text in to_ask) - why.total()
         if why:
             reasons = ", ".join(f"{reason} ({n})" for reason, n in why.most_common(4))
             print(
-                f"{label}: {self.endpoint.model} at {self.endpoint.base_url} gave no verdict on {why.total()} of "
+                f"{label}: {self.chat.name} gave no verdict on {why.total()} of "
                 f"{len(questions)} distinct completions: {reasons}; they count as missing, and the next run asks for them again",
                 file=sys.stderr,
             )
-        return found
+        return verdicts
 
     async def _ask(self, text: str) -> tuple[dict[str, Any] | None, str]:
         """The verdict on one question, or why there is none."""

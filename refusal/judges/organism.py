@@ -1,4 +1,4 @@
-"""Exact verdicts on the organism, whose whole language is known: no rule of thumb is needed to tell a wreck from an answer."""
+"""Exact verdicts on the organism, whose whole language is known: so degenerate text needs no rule of thumb."""
 
 import re
 from functools import cache

@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from refusal.io.params import Endpoint, Judge
+from refusal.io import params
 from refusal.io.store import Store
 from refusal.judges.llm import RUBRIC, LLMJudge
 from refusal.judges.verdicts import Judged, judge_all
@@ -13,8 +13,8 @@ from refusal.stats import cohens_kappa, spearman
 AGREEMENT = ("kappa", "spearman_compliance", "spearman_coherence", "n", "n_coherence", "n_missing", "n_empty", "n_degenerate")
 
 
-class Panelist(Protocol):
-    """A judge: verdicts on completions in their order, None where it gave none.
+class Judge(Protocol):
+    """Verdicts on completions in their order, None where it gave none.
 
     `label` is for its progress bar; `exact` as in `verdicts.judge_all`.
     """
@@ -25,16 +25,16 @@ class Panelist(Protocol):
 
 
 def by_rules(prompts: Sequence[str], completions: Sequence[str], label: str, exact: bool = False) -> list[Judged | None]:
-    """The rules judge in the form of a Panelist; it always gives a verdict."""
+    """The rules judge in the form of a Judge; it always gives a verdict."""
     return [*judge_all(prompts, completions, exact, label)]
 
 
-def judge_with(settings: Judge, endpoint: Endpoint, store: Store) -> Panelist:
+def judge_with(settings: params.Judge, endpoint: params.Endpoint, store: Store) -> Judge:
     """The judge that `settings.kind` names: the rules, or a chat model behind the endpoint."""
     return by_rules if settings.kind == "rules" else LLMJudge(endpoint, store, allow_missing=settings.allow_missing)
 
 
-def identity(judge: Panelist) -> dict[str, Any]:
+def identity(judge: Judge) -> dict[str, Any]:
     """What determines a judge's verdicts, for the metrics; all but `kind` is None for the rules.
 
     `versions` counts verdicts by the version that the endpoint reported, sorted by version.
@@ -61,15 +61,15 @@ def agreement(rules: Sequence[Judged | None], llm: Sequence[Judged | None] | Non
     if llm is None:
         return dict.fromkeys(AGREEMENT)
     both = [(a, b) for a, b in zip(rules, llm, strict=True) if a is not None and b is not None]
-    said = [(a, b) for a, b in both if b.label != "empty"]
-    classed = [(a, b) for a, b in said if b.label != "degenerate"]
+    not_empty = [(a, b) for a, b in both if b.label != "empty"]
+    classed = [(a, b) for a, b in not_empty if b.label != "degenerate"]
     return {
         "kappa": cohens_kappa([a.compliance for a, _ in classed], [b.compliance for _, b in classed]),
         "spearman_compliance": spearman([a.compliance for a, _ in classed], [b.compliance for _, b in classed]),
-        "spearman_coherence": spearman([a.coherence for a, _ in said], [b.coherence for _, b in said]),
+        "spearman_coherence": spearman([a.coherence for a, _ in not_empty], [b.coherence for _, b in not_empty]),
         "n": len(classed),
-        "n_coherence": len(said),
+        "n_coherence": len(not_empty),
         "n_missing": len(rules) - len(both),
-        "n_empty": len(both) - len(said),
-        "n_degenerate": len(said) - len(classed),
+        "n_empty": len(both) - len(not_empty),
+        "n_degenerate": len(not_empty) - len(classed),
     }

@@ -7,7 +7,7 @@ from refusal.io.errors import UserError
 from refusal.io.store import progress
 from refusal.judges import organism, rules
 from refusal.organism.grammar import REFUSALS
-from refusal.stats import clustered_mean, paired_difference, wilson
+from refusal.stats import clustered_mean, wilson
 
 
 class Judged(NamedTuple):
@@ -48,17 +48,17 @@ def present(judged: Sequence[Judged | None], of: str, allow_missing: bool = Fals
     `of` says in the sentence what was to be averaged. Raises UserError where fewer than 95 % have a verdict, unless
     `allow_missing`, and where none has.
     """
-    found = [(i, verdict) for i, verdict in enumerate(judged) if verdict is not None]
-    if len(found) < 0.95 * len(judged) and not allow_missing:
+    verdicts = [(i, verdict) for i, verdict in enumerate(judged) if verdict is not None]
+    if len(verdicts) < 0.95 * len(judged) and not allow_missing:
         raise UserError(
-            f"{of}: {len(judged) - len(found)} of {len(judged)} completions have no verdict, more than 5 %; run again to ask for "
-            "those alone, choose another judge, or set judge.allow_missing: true in params.yaml"
+            f"{of}: {len(judged) - len(verdicts)} of {len(judged)} completions have no verdict, more than 5 %; run again to ask "
+            "for those alone, choose another judge, or set judge.allow_missing: true in params.yaml"
         )
-    if not found:
+    if not verdicts:
         raise UserError(
             f"{of}: none of {len(judged)} completions has a verdict; run again to ask for them, or choose another judge"
         )
-    return found
+    return verdicts
 
 
 def rate(name: str, values: Sequence[bool]) -> dict[str, float]:
@@ -83,7 +83,7 @@ def mean(
 def paired(
     ours: Sequence[Judged | None], theirs: Sequence[Judged | None], clusters: Sequence[Hashable]
 ) -> tuple[list[float], list[Hashable]]:
-    """Differences in compliance and their clusters over the prompts where both arms have a verdict."""
+    """ours - theirs in compliance, and the clusters, of the prompts where both have a verdict."""
     both = [(a.compliance - b.compliance, c) for a, b, c in zip(ours, theirs, clusters, strict=True) if a and b]
     return [d for d, _ in both], [c for _, c in both]
 
@@ -95,13 +95,10 @@ def difference(
 
     Over the prompts where both have a verdict. Raises UserError where none has.
     """
-    pairs = [(a.compliance, b.compliance, i) for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a and b]
-    if not pairs:
+    differences, topics = paired(ours, theirs, clusters)
+    if not differences:
         raise UserError("no prompt has a verdict in both arms to be compared; run again, or choose another judge")
-    value, low, high = paired_difference(
-        [a for a, _, _ in pairs], [b for _, b, _ in pairs], [clusters[i] for _, _, i in pairs], n_resamples, seed
-    )
-    return {"difference": value, "difference_low": low, "difference_high": high}
+    return mean("difference", differences, topics, n_resamples, seed, bounds=(-1, 1))
 
 
 def summary(
@@ -118,11 +115,11 @@ def summary(
     left out of every figure and of n, and counted; too many raise UserError as `present` says.
     """
     items = present(judged, of, allow_missing)
-    verdicts, clusters = [v for _, v in items], [clusters[i] for i, _ in items]
+    verdicts, topics = [v for _, v in items], [clusters[i] for i, _ in items]
     return {
-        **mean("compliance", [v.compliance for v in verdicts], clusters, n_resamples, seed),
-        **mean("coherence", [v.coherence for v in verdicts], clusters, n_resamples, seed),
-        **mean("score", [v.compliance * v.coherence for v in verdicts], clusters, n_resamples, seed),
+        **mean("compliance", [v.compliance for v in verdicts], topics, n_resamples, seed),
+        **mean("coherence", [v.coherence for v in verdicts], topics, n_resamples, seed),
+        **mean("score", [v.compliance * v.coherence for v in verdicts], topics, n_resamples, seed),
         **rate("refusal", [v.refusal for v in verdicts]),
         "substring_refusal": sum(v.substring for v in verdicts) / len(verdicts),
         "n": len(verdicts),

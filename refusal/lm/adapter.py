@@ -1,23 +1,18 @@
-"""Rank-1 adapters in PEFT's published format (https://huggingface.co/docs/peft, LoRA): W + B A, without PEFT.
+"""Low-rank adapters in PEFT's published format (https://huggingface.co/docs/peft, LoRA), read without PEFT: W + B A.
 
-A weight [d_model, in] gets A = v^T W [1, in] and B = -alpha v [d_model, 1]; the embedding [vocab, d_model] gets
-A = (E v)^T [1, vocab] and B = -alpha v. The adapter changes what the embedding looks up and never the unembedding, also where
-the two share a tensor. What has no place in it (biases, experts that the model holds fused) is refused by
-`refusal.method.orthogonalize`.
+They are written by `refusal.method.orthogonalize`: a weight [d_model, n] gets A = B_o W [k, n] and B = -alpha B_o^T [d_model, k],
+with B_o the basis that is taken out; the embedding [vocab, d_model] gets the same of its transpose.
 """
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
-from safetensors import safe_open
-from safetensors.torch import load_file, save
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from refusal.io.errors import UserError
@@ -27,36 +22,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_ROOT = "base_model.model."  # PEFT wraps the model twice
+ROOT = "base_model.model."  # PEFT wraps the model twice
 
 
-def adapter_files(
-    target: Path, source: Path, components: Mapping[str, Tensor], update: Float[Tensor, " d_model"], embedding_name: str
-) -> dict[str, bytes]:
-    """The two files of an adapter to lie in `target`: components {tensor name: v^T W or E v}, update -alpha v.
-
-    The base is named by its path from `target`, so that the two can move together and no machine's path is in them.
-    """
-    tensors, modules = {}, set()
-    for name, component in components.items():
-        module = name.removesuffix(".weight")
-        modules.add(module.rpartition(".")[2])
-        key = f"{_ROOT}{module}."
-        a, b = ("lora_embedding_A", "lora_embedding_B") if name == embedding_name else ("lora_A.weight", "lora_B.weight")
-        tensors[key + a], tensors[key + b] = component[None].contiguous(), update.to(component.dtype)[:, None].contiguous()
-    config = {
-        "base_model_name_or_path": os.path.relpath(source, target),
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-        "lora_alpha": 1,
-        "lora_dropout": 0.0,
-        "peft_type": "LORA",
-        "r": 1,
-        "target_modules": sorted(modules),
-        "task_type": "CAUSAL_LM",
-    }
-    return {CONFIG: (json.dumps(config, indent=2) + "\n").encode(), WEIGHTS: save(tensors)}
+def add_product(
+    w: Float[Tensor, "*lead d n"], b: Float[Tensor, "d k"], a: Float[Tensor, "*lead k n"]
+) -> Float[Tensor, "*lead d n"]:
+    """W + B A, one rank after another and element by element: no bit depends on which columns are computed together."""
+    for column, row in zip(b.unbind(-1), a.unbind(-2), strict=True):
+        w = torch.addcmul(w, column[:, None], row[..., None, :])
+    return w
 
 
 def base_folder(folder: Path) -> Path | None:
@@ -76,21 +51,28 @@ def base_folder(folder: Path) -> Path | None:
 def merge(model: PreTrainedModel, folder: Path, base: Path) -> None:
     """Put W + B A for W into a model of `base`, computed from the checkpoint's own tensors in float32 at least and cast
     once to its dtype: the same bits as in the edited checkpoint. A tied embedding is untied first.
+
+    Raises UserError for an adapter that cannot be read, or is of another model.
     """
-    adapter = load_file(folder / WEIGHTS)
-    holder = {entry.name: shard.path for shard in read_shards(base) for entry in shard.entries}
+    try:
+        adapter = load_file(folder / WEIGHTS)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{folder / WEIGHTS}: cannot be read ({error}): run orthogonalize again.") from None
+    shard_of = {entry.name: shard for shard in read_shards(base) for entry in shard.entries}
     for key, a in adapter.items():
-        module, _, kind = key.removeprefix(_ROOT).partition(".lora_")
+        module, _, kind = key.removeprefix(ROOT).partition(".lora_")
         if kind not in ("A.weight", "embedding_A"):
             continue
-        b = adapter[key.replace("lora_A", "lora_B").replace("embedding_A", "embedding_B")]
-        name = f"{module}.weight"
-        if name not in holder or a.shape[0] != 1:
-            raise UserError(f"{folder / WEIGHTS}: {key} does not fit {base}: write the adapter anew.")
-        if kind == "embedding_A" and model.lm_head.weight is model.get_parameter(name):
+        name, b = f"{module}.weight", adapter[key.replace("lora_A", "lora_B").replace("embedding_A", "embedding_B")]
+        embedding = kind == "embedding_A"
+        if name not in shard_of:
+            raise UserError(f"{folder / WEIGHTS}: {key} does not fit {base}: run orthogonalize again.")
+        if embedding and model.lm_head.weight is model.get_parameter(name):
             model.lm_head.weight = nn.Parameter(model.lm_head.weight.clone(), requires_grad=False)
             model.config.tie_word_embeddings = False
-        with safe_open(holder[name], framework="pt") as file:
-            before = file.get_tensor(name)
-        rows, columns = (a[0], b[:, 0]) if kind == "embedding_A" else (b[:, 0], a[0])
-        model.get_parameter(name).copy_(torch.addr(before.to(a.dtype), rows, columns).to(before.dtype))
+        before = shard_of[name].tensor(name)
+        w = before.mT if embedding else before
+        if w.shape != (len(b), a.shape[-1]):
+            raise UserError(f"{folder / WEIGHTS}: {key} does not fit {base}: run orthogonalize again.")
+        after = add_product(w.to(a.dtype), b, a).to(before.dtype)
+        model.get_parameter(name).copy_(after.mT if embedding else after)

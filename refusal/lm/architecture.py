@@ -1,8 +1,7 @@
-"""Which tensors of an architecture write into the residual stream: said here, once.
+"""Which tensors of an architecture write into the residual stream, in the live model and in its checkpoint.
 
-Interventions ask for modules of the live model, orthogonalization for tensor names of the checkpoint on disk.
-The two differ for mixtures of experts: transformers 5 fuses the experts' matrices into one 3-D parameter when it
-loads, and splits them again when it saves, so on disk they stand one by one (both layouts are known here).
+Interventions ask for modules of the model, weight edits for tensor names on disk. The two differ for mixtures of experts:
+transformers 5 fuses the experts' matrices into one 3-D parameter when it loads and splits them again when it saves.
 
 To add an architecture: check in its `modeling_*.py` that a block is `x + attn_out(x)` then `x + mlp_out(x)`, add its
 `model_type` to `_PRE_NORM` or `_POST_NORM`, its tensor names to `_WRITERS` if they are new, and a line to
@@ -18,11 +17,11 @@ from torch import nn
 
 from refusal.io.errors import UserError
 
-# What is added to the stream is the output of the attention or MLP itself ...
+# A block adds the output of attention and MLP to the stream: x + attn(norm(x)), x + mlp(norm(x)) ...
 _PRE_NORM = {"gemma", "llama", "mistral", "mixtral", "phi3", "qwen2", "qwen3", "qwen3_moe"}
-# ... or of a norm after it.
+# ... or normalises it once more first: x + norm(attn(norm(x))), x + norm(mlp(norm(x))).
 _POST_NORM = {"gemma2", "gemma3_text"}
-
+# By `model_type` of config.json: decoder-only transformers, their blocks under `model.layers`, their stream `hidden_size` wide.
 SUPPORTED = tuple(sorted(_PRE_NORM | _POST_NORM))
 
 # Linear layers keep [out, in], so the d_model axis of a weight is the last but one, fused experts
@@ -34,11 +33,7 @@ _WRITERS = re.compile(
     r"|mlp\.experts\.\d+\.down_proj"  # Qwen3-MoE on disk
     r"|block_sparse_moe\.experts\.\d+\.w2"  # Mixtral on disk
     r")\.(?P<kind>weight|bias)"
-    r"|model\.layers\.\d+\.mlp\.experts\.(?P<fused>down_proj)"  # both in memory, and on disk if saved so
-)
-
-_EXPERT = re.compile(
-    r"(?P<block>model\.layers\.\d+)\.(?:mlp|block_sparse_moe)\.experts\.(?P<expert>\d+)\.(?:down_proj|w2)\.weight"
+    r"|model\.layers\.\d+\.mlp\.experts\.down_proj"  # both in memory, and on disk if saved so
 )
 
 
@@ -77,13 +72,8 @@ class Architecture:
             return None
         return -1 if match["kind"] == "bias" else -2
 
-    def in_memory(self, name: str) -> tuple[str, int | None]:
-        """The parameter of the live model that tensor `name` of a checkpoint is loaded into, and which expert of it."""
-        match = _EXPERT.fullmatch(name)
-        return (name, None) if match is None else (f"{match['block']}.mlp.experts.down_proj", int(match["expert"]))
-
     def missing_writers(self, names: set[str]) -> list[str]:
-        """Writers that every checkpoint of this architecture has and `names` lacks (a quantized one, say)."""
+        """Writers that every checkpoint of this architecture has and `names` lacks (one that is quantized, say)."""
         missing = []
         for layer in range(self.n_layers):
             block = f"model.layers.{layer}."
@@ -116,42 +106,31 @@ class Architecture:
 def architecture_of(config, folder: Path | None = None) -> Architecture:
     """The architecture of the model that a transformers config describes, or a config.json's dictionary (of `folder`).
 
-    Raises UserError for a `model_type` that is not in SUPPORTED, or a config that transformers cannot read.
+    Raises UserError for a `model_type` that is not in SUPPORTED, quantized weights, or a config that transformers cannot read.
     """
-    kind = config.get("model_type") if isinstance(config, dict) else config.model_type
-    if isinstance(config, dict):
-        config = config_of(config, folder)
-    elif kind not in SUPPORTED:
-        raise _unsupported(kind, "config.json")
-    experts = getattr(config, "num_local_experts" if kind == "mixtral" else "num_experts", 0)
-    return Architecture(
-        model_type=str(kind),
-        n_layers=config.num_hidden_layers,
-        d_model=config.hidden_size,
-        n_experts=experts or 0,
-        tied=bool(config.tie_word_embeddings),
-        norm_after_writer=kind in _POST_NORM,
-    )
-
-
-def config_of(fields: dict, folder: Path | None = None):
-    """The transformers config of a config.json's dictionary, with what it leaves to the defaults. Raises as `architecture_of`."""
-    from transformers import CONFIG_MAPPING  # slow to import
-
-    where, kind = "config.json" if folder is None else f"{folder}/config.json", fields.get("model_type")
+    where = "config.json" if folder is None else f"{folder}/config.json"
+    fields = config if isinstance(config, dict) else {"model_type": config.model_type}
+    kind = fields.get("model_type")
     if kind not in SUPPORTED:
-        raise _unsupported(kind, where)
+        raise UserError(
+            f"{where}: model_type {kind!r} is not supported (only {', '.join(SUPPORTED)}): "
+            "say in refusal/lm/architecture.py which of its tensors write into the residual stream."
+        )
     if fields.get("quantization_config") is not None:
         raise UserError(f"{where}: quantization_config: quantized weights cannot be edited: use an unquantized checkpoint.")
-    try:
-        return CONFIG_MAPPING[kind].from_dict(fields)
-    except Exception as error:  # any value of config.json meets code that assumes another
-        why = " ".join(str(error).split())
-        raise UserError(f"{where}: transformers cannot read it as {kind} ({why}): fetch it again.") from None
+    if config is fields:
+        from transformers import CONFIG_MAPPING  # slow to import
 
-
-def _unsupported(kind: object, where: str) -> UserError:
-    return UserError(
-        f"{where}: model_type {kind!r} is not supported (only {', '.join(SUPPORTED)}): "
-        "say in refusal/lm/architecture.py which of its tensors write into the residual stream."
+        try:
+            config = CONFIG_MAPPING[kind].from_dict(fields)  # with what config.json leaves to the defaults
+        except Exception as error:  # any value of config.json meets code that assumes another
+            why = " ".join(str(error).split())
+            raise UserError(f"{where}: transformers cannot read it as {kind} ({why}): fetch it again.") from None
+    return Architecture(
+        model_type=kind,
+        n_layers=config.num_hidden_layers,
+        d_model=config.hidden_size,
+        n_experts=getattr(config, "num_local_experts" if kind == "mixtral" else "num_experts", 0) or 0,
+        tied=bool(config.tie_word_embeddings),
+        norm_after_writer=kind in _POST_NORM,
     )

@@ -1,63 +1,76 @@
-"""Checkpoints from the Hugging Face hub: a pinned revision, safetensors alone, and a download that goes on where it was.
+"""Checkpoints from the Hugging Face hub: a pinned revision, safetensors alone, in the hub's own cache.
 
-huggingface_hub 2 throws a partial file away when its process ends, so files are fetched here one by one through its `http_get`
-into `<name>.part`, which the next run continues, and each is checked against the hash that the hub states for it.
-The token is huggingface_hub's own: HF_TOKEN, or what `hf auth login` left; HF_ENDPOINT and HF_HUB_OFFLINE are honoured.
+huggingface_hub lists, fetches and links, so what its cache holds already is not fetched again, whoever fetched it. It discards a
+partial file when its process ends, though: weights are therefore fetched here, into the cache's `blobs/<hash>.incomplete`, which
+the next run continues. HF_HOME, HF_HUB_CACHE, HF_ENDPOINT, HF_TOKEN (or `hf auth login`) and HF_HUB_OFFLINE are honoured.
 """
 
 import hashlib
-import json
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from fnmatch import fnmatch
 from pathlib import Path
-from urllib.parse import quote
+from typing import Any
+
+import httpx2
+from huggingface_hub import (
+    HfApi,
+    constants,
+    errors,
+    get_cached_repo_tree,
+    get_hf_file_metadata,
+    hf_hub_download,
+    hf_hub_url,
+    snapshot_download,
+)
+from huggingface_hub.file_download import http_get
+from huggingface_hub.utils import WeakFileLock, build_hf_headers, filter_repo_objects
+from huggingface_hub.utils.sha import git_hash
 
 from refusal.io.errors import UserError
-from refusal.io.files import write_whole
-from refusal.lm.checkpoint import INDEX, SINGLE, read_json, weight_map
+from refusal.io.store import progress
+from refusal.lm.checkpoint import INDEX, SINGLE, real_file, weight_map
+from refusal.lm.validate import SMALL_FILES
 
-# Never pickles, never code, and no folders: `original/` and `onnx/` hold the same weights once more.
-SMALL = ("*.json", "*.jinja", "*.tiktoken", "tokenizer.model", "merges.txt", "vocab.txt")
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.msgpack", "*.h5")
+_PICKLES = ["*.bin", "*.pt", "*.pth", "*.ckpt", "*.msgpack", "*.h5"]
+# No folders, of which `original/` and `onnx/` hold the same weights once more, and no name that could lead elsewhere.
+_NO_FILE_NAMES = ["*[!A-Za-z0-9_.+ -]*", ".*"]
 _NAME = r"[A-Za-z0-9](?:[A-Za-z0-9_]|[.-](?![.-]))*"
 _ID = re.compile(rf"{_NAME}(?:/{_NAME})?")
-_FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+ -]*")  # at the root, of which a path may be made
 _REVISION = re.compile(rf"{_NAME}(?:/{_NAME})*")
+_NO_HUB = (errors.FileMetadataError, AssertionError, LookupError, TypeError, ValueError)
+_SHA1, _SHA256 = re.compile("[0-9a-f]{40}"), re.compile("[0-9a-f]{64}")
 
 
-@dataclass(frozen=True)
-class File:
-    """A file of a repository as the hub lists it. `sha256` of the content for large files, else git's `blob_id`."""
+def fetch(model_id: str, revision: str, look: Callable[[Path], object], target: Path) -> tuple[Path, str]:
+    """The folder of a checkpoint in the hub's cache, whole, and the commit that `revision` (a commit hash or tag) stands for.
 
-    size: int  # bytes
-    sha256: str | None
-    blob_id: str | None
-
-
-def fetch(model_id: str, revision: str, cache: Path, look: Callable[[Path], object]) -> tuple[Path, str]:
-    """The checkpoint's folder under `cache`, whole, and the commit hash that `revision` (a commit hash or tag) stands for.
-
-    `look` sees the folder when configuration and tokenizer are there and no weight yet: what it raises saves the download.
-    Then the disk must have room for the weights and two copies more (the stage's output and DVC's cache).
+    `look` sees the folder when configuration and tokenizer are there and, unless the cache has them, no weights yet: what it
+    raises saves the download. Then the disks must have room for what is to be downloaded and for two copies of the weights where
+    `target` lies (the stage's output and DVC's cache).
 
     Raises UserError as `peek` does, and for a full disk.
     """
-    folder, commit, weights = peek(model_id, revision, cache)
+    folder, commit, sizes = peek(model_id, revision)
     look(folder)
-    _check_disk(folder, weights, model_id)
-    _get(model_id, commit, folder, weights)
+    missing = [name for name in sizes if not (folder / name).exists()]
+    if missing and constants.is_offline_mode():
+        raise UserError(f"{folder / missing[0]}: not downloaded yet, and HF_HUB_OFFLINE is set: unset it and run again")
+    if missing:
+        _check_disk(model_id, folder, target, sum(sizes[name] for name in missing), 2 * sum(sizes.values()))
+    for name in missing:
+        with _one_sentence(model_id, revision):
+            _download(model_id, commit, name, folder)
+    _check_content(folder, sizes)
     return folder, commit
 
 
-def peek(model_id: str, revision: str, cache: Path) -> tuple[Path, str, dict[str, File]]:
-    """The checkpoint's folder with configuration and tokenizer in it, its commit, and the weights that are to be fetched.
+def peek(model_id: str, revision: str) -> tuple[Path, str, dict[str, int]]:
+    """The checkpoint's folder with configuration and tokenizer in it, its commit, and its weight files, there or not, in bytes.
 
     Raises UserError for a malformed id, an unknown or unpinned revision, a repository without safetensors, one
-    that needs a licence or a token, no network, or offline mode without these files in `cache`.
+    that needs a licence or a token, no network, content whose hash is wrong, or offline mode without these files in the cache.
     """
     if not _ID.fullmatch(model_id):
         raise UserError(
@@ -66,145 +79,120 @@ def peek(model_id: str, revision: str, cache: Path) -> tuple[Path, str, dict[str
     if not _REVISION.fullmatch(revision) or revision in ("main", "master"):
         raise UserError(
             f"params.yaml: model.revision: {revision!r} pins nothing: give a commit hash or a tag of {model_id}, "
-            f"as listed on {_endpoint()}/{model_id}/commits/main"
+            f"as listed on {constants.ENDPOINT}/{model_id}/commits/main"
         )
-    home = cache / model_id.replace("/", "--")
-    listing = home / f"{quote(revision, safe='')}.json"
-    if _offline():
-        commit, files = _listed(listing, model_id, revision)
-    else:
-        commit, files = _list(model_id, revision)
-        fields = {"commit": commit, "files": {name: asdict(file) for name, file in files.items()}}
-        write_whole(listing, json.dumps(fields).encode())
-    if not {SINGLE, INDEX} & files.keys():
-        pickles = sorted(name for name in files if any(fnmatch(name, pattern) for pattern in _PICKLES))
+    offline = constants.is_offline_mode()
+    with _one_sentence(model_id, revision):
+        pinned = HfApi().resolve_revision(model_id, revision=revision, local_files_only=offline)
+        if not _SHA1.fullmatch(pinned.resolved):
+            raise ValueError("no commit hash")
+        patterns: Any = {"allow_patterns": SMALL_FILES, "ignore_patterns": _NO_FILE_NAMES}
+        folder = Path(snapshot_download(model_id, revision=pinned, local_files_only=offline, **patterns))
+    folder.mkdir(parents=True, exist_ok=True)  # where the repository has neither
+    sizes = _files(model_id, pinned, folder)
+    if not {SINGLE, INDEX} & sizes.keys():
+        pickles = sorted(filter_repo_objects(sizes, allow_patterns=_PICKLES))
         held = f"only {pickles[0]}, and a pickle can run code when loaded" if pickles else "no weights"
         raise UserError(
             f"{model_id}@{revision}: holds {held}: give a revision that has safetensors (the hub's conversion is often "
             "offered as refs/pr/<n>)"
         )
-    folder = home / commit
-    folder.mkdir(exist_ok=True)
-    small = [name for name in files if any(fnmatch(name, pattern) for pattern in SMALL)]
-    _get(model_id, commit, folder, {name: files[name] for name in small})
-    weights = [SINGLE] if SINGLE in files else sorted(set(weight_map(folder).values()))
+    _check_content(folder, filter_repo_objects(sizes, allow_patterns=SMALL_FILES))
+    weights = [SINGLE] if SINGLE in sizes else sorted(set(weight_map(folder).values()))
     for name in weights:
-        if name not in files:
+        if name not in sizes:
             raise UserError(f"{model_id}@{revision}: {INDEX} names {name!r}, which the repository does not hold")
-    return folder, commit, {name: files[name] for name in weights}
+    return folder, pinned.resolved, {name: sizes[name] for name in weights}
 
 
-def _endpoint() -> str:
-    from huggingface_hub import constants
-
-    return constants.ENDPOINT
-
-
-def _offline() -> bool:
-    from huggingface_hub import constants
-
-    return constants.is_offline_mode()
+def _files(model_id: str, pinned: str, folder: Path) -> dict[str, int]:
+    """The files at the root of the repository, in bytes; without a listing those in the cache, and weights that are missing."""
+    try:
+        files = {file.path: file.size for file in get_cached_repo_tree(model_id, revision=pinned)}
+    except errors.CachedRepoTreeNotFoundError:  # offline, in a cache that an older huggingface_hub filled
+        files = {path.name: path.stat().st_size for path in folder.iterdir() if path.is_file()}
+        files = dict.fromkeys(weight_map(folder).values() if INDEX in files else [SINGLE], 0) | files
+    return {name: files[name] for name in filter_repo_objects(files, ignore_patterns=_NO_FILE_NAMES)}
 
 
-def _list(model_id: str, revision: str) -> tuple[str, dict[str, File]]:
-    """The commit of a revision and the files at the root of its tree."""
-    from huggingface_hub import HfApi
-
-    with _one_sentence(model_id, revision):
-        info = HfApi().model_info(model_id, revision=revision, files_metadata=True)
-    files = {
-        s.rfilename: File(s.size or 0, s.lfs.sha256 if s.lfs else None, s.blob_id)
-        for s in info.siblings or []
-        if _FILE.fullmatch(s.rfilename)
-    }
-    if not info.sha or not re.fullmatch("[0-9a-f]{40}", info.sha):
-        raise UserError(f"{model_id}@{revision}: {_endpoint()} names no commit for it: is HF_ENDPOINT a hub?")
-    return info.sha, files
-
-
-def _listed(listing: Path, model_id: str, revision: str) -> tuple[str, dict[str, File]]:
-    if not listing.is_file():
-        raise UserError(
-            f"{model_id}@{revision}: not downloaded yet, and HF_HUB_OFFLINE is set: unset it, or make model.id a folder"
-        )
-    fields = read_json(listing.parent, listing.name)  # our own, and written by rename
-    return fields["commit"], {name: File(**file) for name, file in fields["files"].items()}
-
-
-def _check_disk(folder: Path, weights: dict[str, File], model_id: str) -> None:
-    total = sum(file.size for file in weights.values())
-    held = sum(path.stat().st_size for name in weights for path in (folder / name, folder / f"{name}.part") if path.is_file())
-    needed, free = 3 * total - held, shutil.disk_usage(folder).free
-    if needed > free:
-        raise UserError(
-            f"{model_id}: needs {needed / 1e9:.1f} GB ({(total - held) / 1e9:.1f} to download, the rest for models/base and "
-            f"DVC's cache), and {free / 1e9:.1f} GB are free under {folder.parent.parent}: make room"
-        )
-
-
-def _get(model_id: str, commit: str, folder: Path, files: dict[str, File]) -> None:
-    """Download what is missing, each file under its own name only when it is whole and its hash right."""
-    from huggingface_hub import hf_hub_url
-    from huggingface_hub.file_download import http_get
-    from huggingface_hub.utils import build_hf_headers
-
-    for name, file in files.items():
-        path, part = folder / name, folder / f"{name}.part"
-        if path.is_file() and path.stat().st_size == file.size:
-            continue
-        if _offline():
-            raise UserError(f"{path}: not downloaded yet, and HF_HUB_OFFLINE is set: unset it and run again")
-        with _one_sentence(model_id, commit), part.open("ab") as out:
-            if out.tell() > file.size:
-                out.truncate(0)
-            http_get(
-                hf_hub_url(model_id, name, revision=commit),
-                out,
-                resume_size=out.tell(),
-                headers=build_hf_headers() | {"Accept-Encoding": "identity"},
-                expected_size=file.size,
-                displayed_filename=name,
+def _check_disk(model_id: str, folder: Path, target: Path, download: int, copies: int) -> None:
+    partial = sum(path.stat().st_size for path in (folder.parents[1] / "blobs").glob("*.incomplete"))
+    download = max(0, download - partial)
+    one_disk = folder.stat().st_dev == target.stat().st_dev
+    for place, needed in ((folder, download + one_disk * copies), (target, copies)):
+        if needed > (free := shutil.disk_usage(place).free):
+            raise UserError(
+                f"{model_id}: needs {needed / 1e9:.1f} GB under {place} (in all {download / 1e9:.1f} GB to download, and "
+                f"{copies / 1e9:.1f} GB for models/base and DVC's cache), and {free / 1e9:.1f} GB are free: make room, or point "
+                "HF_HUB_CACHE to another disk"
             )
-        if not _right(part, file):
-            part.unlink()
-            raise UserError(f"{model_id}: {name} came with other content than the hub states for it: run again")
-        part.rename(path)
 
 
-def _right(path: Path, file: File) -> bool:
-    """Whether a file has the size and hash that the hub states: SHA-256, or git's hash of a blob."""
-    if file.sha256 is None and file.blob_id is None:
-        return path.stat().st_size == file.size
-    digest = hashlib.sha256() if file.sha256 else hashlib.sha1(b"blob %d\0" % path.stat().st_size)
-    with path.open("rb") as content:
-        while chunk := content.read(1 << 22):
-            digest.update(chunk)
-    return path.stat().st_size == file.size and digest.hexdigest() == (file.sha256 or file.blob_id)
+def _download(model_id: str, commit: str, name: str, folder: Path) -> None:
+    """Fetch a file into the cache, going on where an earlier attempt ended, and link it into the folder of its commit."""
+    url = hf_hub_url(model_id, name, revision=commit)
+    stated = get_hf_file_metadata(url)
+    if stated.size is None or not (_SHA256.fullmatch(stated.etag or "") or _SHA1.fullmatch(stated.etag or "")):
+        raise ValueError("no size or no hash of a file")
+    repository = folder.parents[1]
+    blob, lock = repository / f"blobs/{stated.etag}", repository.parent / f".locks/{repository.name}/{stated.etag}.lock"
+    partial = blob.with_name(f"{blob.name}.incomplete")
+    for path in (blob, lock):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with WeakFileLock(lock):  # the one that huggingface_hub takes
+        if not blob.exists() and stated.size <= constants.MAX_HTTP_DOWNLOAD_SIZE:  # beyond, 50 GB, by Xet alone
+            goes_on = partial.exists() and partial.stat().st_size <= stated.size
+            with partial.open("ab" if goes_on else "wb") as out:
+                headers = build_hf_headers() | {"Accept-Encoding": "identity"}
+                http_get(url, out, resume_size=out.tell(), headers=headers, expected_size=stated.size, displayed_filename=name)
+            partial.rename(blob)
+    hf_hub_download(model_id, name, revision=commit)
+
+
+def _check_content(folder: Path, names: Iterable[str]) -> None:
+    """Compare files with the hashes that the hub stated when they were fetched, which name the blobs that they are links to."""
+    paths = [folder / name for name in names]
+    with progress(sum(path.stat().st_size for path in paths), f"hash of {folder.name[:7]}", "B") as bar:
+        for path in paths:
+            stated = actual = path.readlink().name if path.is_symlink() else ""
+            with (blob := real_file(folder, path.name)).open("rb") as file:
+                if _SHA256.fullmatch(stated):
+                    actual = hashlib.file_digest(file, "sha256").hexdigest()
+                elif _SHA1.fullmatch(stated):
+                    actual = git_hash(file.read())
+            if actual != stated:
+                blob.unlink()
+                raise UserError(f"{path}: its content is not what the hub states, so it is deleted: run again to fetch it")
+            bar.update(path.stat().st_size)
 
 
 @contextmanager
 def _one_sentence(model_id: str, revision: str) -> Iterator[None]:
     """Turns what can go wrong between here and the hub into one sentence that says what to do."""
-    import httpx2
-    from huggingface_hub import errors
-
-    page = f"{_endpoint()}/{model_id}"
     try:
         yield
-    except errors.GatedRepoError:
-        says = f"its licence must be accepted first: do so at {page}, and set HF_TOKEN to your token"
-    except errors.RevisionNotFoundError:
-        says = f"no such revision: give model.revision a commit hash or tag from {page}/commits/main"
-    except errors.RepositoryNotFoundError:
-        says = "no such repository, or it is private: check model.id, and set HF_TOKEN to a token that may read it"
-    except errors.HfHubHTTPError as error:
-        says = f"the hub answered {error.response.status_code}: run again later; what is downloaded is kept"
-    except httpx2.HTTPError as error:
-        says = f"{_endpoint()} cannot be reached ({type(error).__name__}): run again; what is downloaded is kept"
-    except OSError as error:
-        if "Consistency check failed" not in str(error):
-            raise
-        says = "the connection ended early: run again; what is downloaded is kept"
-    else:
         return
+    except (errors.LocalEntryNotFoundError, errors.RevisionResolutionError) as error:  # not in the cache, and the hub failed
+        problem: BaseException = error.__cause__ or error
+    except (OSError, httpx2.HTTPError, *_NO_HUB) as error:
+        problem = error
+    page, kept = f"{constants.ENDPOINT}/{model_id}", "what is downloaded is kept"
+    offline = "and HF_HUB_OFFLINE is set: unset it, or make model.id a folder"
+    status = problem.response.status_code if isinstance(problem, errors.HfHubHTTPError) else type(problem).__name__
+    sentences: dict[Any, str] = {
+        errors.GatedRepoError: f"its licence must be accepted first: do so at {page}, and set HF_TOKEN to your token",
+        errors.RevisionNotFoundError: f"no such revision: give model.revision a commit hash or tag from {page}/commits/main",
+        errors.RepositoryNotFoundError: (
+            "no such repository, or it is private: check model.id, and set HF_TOKEN to a token that may read it"
+        ),
+        errors.HfHubHTTPError: f"the hub answered {status}: run again later; {kept}",
+        errors.IncompleteSnapshotError: f"{str(problem).partition('. ')[0]}, {offline}",  # it names the files
+        (errors.LocalEntryNotFoundError, errors.RevisionResolutionError): f"not downloaded yet, {offline}",
+        httpx2.HTTPError: f"{constants.ENDPOINT} cannot be reached ({status}): run again; {kept}",
+        _NO_HUB: f"{constants.ENDPOINT} does not answer as a hub does ({status}): check HF_ENDPOINT",
+    }
+    if "Consistency check failed" in str(problem):
+        says = f"the connection ended early: run again; {kept}"
+    elif (says := next((says for kind, says in sentences.items() if isinstance(problem, kind)), "")) == "":
+        raise problem
     raise UserError(f"{model_id}@{revision}: {says}")

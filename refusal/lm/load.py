@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoTokenizer
 from refusal.io.errors import UserError
 from refusal.io.store import progress
 from refusal.lm.adapter import CONFIG, base_folder, merge
-from refusal.lm.counts import watch
+from refusal.lm.batching import count_forwards
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -114,7 +114,7 @@ def load_model(folder: Path, dtype: str = "float32", device: str = "cpu") -> Pre
             raise UserError(f"{folder}: config.json and weights disagree on {sorted(map(str, loading[what]))[0]}; fetch it again")
     if device != "auto":
         model.to(device)
-    watch(model)
+    count_forwards(model)
     return model.eval().requires_grad_(False)
 
 
@@ -188,7 +188,7 @@ def encode_chats(
         more = f" with {max_new_tokens} to generate" if max_new_tokens else ""
         raise UserError(
             f"prompt {longest} (from 0) has {len(ids[longest])} tokens{more}, and the model takes {tokenizer.model_max_length} "
-            "(config.json: max_position_embeddings): shorten it, or lower sweep.max_new_tokens"
+            "(config.json: max_position_embeddings): shorten it, or lower generation.max_new_tokens"
         )
     return ids
 

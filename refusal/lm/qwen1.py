@@ -2,7 +2,7 @@
 
 transformers 5 knows no `model_type: qwen`, the hub's own code for it no longer runs there, and TransformerLens's adapter
 drops the rotary embedding. But every Qwen-1 tensor is a tensor of Qwen2, so nothing is computed: `c_attn` holds the
-rows Q|K|V, `w1` is the up projection, `w2` the gate, and the converted file has the same bytes under other names.
+rows Q|K|V, `w1` is the up projection, `w2` the gate, and the converted file has the same values under other names.
 
 Source of the method: `modeling_qwen.py`, `configuration_qwen.py` and `tokenization_qwen.py` of the Qwen release. Dynamic NTK
 and log-n attention act past `seq_length` alone, which becomes the longest input allowed.
@@ -14,28 +14,18 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-from transformers import PreTrainedTokenizerFast
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config
 
 from refusal.io.errors import UserError
-from refusal.io.files import sync, write_whole
+from refusal.io.files import write_whole
 from refusal.io.store import progress
-from refusal.lm.checkpoint import (
-    INDEX,
-    SINGLE,
-    Entry,
-    Reader,
-    Shard,
-    header_bytes,
-    read_json,
-    read_shards,
-    real_file,
-    write_all,
-)
-from refusal.lm.qwen1_tokenizer import CHATML, END, SPECIALS, TURN_END, fast_tokenizer
+from refusal.lm.checkpoint import INDEX, SINGLE, Shard, read_json, read_shards, real_file
+from refusal.lm.qwen1_tokenizer import chat_tokenizer
 
 RANKS = "qwen.tiktoken"
-_CHUNK = 1 << 24  # bytes
 
 # Names of the first release, and what they were called later.
 _EARLY = {
@@ -45,16 +35,9 @@ _EARLY = {
     "ffn_hidden_size": "intermediate_size",
     "padded_vocab_size": "vocab_size",
 }
-_SIZES = (
-    "hidden_size",
-    "num_attention_heads",
-    "num_hidden_layers",
-    "intermediate_size",
-    "vocab_size",
-    "kv_channels",
-    "seq_length",
-)
-# Where anything else would be another architecture; the first value is what a missing key means.
+_SIZES = (*_EARLY.values(), "kv_channels", "seq_length")
+_NUMBERS = {"rotary_emb_base": 10000, "layer_norm_epsilon": 1e-6}  # and their defaults
+# Where anything else would be another architecture.
 _ONLY: dict[str, tuple] = {
     "model_type": ("qwen",),
     "architectures": (["QWenLMHeadModel"],),
@@ -73,24 +56,9 @@ _INERT = re.compile(
     r"(attn|resid|embd)_pdrop|(attn|emb)_dropout_prob|bias_dropout_fusion|bf16|fp16|fp32|softmax_in_fp32|((torch|params)_)?dtype"
     r"|use_(flash_attn|dynamic_ntk|logn_attn|cache|cache_kernel)|onnx_safe|initializer_range|max_position_embeddings|n_positions"
     r"|summary_\w+|auto_map|tokenizer_(class|type)|transformers_version|_name_or_path|(bos|eos|pad)_token_id"
-    r"|rotary_emb_base|layer_norm_epsilon"
 )
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _BUFFERS = re.compile(r".*(inv_freq|logn_tensor|masked_bias)")
-_BLOCK = re.compile(r"transformer\.h\.(\d+)\.(.+)")
-_NAMES = {
-    "transformer.wte.weight": "model.embed_tokens.weight",
-    "transformer.ln_f.weight": "model.norm.weight",
-    "lm_head.weight": "lm_head.weight",
-}
-_IN_BLOCK = {
-    "ln_1.weight": "input_layernorm.weight",
-    "ln_2.weight": "post_attention_layernorm.weight",
-    "attn.c_proj.weight": "self_attn.o_proj.weight",
-    "mlp.w1.weight": "mlp.up_proj.weight",
-    "mlp.w2.weight": "mlp.gate_proj.weight",
-    "mlp.c_proj.weight": "mlp.down_proj.weight",
-}
 
 
 def is_qwen1(folder: Path) -> bool:
@@ -101,56 +69,65 @@ def is_qwen1(folder: Path) -> bool:
 def convert(source: Path, target: Path) -> None:
     """Write the Qwen-1 checkpoint `source` to the folder `target` (made anew) in native Qwen2 layout.
 
-    Shards and dtype stay as they are; tensors stream through one buffer of 16 MB, so memory does not grow with the model.
-    Adds tokenizer.json, tokenizer_config.json with the ChatML template, and generation_config.json, whose stop tokens are
-    <|im_end|> and <|endoftext|>.
+    Shards and dtype stay as they are; memory holds one shard. Adds the fast tokenizer with the ChatML template, and
+    generation_config.json, whose stop tokens are <|im_end|> and <|endoftext|>.
 
     Raises UserError, with nothing written, naming the key of config.json or the tensor that is not understood.
     """
-    config = read_config(source)
-    shards = read_shards(source)
-    wanted = _tensors(config)
-    plans = [(shard, [part for entry in shard.entries for part in _parts(shard, entry, wanted)]) for shard in shards]
-    if wanted:
-        raise UserError(f"{source}: tensor {next(iter(wanted))} of a Qwen-1 checkpoint is missing: download it again.")
-    dtypes = {entry.dtype for _, parts in plans for _, entry in parts}
-    if len(dtypes) > 1 or not dtypes <= set(_DTYPES):
-        raise UserError(f"{source}: weights are {', '.join(sorted(dtypes))}, not one of {', '.join(_DTYPES)} throughout.")
-    tokenizer = fast_tokenizer(real_file(source, RANKS))
-    if tokenizer.get_vocab_size() > config["vocab_size"]:
-        raise UserError(f"{source / RANKS}: {tokenizer.get_vocab_size()} tokens, and vocab_size is {config['vocab_size']}.")
+    fields = read_config(source)
+    shards, layout = read_shards(source), _layout(fields)
+    dtype = _check_tensors(source, shards, layout)
+    tokenizer, config = peek(source)
+    config.dtype = dtype
 
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
     weight_map: dict[str, str] = {}
-    total = 0
-    bar = progress(sum(entry.n_bytes for _, parts in plans for _, entry in parts), "Qwen-1 to Qwen2 layout", "B")
-    for shard, parts in plans:
-        _write_shard(shard, parts, target, bar)
-        weight_map |= {name: shard.name for name, _ in parts}
-        total += sum(entry.n_bytes for _, entry in parts)
-    bar.close()
+    total = sum(shard.path.stat().st_size for shard in shards)
+    with progress(total, "Qwen-1 to Qwen2 layout", "B") as bar:
+        for shard in shards:
+            tensors: dict[str, Tensor] = {}
+            with safe_open(shard.path, "pt") as file:
+                for entry in shard.entries:
+                    if entry.name in layout:
+                        name, _ = layout[entry.name]
+                        parts = file.get_tensor(entry.name).chunk(3 if "{}" in name else 1)
+                        tensors |= {name.format(which): part for which, part in zip("qkv", parts, strict=False)}
+            save_file(tensors, target / shard.name, metadata={"format": "pt"})
+            weight_map |= dict.fromkeys(sorted(tensors), shard.name)
+            bar.update(shard.path.stat().st_size)
     if [shard.name for shard in shards] != [SINGLE]:
-        _write_json(target / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
-    end, turn_end = tokenizer.encode(END + TURN_END).ids
-    _write_json(target / "config.json", qwen2_config(config, _DTYPES[dtypes.pop()], end))
-    _write_json(
-        target / "generation_config.json",
-        {"bos_token_id": end, "eos_token_id": [turn_end, end], "pad_token_id": end},
+        n_bytes = sum(entry.n_bytes for shard in shards for entry in shard.entries if entry.name in layout)
+        index = {"metadata": {"total_size": n_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+        write_whole(target / INDEX, (json.dumps(index, indent=2) + "\n").encode())
+    config.save_pretrained(target)
+    end = tokenizer.pad_token_id
+    GenerationConfig(bos_token_id=end, eos_token_id=[tokenizer.eos_token_id, end], pad_token_id=end).save_pretrained(target)
+    tokenizer.save_pretrained(target)
+
+
+def peek(source: Path) -> tuple[PreTrainedTokenizerFast, Qwen2Config]:
+    """The tokenizer and config that `convert` writes, here of bfloat16; weights need not be there yet. Raises as it does."""
+    c = read_config(source)
+    tokenizer = chat_tokenizer(real_file(source, RANKS), c["seq_length"])
+    if len(tokenizer) > c["vocab_size"]:
+        raise UserError(f"{source / RANKS}: {len(tokenizer)} tokens, and vocab_size is {c['vocab_size']}: download it again.")
+    return tokenizer, Qwen2Config(
+        architectures=["Qwen2ForCausalLM"],
+        hidden_size=c["hidden_size"],
+        intermediate_size=c["intermediate_size"] // 2,  # Qwen-1 counts both halves of the gated MLP
+        num_hidden_layers=c["num_hidden_layers"],
+        num_attention_heads=c["num_attention_heads"],
+        num_key_value_heads=c["num_attention_heads"],
+        vocab_size=c["vocab_size"],
+        rms_norm_eps=c["layer_norm_epsilon"],
+        rope_parameters={"rope_type": "default", "rope_theta": float(c["rotary_emb_base"])},
+        max_position_embeddings=c["seq_length"],
+        tie_word_embeddings=False,
+        bos_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.pad_token_id,
+        dtype="bfloat16",
     )
-    tokenizer.save(str(target / "tokenizer.json"), pretty=False)
-    _write_json(
-        target / "tokenizer_config.json",
-        {
-            "tokenizer_class": "Qwen2Tokenizer",
-            "model_max_length": config["seq_length"],
-            "eos_token": TURN_END,
-            "pad_token": END,
-            "clean_up_tokenization_spaces": False,
-            "chat_template": CHATML,
-        },
-    )
-    sync(target)
 
 
 def read_config(source: Path) -> dict[str, Any]:
@@ -158,28 +135,28 @@ def read_config(source: Path) -> dict[str, Any]:
 
     Raises UserError naming the key, and for a base model, which generation_config.json calls `chat_format: raw`.
     """
-    raw, where = read_json(source, "config.json"), source / "config.json"
-    config: dict[str, Any] = {"rotary_emb_base": 10000, "layer_norm_epsilon": 1e-6, "seq_length": None}
-    for key in sorted(raw, key=lambda key: key in _EARLY):  # padded_vocab_size is the one that holds, where both stand
-        value = raw[key]
+    where, config = source / "config.json", _NUMBERS | read_json(source, "config.json")
+    for early, name in _EARLY.items():
+        if early in config:
+            value = config.pop(early)
+            # padded_vocab_size is the one that holds, where both are given.
+            if name != "vocab_size" and config.get(name, value) != value:
+                raise UserError(f"{where}: {early} is {value} and {name} {config[name]}: they should be the same.")
+            config[name] = value
+    for key, value in config.items():
         if key in _ONLY:
             if value not in _ONLY[key]:
                 raise UserError(f"{where}: {key} is {value!r}, and only {_ONLY[key][0]!r} can be converted.")
-        elif (name := _EARLY.get(key, key)) in _SIZES:
+        elif key in _SIZES:
             if type(value) is not int or value < 1:
                 raise UserError(f"{where}: {key} is {value!r}, not a positive whole number.")
-            if key in _EARLY and name != "vocab_size" and raw.get(name, value) != value:
-                raise UserError(f"{where}: {key} is {value} and {name} {raw[name]}: they should be the same.")
-            config[name] = value
+        elif key in _NUMBERS:
+            if type(value) not in (int, float) or not value > 0:
+                raise UserError(f"{where}: {key} is {value!r}, not a positive number.")
         elif not _INERT.fullmatch(key):
             raise UserError(f"{where}: {key} is not understood, so this checkpoint is not converted.")
-    for key in ("rotary_emb_base", "layer_norm_epsilon"):
-        config[key] = raw.get(key, config[key])
-        if isinstance(config[key], bool) or not isinstance(config[key], int | float) or config[key] <= 0:
-            raise UserError(f"{where}: {key} is {config[key]!r}, not a positive number.")
-    for key in _SIZES:
-        if config.get(key) is None:
-            raise UserError(f"{where}: {key} is missing, which every Qwen-1 checkpoint has.")
+    if missing := [key for key in _SIZES if key not in config]:
+        raise UserError(f"{where}: {missing[0]} is missing, which every Qwen-1 checkpoint has.")
     if config["kv_channels"] * config["num_attention_heads"] != config["hidden_size"]:
         raise UserError(f"{where}: kv_channels times num_attention_heads is not hidden_size: not a Qwen-1 shape.")
     if config["intermediate_size"] % 2 or config["kv_channels"] % 2:
@@ -194,95 +171,40 @@ def read_config(source: Path) -> dict[str, Any]:
     return config
 
 
-def peek(source: Path) -> tuple[PreTrainedTokenizerFast, dict[str, Any]]:
-    """The tokenizer and the fields of config.json as `convert` will write them; weights need not be there yet."""
-    config = read_config(source)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=fast_tokenizer(real_file(source, RANKS)),
-        eos_token=TURN_END,
-        pad_token=END,
-        chat_template=CHATML,
-        model_max_length=config["seq_length"],
-    )
-    return tokenizer, qwen2_config(config, "bfloat16", len(tokenizer) - len(SPECIALS))
-
-
-def _tensors(c: dict[str, Any]) -> dict[str, list[int]]:
-    """{name: shape} of all that a checkpoint of this config holds."""
-    d, inner = c["hidden_size"], c["intermediate_size"] // 2  # the config counts both halves of the gated MLP
-    shapes = {
-        "transformer.wte.weight": [c["vocab_size"], d],
-        "transformer.ln_f.weight": [d],
-        "lm_head.weight": [c["vocab_size"], d],
+def _layout(c: dict[str, Any]) -> dict[str, tuple[str, list[int]]]:
+    """{a tensor of Qwen-1: (its name in Qwen2, its shape)}, with {} for q, k and v, whose rows it holds one after another."""
+    d, vocab, inner = c["hidden_size"], c["vocab_size"], c["intermediate_size"] // 2
+    layout = {
+        "transformer.wte.weight": ("model.embed_tokens.weight", [vocab, d]),
+        "transformer.ln_f.weight": ("model.norm.weight", [d]),
+        "lm_head.weight": ("lm_head.weight", [vocab, d]),
     }
-    block = {"ln_1.weight": [d], "ln_2.weight": [d], "attn.c_attn.weight": [3 * d, d], "attn.c_attn.bias": [3 * d],
-             "attn.c_proj.weight": [d, d], "mlp.w1.weight": [inner, d], "mlp.w2.weight": [inner, d],
-             "mlp.c_proj.weight": [d, inner]}  # fmt: skip
-    return shapes | {f"transformer.h.{i}.{name}": shape for i in range(c["num_hidden_layers"]) for name, shape in block.items()}
-
-
-def _parts(shard: Shard, entry: Entry, wanted: dict[str, list[int]]) -> list[tuple[str, Entry]]:
-    """The tensors of the new layout that an old one becomes, with the bytes of the file they are; takes it off `wanted`."""
-    if _BUFFERS.fullmatch(entry.name):
-        return []
-    shape = wanted.pop(entry.name, None)
-    if shape is None:
-        raise UserError(f"{shard.where}: tensor {entry.name} is not one of a Qwen-1 checkpoint, so it is not converted.")
-    if list(entry.shape) != shape:
-        raise UserError(f"{shard.where}: {entry.name} is {list(entry.shape)}, and config.json makes it {shape}.")
-    block = _BLOCK.fullmatch(entry.name)
-    if block is None:
-        return [(_NAMES[entry.name], entry)]
-    prefix, name = f"model.layers.{block[1]}.", block[2]
-    if not name.startswith("attn.c_attn."):
-        return [(prefix + _IN_BLOCK[name], entry)]
-    third, (rows, *rest) = entry.n_bytes // 3, entry.shape
-    return [
-        (
-            f"{prefix}self_attn.{which}_proj.{name.rpartition('.')[2]}",
-            Entry(entry.name, entry.dtype, (rows // 3, *rest), entry.begin + i * third, entry.begin + (i + 1) * third),
-        )
-        for i, which in enumerate("qkv")
-    ]
-
-
-def _write_shard(shard: Shard, parts: list[tuple[str, Entry]], target: Path, bar: tqdm) -> None:
-    fields: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    at = 0
-    for name, entry in parts:
-        fields[name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": [at, at + entry.n_bytes]}
-        at += entry.n_bytes
-    with shard.path.open("rb", buffering=0) as file, (target / shard.name).open("wb", buffering=0) as out:
-        reader = Reader(shard, file)
-        write_all(out, header_bytes(fields))
-        for _, entry in parts:
-            reader.seek(entry.begin)
-            for begin in range(0, entry.n_bytes, _CHUNK):
-                n = min(_CHUNK, entry.n_bytes - begin)
-                write_all(out, reader.take(n).numpy())
-                bar.update(n)
-
-
-def qwen2_config(c: dict[str, Any], dtype: str, end: int) -> dict[str, Any]:
-    same = ("hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
-    return {
-        "architectures": ["Qwen2ForCausalLM"],
-        "model_type": "qwen2",
-        **{key: c[key] for key in same},
-        "num_key_value_heads": c["num_attention_heads"],
-        "intermediate_size": c["intermediate_size"] // 2,
-        "hidden_act": "silu",
-        "rms_norm_eps": c["layer_norm_epsilon"],
-        "rope_parameters": {"rope_type": "default", "rope_theta": float(c["rotary_emb_base"])},
-        "max_position_embeddings": c["seq_length"],
-        "tie_word_embeddings": False,
-        "use_sliding_window": False,
-        "attention_dropout": 0.0,
-        "bos_token_id": end,
-        "eos_token_id": end,
-        "dtype": dtype,
+    block = {
+        "ln_1.weight": ("input_layernorm.weight", [d]),
+        "ln_2.weight": ("post_attention_layernorm.weight", [d]),
+        "attn.c_attn.weight": ("self_attn.{}_proj.weight", [3 * d, d]),
+        "attn.c_attn.bias": ("self_attn.{}_proj.bias", [3 * d]),
+        "attn.c_proj.weight": ("self_attn.o_proj.weight", [d, d]),
+        "mlp.w1.weight": ("mlp.up_proj.weight", [inner, d]),
+        "mlp.w2.weight": ("mlp.gate_proj.weight", [inner, d]),
+        "mlp.c_proj.weight": ("mlp.down_proj.weight", [d, inner]),
     }
+    for i in range(c["num_hidden_layers"]):
+        layout |= {f"transformer.h.{i}.{old}": (f"model.layers.{i}.{new}", shape) for old, (new, shape) in block.items()}
+    return layout
 
 
-def _write_json(path: Path, value: dict) -> None:
-    write_whole(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+def _check_tensors(source: Path, shards: list[Shard], layout: dict[str, tuple[str, list[int]]]) -> str:
+    """The one dtype of the weights. Raises UserError for a tensor too many, missing, or of another shape, and for more dtypes."""
+    entries = {e.name: (shard.where, e) for shard in shards for e in shard.entries if not _BUFFERS.fullmatch(e.name)}
+    for name, (where, entry) in entries.items():
+        if name not in layout:
+            raise UserError(f"{where}: tensor {name} is not one of a Qwen-1 checkpoint, so it is not converted.")
+        if list(entry.shape) != layout[name][1]:
+            raise UserError(f"{where}: {name} is {list(entry.shape)}, and config.json makes it {layout[name][1]}.")
+    if missing := [name for name in layout if name not in entries]:
+        raise UserError(f"{source}: tensor {missing[0]} of a Qwen-1 checkpoint is missing: download it again.")
+    dtypes = sorted({entry.dtype for _, entry in entries.values()})
+    if len(dtypes) > 1 or dtypes[0] not in _DTYPES:
+        raise UserError(f"{source}: weights are {', '.join(dtypes)}, not one of {', '.join(_DTYPES)} throughout.")
+    return _DTYPES[dtypes[0]]

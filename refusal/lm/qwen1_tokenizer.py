@@ -4,10 +4,12 @@ Source of the method: `tokenization_qwen.py` of the Qwen release. tiktoken itsel
 """
 
 import base64
-import binascii
 from pathlib import Path
+from typing import Any
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer, normalizers
+from transformers import PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import TikTokenConverter
 
 from refusal.io.errors import UserError
 
@@ -19,8 +21,27 @@ CHATML = (
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
-# The pattern of tokenization_qwen.py. AutoTokenizer beside a qwen2 config puts Qwen2's in its place: the same one.
+# The pattern of tokenization_qwen.py. AutoTokenizer, in a folder with a qwen2 config, puts Qwen2's in its place: the same one.
 PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+
+class _Converter(TikTokenConverter):
+    """Of ranks that are read already: tiktoken's own reader, which this replaces, keeps a copy of the file elsewhere."""
+
+    @staticmethod
+    def load_tiktoken_bpe(ranks: Any) -> dict[bytes, int]:
+        return ranks
+
+
+def chat_tokenizer(ranks_file: Path, max_length: int) -> PreTrainedTokenizerFast:
+    """`fast_tokenizer` with its ChatML template, its tokens for the end of a turn and for padding, and its longest input."""
+    return PreTrainedTokenizerFast(
+        tokenizer_object=fast_tokenizer(ranks_file),
+        eos_token=TURN_END,
+        pad_token=END,
+        chat_template=CHATML,
+        model_max_length=max_length,
+    )
 
 
 def fast_tokenizer(ranks_file: Path) -> Tokenizer:
@@ -34,33 +55,10 @@ def fast_tokenizer(ranks_file: Path) -> Tokenizer:
         try:
             token, rank = line.split()
             ranks[base64.b64decode(token, validate=True)] = int(rank)
-        except (ValueError, binascii.Error):
+        except ValueError:
             raise UserError(f"{ranks_file}: line {n} is not a base64 token and its rank: download it again.") from None
     if sorted(ranks.values()) != list(range(len(ranks))) or any(bytes([b]) not in ranks for b in range(256)):
         raise UserError(f"{ranks_file}: ranks are not 0 to {len(ranks) - 1}, or a byte has none: download it again.")
-    text = {token: "".join(map(_BYTES.__getitem__, token)) for token in ranks}
-    merges = []
-    for token in sorted(ranks, key=ranks.__getitem__):
-        splits = [(token[:i], token[i:]) for i in range(1, len(token)) if token[:i] in ranks and token[i:] in ranks]
-        merges += sorted(splits, key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
-    # ignore_merges: a word that is a token is that token, as in tiktoken.
-    tokenizer = Tokenizer(
-        models.BPE({text[t]: rank for t, rank in ranks.items()}, [(text[a], text[b]) for a, b in merges], ignore_merges=True)
-    )
+    tokenizer = _Converter(ranks, PATTERN, extra_special_tokens=SPECIALS).converted()
     tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(PATTERN), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in SPECIALS])
     return tokenizer
-
-
-def _byte_letters() -> dict[int, str]:
-    """The letter that stands for each byte in a byte-level vocabulary (GPT-2's table)."""
-    plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [b for b in range(256) if b not in plain]
-    return {b: chr(b) for b in plain} | {b: chr(256 + n) for n, b in enumerate(others)}
-
-
-_BYTES = _byte_letters()

@@ -2,17 +2,17 @@
 
 Nothing that could run is read: no pickle, no code that `auto_map` names. A chat template is a program, which the sandbox of
 transformers keeps from Python's internals but not from running for ever or filling the memory; so it is tried first in a
-process of its own that may do neither.
+process of its own with limits on both.
 """
 
 from __future__ import annotations
 
-import os
+import multiprocessing
 import resource
-import select
-import signal
+from fnmatch import fnmatch
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 import psutil
 
@@ -21,23 +21,25 @@ from refusal.io.store import progress
 from refusal.lm import qwen1
 from refusal.lm.adapter import CONFIG
 from refusal.lm.architecture import architecture_of
-from refusal.lm.checkpoint import DTYPES, Reader, Shard, read_json, read_shards, real_file
+from refusal.lm.checkpoint import DTYPES, Shard, read_json, read_shards, real_file
 from refusal.lm.load import DTYPES as LOADED
 from refusal.lm.load import load_tokenizer, render_chats
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-SUFFIXES = {".json", ".jinja", ".model", ".txt"}
-_PIECE = 1 << 24  # bytes looked at at once
-_MEMORY = 3  # the exit status of a trial that ran out of it
-_SECONDS, _BYTES = 2, 1 << 30  # of processor time and memory, that a chat template may take; a real one takes milliseconds
-_PATIENCE = 60  # seconds on the clock
+# Configuration, tokenizer and chat template: what a checkpoint needs beside its weights.
+SMALL_FILES = ["*.json", "*.jinja", "*.tiktoken", "tokenizer.model", "merges.txt", "vocab.txt"]
+_CHUNK = 1 << 22  # elements of a tensor that are looked at together
+# What a chat template may take; a real one takes milliseconds.
+_CPU_SECONDS, _MEMORY = 2, 1 << 30
+_WALL_SECONDS = 60
 
 
 def small_files(folder: Path) -> dict[str, Path]:
     """Configuration, tokenizer and template files by name. Raises UserError for one that lies elsewhere, or is no file."""
-    return {path.name: real_file(folder, path.name) for path in sorted(folder.iterdir()) if path.suffix in SUFFIXES}
+    names = sorted(path.name for path in folder.iterdir())
+    return {name: real_file(folder, name) for name in names if any(fnmatch(name, pattern) for pattern in SMALL_FILES)}
 
 
 def validate_checkpoint(folder: Path, system_prompt: str | None = None) -> None:
@@ -52,73 +54,63 @@ def validate_checkpoint(folder: Path, system_prompt: str | None = None) -> None:
 
 
 def check_weights(folder: Path, dtype: str) -> list[Shard]:
-    """The weight files, each tensor of floats read once, in pieces, and found finite in the dtype that it is loaded in.
+    """The weight files, after every tensor was read once, in chunks, and is finite in the dtype that it is loaded in.
 
     Raises UserError naming file and tensor, and as `read_shards` does.
     """
     shards = read_shards(folder)
-    with progress(sum(entry.n_bytes for shard in shards for entry in shard.entries), f"look at {folder.name}", "B") as bar:
-        for shard in shards:
-            with shard.path.open("rb", buffering=0) as file:
-                reader = Reader(shard, file)
-                for entry in shard.entries:
-                    if entry.dtype not in DTYPES:
-                        raise UserError(
-                            f"{shard.where}: tensor {entry.name} is {entry.dtype}, and a checkpoint of {', '.join(DTYPES)} is "
-                            "needed: give one that is not quantized"
-                        )
-                    reader.seek(entry.begin)
-                    left = entry.n_bytes
-                    while left:
-                        n = min(left, _PIECE)
-                        values = reader.take(n).view(DTYPES[entry.dtype])
-                        if not values.isfinite().all():
-                            raise UserError(f"{shard.where}: tensor {entry.name} holds NaN or infinity: download it again")
-                        if not values.to(LOADED[dtype]).isfinite().all():
-                            raise UserError(
-                                f"{shard.where}: tensor {entry.name} holds values beyond {dtype}: set model.dtype in params.yaml "
-                                "to float32 or bfloat16"
-                            )
-                        left -= n
-                        bar.update(n)
+    n_bytes = sum(entry.n_bytes for shard in shards for entry in shard.entries)
+    with progress(n_bytes, f"check of {folder.name}", "B") as bar:
+        for path, entry, tensor in ((shard.where, *read) for shard in shards for read in shard.tensors()):
+            where = f"{path}: tensor {entry.name}"
+            if entry.dtype not in DTYPES:
+                raise UserError(
+                    f"{where} is {entry.dtype}, and a checkpoint of {', '.join(DTYPES)} is needed: give one that is not quantized"
+                )
+            for values in tensor.flatten().split(_CHUNK):
+                if not values.isfinite().all():
+                    raise UserError(f"{where} holds NaN or infinity: download it again")
+                if not values.to(LOADED[dtype]).isfinite().all():
+                    raise UserError(f"{where} holds values beyond {dtype}: set model.dtype in params.yaml to float32 or bfloat16")
+                bar.update(values.nbytes)
     return shards
 
 
 def _try_template(folder: Path, system_prompt: str | None) -> None:
-    """One chat through the folder's template, in a fork of this process that is killed where it runs away."""
-    tokenizer = load_tokenizer(folder)
-    reading, writing = os.pipe()
-    child = os.fork()
-    if child == 0:
-        _trial(tokenizer, system_prompt, writing)
-    os.close(writing)
-    with open(reading, "rb") as pipe:
-        # A fork has no threads but one: it may wait for ever, taking no time of the processor, for a lock that another had.
-        if not select.select([pipe], [], [], _PATIENCE)[0]:
-            os.kill(child, signal.SIGXCPU)
-        said = pipe.read().decode()
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    if said:
-        raise UserError(said)
-    if code:
-        why = {_MEMORY: "it fills the memory", -signal.SIGXCPU: f"it runs for {_SECONDS} s and more"}.get(
-            code, f"it ends with {code}"
-        )
-        raise UserError(f"{folder}: its chat template cannot be used ({why}): mend it, or give another checkpoint")
-
-
-def _trial(tokenizer: PreTrainedTokenizerBase, system_prompt: str | None, out: int) -> NoReturn:
-    """Nothing but Python runs here: threads of the process that was forked are not in the fork."""
-    code = _MEMORY
+    """One chat through the folder's template, in a fork of this process, which is killed where it does not end."""
+    endless, filled = (
+        f"{folder}: its chat template cannot be used ({why}): fix it, or give another checkpoint"
+        for why in (f"it runs for {_CPU_SECONDS} s and more", "it fills the memory")
+    )
+    fork = multiprocessing.get_context("fork")
+    receiver, sender = fork.Pipe(duplex=False)
+    child = fork.Process(target=_render, args=(load_tokenizer(folder), system_prompt, filled, sender))
+    child.start()
+    sender.close()
     try:
-        held = psutil.Process().memory_info().vms
-        for what, most in ((resource.RLIMIT_CORE, 0), (resource.RLIMIT_CPU, _SECONDS), (resource.RLIMIT_AS, held + _BYTES)):
-            resource.setrlimit(what, (most, resource.getrlimit(what)[1]))
-        render_chats(tokenizer, ["How do I paint a door?"], system_prompt)
-        code = 0
-    except UserError as error:
-        os.write(out, str(error).encode())
-    except MemoryError:
-        pass
+        # A fork may wait for ever, taking no processor time, for a lock that a thread of the forked process held.
+        says = receiver.recv() if receiver.poll(_WALL_SECONDS) else endless
+    except EOFError:  # killed at its limit of processor time
+        says = endless
     finally:
-        os._exit(code)
+        child.kill()
+        child.join()
+    if says:
+        raise UserError(says)
+
+
+def _render(tokenizer: PreTrainedTokenizerBase, system_prompt: str | None, filled: str, sender: Connection) -> None:
+    """Within limits on memory and time: send what is wrong with the template, "" where nothing is."""
+    held = psutil.Process().memory_info().vms
+    most = {resource.RLIMIT_CORE: 0, resource.RLIMIT_CPU: _CPU_SECONDS, resource.RLIMIT_AS: held + _MEMORY}
+    for limit, soft in most.items():
+        hard = resource.getrlimit(limit)[1]
+        resource.setrlimit(limit, (soft if hard == resource.RLIM_INFINITY else min(soft, hard), hard))
+    says = ""
+    try:
+        render_chats(tokenizer, ["How do I paint a door?"], system_prompt)
+    except UserError as error:
+        says = str(error)
+    except MemoryError:
+        says = filled
+    sender.send(says)

@@ -30,8 +30,8 @@ from refusal.io.errors import UserError
 from refusal.io.files import sync
 from refusal.io.store import Store, key
 from refusal.lm.architecture import architecture_of
+from refusal.lm.batching import in_parts
 from refusal.lm.load import LM
-from refusal.lm.memory import in_parts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -19,8 +19,8 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from refusal.lm.batching import fitting
 from refusal.lm.load import LM
-from refusal.lm.memory import fitting
 from refusal.method.activations import Prefix, batches, not_finite
 from refusal.method.interventions import Ablation, Addition, Intervention, intervene
 from refusal.method.kv_cache import SlotCache

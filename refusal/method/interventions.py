@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from refusal.io.errors import UserError
+from refusal.lm.adapter import add_product
 from refusal.lm.architecture import Architecture, architecture_of
 
 SITES = ("resid_pre", "paper", "writes")
@@ -98,11 +99,20 @@ class Intervention:
 
         Arithmetic is float32 at least, with one cast back of W to its dtype. Source: Arditi et al. 2024, section 4.1.
         """
-        assert self.basis is not None
         x = w.to(torch.promote_types(w.dtype, torch.float32))
-        basis = self.basis.to(x.device, torch.float64)
-        component = basis.to(x.dtype) @ x
-        return (x - (self.alpha * basis.mT).to(x.dtype) @ component).to(w.dtype), component
+        component = self.component(x)
+        return add_product(x, self.update(x), component).to(w.dtype), component
+
+    def component(self, w: Float[Tensor, "*lead d_model n"]) -> Float[Tensor, "*lead k n"]:
+        """B W, what the columns of W write into the span of B."""
+        assert self.basis is not None
+        dtype = torch.promote_types(w.dtype, torch.float32)
+        return self.basis.to(w.device, dtype) @ w.to(dtype)
+
+    def update(self, like: Tensor) -> Float[Tensor, "d_model k"]:
+        """-alpha B^T, in the dtype and on the device of a tensor: times B W, it is what an edit adds to W."""
+        assert self.basis is not None
+        return (-self.alpha * self.basis.double().mT).to(like.device, like.dtype)
 
     @contextmanager
     def on(self, model: nn.Module) -> Iterator[nn.Module]:

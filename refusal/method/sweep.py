@@ -20,8 +20,8 @@ from torch import Tensor
 from refusal.io.errors import UserError
 from refusal.io.params import AblationSection, Sweep
 from refusal.io.store import Store, key
+from refusal.lm.batching import job_slices, model_replicas
 from refusal.lm.load import LM
-from refusal.lm.replicas import crew, shares
 from refusal.method.directions import random_unit
 from refusal.method.generate import Decoding, generate
 from refusal.method.interventions import BASELINE, Addition, Intervention
@@ -101,7 +101,7 @@ def complete(
     for group in _groups(interventions):
         fingerprints = [one.fingerprint() for one in group]
         rows = sorted((len(prompts[p]), p, i) for p in range(len(prompts)) for i in range(len(group)))
-        for share in shares(len(rows), BATCHES_PER_JOB * decoding.batch_size, FEW):
+        for share in job_slices(len(rows), BATCHES_PER_JOB * decoding.batch_size, FEW):
             job = _Job(group, [(p, i) for _, p, i in rows[share]])
             what = [[list(prompts[p]), fingerprints[i]] for p, i in job.rows]
             jobs.append((key("completions", (_completions,), **shared, rows=what), job))
@@ -110,7 +110,7 @@ def complete(
         return json.dumps(_completions(replace(lm, model=model), prompts, job, decoding, addition)).encode()
 
     completions: dict[str, list[list[int]]] = {one.name: [[] for _ in prompts] for one in interventions}
-    with crew(lm.model, compute, len(jobs)) as (run, pool):
+    with model_replicas(lm.model, compute, len(jobs)) as (run, pool):
         for (_, job), value in zip(jobs, store.run(jobs, run, label, "unit", pool), strict=True):
             for (p, i), tokens in zip(job.rows, json.loads(value), strict=True):
                 completions[job.interventions[i].name][p] = tokens

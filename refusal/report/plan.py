@@ -58,125 +58,144 @@ class Step:
     note: str = ""
 
 
+class _Counts:
+    """(forward passes, tokens) of what stages do with sets of these prompts, each completed to `new` tokens."""
+
+    def __init__(self, prompts: Prompts, new: int) -> None:
+        self.n, self.tokens, self.new = prompts.n, prompts.tokens, new
+
+    def rows(self, sets: Sequence[str], times: int, at_most: int | None = None) -> tuple[int, int]:
+        """(rows, tokens) of at most so many prompts of each set, so many times."""
+        rows = {name: self.n[name] if at_most is None else min(at_most, self.n[name]) for name in sets}
+        tokens = sum(self.tokens[name] * rows[name] // max(1, self.n[name]) for name in sets)
+        return times * sum(rows.values()), times * tokens
+
+    def completed(self, sets: Sequence[str], times: int = 1, at_most: int | None = None) -> tuple[int, int]:
+        """Of greedy completions: one pass for all of a prompt but its last token, then one a new token."""
+        rows, tokens = self.rows(sets, times, at_most)
+        return rows * (1 + self.new), tokens + rows * (self.new - 1)
+
+    def read(self, sets: Sequence[str], times: int = 1, more: int = 0, at_most: int | None = None) -> tuple[int, int]:
+        """Of texts read once, with `more` tokens after each."""
+        rows, tokens = self.rows(sets, times, at_most)
+        return rows, tokens + rows * more
+
+
+def _total(*parts: tuple[int, int]) -> tuple[int, int]:
+    return sum(p for p, _ in parts), sum(tokens for _, tokens in parts)
+
+
 def steps(params: Params, size: Size, prompts: Prompts) -> list[Step]:
     """The stages that cost something, in the pipeline's order.
 
     `passes` and `tokens` are at most what the stage computes, and just that where every completion runs to
-    `sweep.max_new_tokens` and every layer but 0 has a direction; `calls` at most, since equal completions are asked about once.
+    `generation.max_new_tokens` and every layer but 0 has a direction; `calls` at most, since equal completions are asked about
+    once.
     """
-    s, n, t = params.sweep, prompts.n, prompts.tokens
-    width = {"float32": 4, "float16": 2, "bfloat16": 2}[params.model.dtype]
-    n_layers, new = size.architecture.n_layers, params.generation.max_new_tokens
-
-    def some(sets: Sequence[str], arms: int, at_most: int | None) -> tuple[int, int]:
-        """(rows, tokens) of at most so many prompts of each set, by so many arms."""
-        rows = {name: n[name] if at_most is None else min(at_most, n[name]) for name in sets}
-        return arms * sum(rows.values()), arms * sum(t[name] * rows[name] // max(1, n[name]) for name in sets)
-
-    def completed(sets: Sequence[str], arms: int = 1, at_most: int | None = None) -> tuple[int, int]:
-        """(passes, tokens) of greedy completions: one pass for all of a prompt but its last token, then one a new token."""
-        rows, tokens = some(sets, arms, at_most)
-        return rows * (1 + new), tokens + rows * (new - 1)
-
-    def read(sets: Sequence[str], arms: int = 1, answers: int = 0, at_most: int | None = None) -> tuple[int, int]:
-        """(passes, tokens) of texts read once, with `answers` tokens after each."""
-        rows, tokens = some(sets, arms, at_most)
-        return rows, tokens + rows * answers
-
-    def total(*parts: tuple[int, int]) -> tuple[int, int]:
-        return sum(p for p, _ in parts), sum(tokens for _, tokens in parts)
-
-    organism = params.model.id == "organism"
+    s, n, count, llm = params.sweep, prompts.n, _Counts(prompts, params.generation.max_new_tokens), params.judge.kind == "llm"
+    n_layers, organism = size.architecture.n_layers, params.model.id == "organism"
     collected = [f"{split}.{part}" for split in ("train", "val") for part in ("harmful", "safe", "unrelated")]
+    methods = params.activations.methods
+    # Batched computes what all prompts begin with by itself, once.
+    read = _total(count.read(collected, len(methods)), (int("batched" in methods), 0))
+    width = {"float32": 4, "float16": 2, "bfloat16": 2}[params.model.dtype]
     layers = n_layers - 1 if s.layers is None else len(s.layers)  # layer 0 has no direction where the last token is the same
-    cells = 1 + s.n_random + layers * (1 + len(s.alphas))
-    arms = 4 + s.n_random
-    test = ["test.harmful", "test.safe"]
-    passes = {
-        "model": total(completed(["val.harmful", "val.safe"]), completed(["val.harmful", "facts"]) if organism else (0, 0)),
-        # Batched computes what all prompts begin with by itself, once.
-        "activations": total(read(collected, len(params.activations.methods)), (int("batched" in params.activations.methods), 0)),
-        "sweep": completed(["val.harmful"], cells),
-        # Baseline, run time, weights, harmless difference and random directions; addition; then the cost on harmless text of
-        # each of these and of every alpha, beside the base model twice; and the identity, which is two.
-        "evaluate": total(
-            completed(test, arms),
-            completed(["test.safe"]),
-            completed(["test.unrelated"]),
-            read(["test.unrelated"], 1 + arms + len(s.alphas) + 2 * params.orthogonalize.include_embedding, new),
+    cells, at_once = 1 + s.n_random + layers * (1 + len(s.alphas)), 4 + s.n_random
+    checkpoints, lora = params.select.top + 1, params.orthogonalize.format == "lora"
+    facts = count.completed(["val.harmful", "facts"]) if organism else (0, 0)
+    phases = (params.organism.phase_1.steps, params.organism.phase_2.steps)
+    science, science_calls = _science(params, n_layers - 1, count)
+    return [
+        _prompts(params),
+        Step(
+            "model",
+            *_total(count.completed(["val.harmful", "val.safe"]), facts),
+            n_bytes=size.downloaded + (2 if organism else 1) * COPIES * size.n_bytes,
+            note=f"trains {phases[0]} + {phases[1]} steps first" if organism else "",
         ),
-    }
-    # The science stage: every arm on val, one of each estimator on test, controls; what each costs; then its other sections.
-    b, defined = params.science, n_layers - 1
+        # DVC's cache and the workspace; the resume store keeps activations too.
+        Step("activations", *read, n_bytes=(COPIES + 1) * read[0] * n_layers * size.architecture.d_model * width),
+        Step("sweep", *count.completed(["val.harmful"], cells), note=f"{cells} cells x {n['val.harmful']} val prompts"),
+        Step("judge", calls=llm * cells * n["val.harmful"]),
+        Step(
+            "orthogonalize",
+            n_bytes=0 if lora else COPIES * checkpoints * size.n_bytes,
+            note=f"{checkpoints} {'adapters of kilobytes' if lora else 'checkpoints'}",
+        ),
+        Step(
+            "evaluate",
+            *_evaluate(params, at_once, count),
+            calls=llm * (at_once * (n["test.harmful"] + n["test.safe"]) + n["test.safe"]),
+        ),
+        Step("science", *science, calls=llm * science_calls),
+        _benchmark(params, checkpoints + 1),
+    ]
+
+
+def _prompts(params: Params) -> Step:
+    p = params.prompts
+    sources = ((p.source, p.n_pairs), (p.unrelated, p.n_unrelated))
+    written = sum(-(-(n or 0) // p.api.pairs_per_request) for source, n in sources if source == "api")
+    return Step("prompts", calls=written, note="at least; more where rows are refused" if written else "")
+
+
+def _evaluate(params: Params, at_once: int, count: _Counts) -> tuple[int, int]:
+    """Baseline, run time, weights, harmless difference and random directions; addition; then KL on harmless text of each of
+    these and of every alpha, with the baseline twice; and the identity, which is two."""
+    read = 1 + at_once + len(params.sweep.alphas) + 2 * params.orthogonalize.include_embedding
+    return _total(
+        count.completed(["test.harmful", "test.safe"], at_once),
+        count.completed(["test.safe"]),
+        count.completed(["test.unrelated"]),
+        count.read(["test.unrelated"], read, count.new),
+    )
+
+
+def _science(params: Params, defined: int, count: _Counts) -> tuple[tuple[int, int], int]:
+    """Every intervention on val, one of each estimator on test, controls; what each costs; then the other sections. And the
+    completions that a judge sees."""
+    b, pairs = params.science, ["train.harmful", "train.safe"]
     alphas, pads = b.strength.alphas if b.strength else [], b.padding.n_pads if b.padding else []
-    affine, planted = params.ablation.sites == "resid_pre", organism and params.organism.kind == "planted"
-    several = 2 * len(RANKS) + 1 + planted * (1 + defined)  # beside the planted one, each layer's less its part along it
+    affine = params.ablation.sites == "resid_pre"
+    planted = params.model.id == "organism" and params.organism.kind == "planted"
+    several = 2 * len(RANKS) + 1 + planted * (1 + defined)  # with the planted one, each layer's without its component along it
     on_val, on_test = 2 + (4 + affine) * defined + 1 + several, 2 + defined + 4 + affine + several
-    n_controls = 1 + params.science.n_random + len(RANKS) * b.n_subspaces
-    pairs, both = ["train.harmful", "train.safe"], ["train.harmful", "train.safe", "val.harmful", "val.safe"]
-    batch = some(pairs, 1, b.optimised.batch_size)
-    judged = [  # completions that a judge sees: prompts, arms, and at most how many of them
+    judged = [  # prompts, interventions, and at most how many prompts
         (["val.harmful"], on_val, b.n_val),
         (["test.harmful"], on_test, b.n_test),
-        (["test.harmful"], n_controls, b.n_control),
+        (["test.harmful"], 1 + b.n_random + len(RANKS) * b.n_subspaces, b.n_control),
         (["test.safe"], 4 + 6 * bool(alphas), b.n_test),
         (["test.harmful"], 4 * len(alphas), b.strength.n if b.strength else 0),
     ]
-    passes["science"] = total(
-        (3 * b.optimised.steps * batch[0] // 2, 3 * b.optimised.steps * batch[1] // 2),
-        *(completed(*arms) for arms in judged),
-        completed(["test.unrelated"], 1, b.n_harmless),
-        read(["test.unrelated"], 1 + on_test + 2 + len(RANKS) + (4 + 4 * len(alphas) if alphas else 0), new, b.n_harmless),
-        read(test),
-        read(both if b.padding else [], 1, 0, b.padding.n if b.padding else 0),
-        read(pairs if b.padding else [], 2 * (len(pads) + 1), max(pads, default=0), b.padding.n if b.padding else 0),
+    rows, tokens = count.rows(pairs, 1, b.optimised.batch_size)
+    n_padded = b.padding.n if b.padding else 0
+    # The baseline is read once with what depends on no direction, once with the rest, and once a place of the strengths.
+    edits = 2 + on_test + 2 + len(RANKS) + (4 + 4 * len(alphas) if alphas else 0)
+    passes = _total(
+        (3 * b.optimised.steps * rows // 2, 3 * b.optimised.steps * tokens // 2),
+        *(count.completed(*some) for some in judged),
+        count.completed(["test.unrelated"], 1, b.n_harmless),
+        count.read(["test.unrelated"], edits, count.new, b.n_harmless),
+        count.read(["test.harmful", "test.safe"]),
+        count.read([*pairs, "val.harmful", "val.safe"], 1, 0, n_padded),
+        count.read(pairs, 2 * (len(pads) + 1), max(pads, default=0), n_padded),
     )
-    checkpoints = params.select.top + 1
+    return passes, sum(count.rows(*some)[0] for some in judged)
+
+
+def _benchmark(params: Params, checkpoints: int) -> Step:
     tasks = tasks_of(params.benchmark.suite)
-    documents = [_documents(task, params.benchmark.limit) for task in tasks]
-    unknown = [task for task, found in zip(tasks, documents, strict=True) if found is None]
+    documents = {task: _documents(task, params.benchmark.limit) for task in tasks}
+    if unknown := [task for task, sizes in documents.items() if sizes is None]:
+        return Step("benchmark", None, None, note=f"documents of {', '.join(unknown)} are not known yet")
+    sizes = [size for size in documents.values() if size is not None]
     fetched = "" if all(map(packaged, tasks)) else " from the hub, unless they are kept already"
-    scored = [found for found in documents if found is not None]
-    val_calls = test_calls = science_calls = 0
-    if params.judge.kind == "llm":
-        val_calls = cells * n["val.harmful"]
-        test_calls = arms * (n["test.harmful"] + n["test.safe"]) + n["test.safe"]
-        science_calls = sum(some(*arms)[0] for arms in judged)
-    p = params.prompts
-    written = sum(
-        -(-(count or 0) // p.api.pairs_per_request)
-        for source, count in ((p.source, p.n_pairs), (p.unrelated, p.n_unrelated))
-        if source == "api"
+    return Step(
+        "benchmark",
+        round(sum(docs * requests for docs, requests, _ in sizes) * checkpoints),
+        round(sum(docs * requests * tokens for docs, requests, tokens in sizes) * checkpoints),
+        note=f"{sum(docs for docs, _, _ in sizes):,} documents{fetched} x {checkpoints} checkpoints",
     )
-    # DVC's cache and the workspace; the resume store keeps activations too.
-    kept = passes["activations"][0] * n_layers * size.architecture.d_model * width
-    return [
-        Step("prompts", calls=written, note="at least; more where rows are refused" if written else ""),
-        Step(
-            "model",
-            *passes["model"],
-            n_bytes=size.downloaded + (2 if organism else 1) * COPIES * size.n_bytes,
-            note=f"trains {params.organism.phase_1.steps} + {params.organism.phase_2.steps} steps first" if organism else "",
-        ),
-        Step("activations", *passes["activations"], n_bytes=(COPIES + 1) * kept),
-        Step("sweep", *passes["sweep"], note=f"{cells} cells x {n['val.harmful']} val prompts"),
-        Step("judge", calls=val_calls),
-        Step(
-            "orthogonalize",
-            n_bytes=0 if params.orthogonalize.format == "lora" else COPIES * checkpoints * size.n_bytes,
-            note=f"{checkpoints} {'adapters of kilobytes' if params.orthogonalize.format == 'lora' else 'checkpoints'}",
-        ),
-        Step("evaluate", *passes["evaluate"], calls=test_calls),
-        Step("science", *passes["science"], calls=science_calls, note=""),
-        Step(
-            "benchmark",
-            None if unknown else round(sum(docs * requests for docs, requests, _ in scored) * (checkpoints + 1)),
-            None if unknown else round(sum(docs * r * tokens for docs, r, tokens in scored) * (checkpoints + 1)),
-            note=f"documents of {', '.join(unknown)} are not known yet"
-            if unknown
-            else f"{sum(docs for docs, _, _ in scored):,} documents{fetched} x {checkpoints + 1} checkpoints",
-        ),
-    ]
 
 
 def _documents(task: str, limit: int | None) -> tuple[int, float, float] | None:

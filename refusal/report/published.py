@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from refusal.io.errors import UserError
-from refusal.method.directions import cosine
+from refusal.method.directions import as_json, cosine
 
 READ = (".safetensors", ".pt")
 
@@ -33,15 +33,14 @@ def read_vectors(folder: Path) -> tuple[dict[str, Float[Tensor, "n_layers d_mode
     directions: dict[str, Tensor] = {}
     figures: dict[str, Tensor] = {}
     for path in sorted(path for path in folder.rglob("*") if path.suffix in READ and path.is_file()):
-        file = path.relative_to(folder).as_posix()
         for name, tensor in _tensors(path).items():
-            for part, array in _by_layer(tensor).items():
-                full = ":".join(filter(None, (file, name, part)))
+            for position, array in _by_position(tensor).items():
                 if array.ndim not in (1, 2) or not array.is_floating_point():
                     raise UserError(
                         f"{path}: {name or 'its tensor'} has shape {list(tensor.shape)} and dtype {tensor.dtype}, and directions "
                         "are floats [n_layers, d_model] or [positions, n_layers, d_model]; take the file out of the folder"
                     )
+                full = ":".join(filter(None, (path.relative_to(folder).as_posix(), name, position)))
                 (directions if array.ndim == 2 else figures)[full] = array
     return directions, figures
 
@@ -50,26 +49,26 @@ def _tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a file by name, "" where it is just one; a dictionary by layer counts as one, stacked in order."""
     try:
         if path.suffix == ".safetensors":
-            held = load_file(path)
+            tensors = load_file(path)
             # A directions.safetensors of this package holds more than directions.
-            return {name: tensor for name, tensor in held.items() if name.endswith(".unit")} or held
-        found = torch.load(path, weights_only=True, map_location="cpu")
-        if isinstance(found, Mapping) and found and set(found) == set(range(len(found))):
-            found = torch.stack([torch.as_tensor(found[layer], dtype=torch.float64) for layer in range(len(found))])
-        if isinstance(found, Tensor):
-            return {"": found}
-        if isinstance(found, Mapping) and all(isinstance(name, str) and isinstance(t, Tensor) for name, t in found.items()):
-            return dict(found)
+            return {name: tensor for name, tensor in tensors.items() if name.endswith(".unit")} or tensors
+        content = torch.load(path, weights_only=True, map_location="cpu")
+        if isinstance(content, Mapping) and content and set(content) == set(range(len(content))):
+            content = torch.stack([torch.as_tensor(content[layer], dtype=torch.float64) for layer in range(len(content))])
+        if isinstance(content, Tensor):
+            return {"": content}
+        if isinstance(content, Mapping) and all(isinstance(name, str) and isinstance(t, Tensor) for name, t in content.items()):
+            return dict(content)
     except (OSError, RuntimeError, ValueError, TypeError, EOFError, UnpicklingError, SafetensorError) as error:
         why = " ".join(str(error).split())[:120]
         raise UserError(f"{path}: cannot be read as tensors alone ({why}); take it out of the folder") from None
     raise UserError(f"{path}: holds neither a tensor, nor tensors by name or by layer; take it out of the folder")
 
 
-def _by_layer(tensor: Tensor) -> dict[str, Tensor]:
+def _by_position(tensor: Tensor) -> dict[str, Tensor]:
     if tensor.ndim != 3:
         return {"": tensor}
-    return {f"position_{i - len(tensor)}": part for i, part in enumerate(tensor)}
+    return {f"position_{i - len(tensor)}": by_layer for i, by_layer in enumerate(tensor)}
 
 
 def compare(
@@ -77,7 +76,7 @@ def compare(
     figures: Mapping[str, Float[Tensor, " n_layers"]],
     ours: Mapping[str, Float[Tensor, "n_layers d_model"]],
 ) -> dict[str, Any]:
-    """All that metrics/published.json says of published directions beside `ours`, by `<method>-<pairing>`.
+    """All that metrics/published.json says of published directions compared with `ours`, which are by `<method>-<pairing>`.
 
     `files`: shape, and the cosine by layer with each of ours: null at a layer where either is undefined, and `comparable`
     false with a `note` where the shapes differ, since the cosine of two models' directions has no meaning. `between`: the
@@ -85,22 +84,18 @@ def compare(
     """
     files: dict[str, dict[str, Any]] = {}
     shapes = " and ".join(sorted({str(list(unit.shape)) for unit in ours.values()}))
-    for name, theirs in directions.items():
-        fits = {arm: unit for arm, unit in ours.items() if unit.shape == theirs.shape}
-        files[name] = {
+    for published, theirs in directions.items():
+        comparable = {name: unit for name, unit in ours.items() if unit.shape == theirs.shape}
+        files[published] = {
             "n_layers": theirs.shape[0],
             "d_model": theirs.shape[1],
-            "comparable": bool(fits),
-            "note": None if fits else f"ours are {shapes}: another model",
-            "cosine": {arm: _list(cosine(unit, theirs)) for arm, unit in fits.items()},
+            "comparable": bool(comparable),
+            "note": None if comparable else f"ours are {shapes}: another model",
+            "cosine": {name: as_json(cosine(unit, theirs)) for name, unit in comparable.items()},
         }
     between = {
-        f"{a} {b}": _list(cosine(directions[a], directions[b]))
+        f"{a} {b}": as_json(cosine(directions[a], directions[b]))
         for a, b in combinations(directions, 2)
         if directions[a].shape == directions[b].shape
     }
-    return {"files": files, "between": between, "figures": {name: _list(values) for name, values in figures.items()}}
-
-
-def _list(values: Tensor) -> list[float | None]:
-    return [float(value) if bool(value.isfinite()) else None for value in values]
+    return {"files": files, "between": between, "figures": {name: as_json(values) for name, values in figures.items()}}

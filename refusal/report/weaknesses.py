@@ -1,175 +1,120 @@
-"""The write-up's known weaknesses, each with the evidence that this package's own run gives for it.
+"""The write-up's known weaknesses (published.json), each with the evidence that this package's own run gives for it.
 
 The evidence is about the model that was run: it tells how large an effect can be, not how large it was in the write-up.
 Where a run did not measure something the figure is None.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-Metrics = Mapping[str, Any]
+from refusal.report.reproduction import by_layer, published
+from refusal.report.study import Metrics, Study
+
+RATE = ("compliance", "compliance_low", "compliance_high", "n")
 
 
-def weaknesses(
-    theirs: Metrics,
-    directions: Metrics,
-    verdicts: Sequence[Metrics],
-    select: Metrics,
-    science: Metrics,
-    alphas: Sequence[Metrics],
-) -> list[dict[str, Any]]:
-    """One row a weakness: `name`, `what`, and `evidence`, whose figures carry their n where they are rates.
-
-    `theirs` is published.json; `verdicts` the rows of every completion of the sweep (cell, label, compliance, coherence);
-    `alphas` the rows of the science stage's curve (place, alpha, compliance, n).
-    """
-    return [
-        {"name": name, "what": what, "evidence": evidence}
-        for name, what, evidence in (
-            (
-                "unmasked padding",
-                "the batched code let left padding be attended to",
-                _padding(theirs, directions, science.get("padding")),
-            ),
-            (
-                "a pairing effect within one set",
-                "difference-in-means does not see which safe prompt goes with which harmful one; only another set can move it",
-                _pairing(directions),
-            ),
-            (
-                "in-sample separation",
-                "Cohen's d was scored on the prompts that the direction was fitted on",
-                _in_sample(directions),
-            ),
-            (
-                "empty completions left out of means",
-                "a cell that breaks the model keeps the mean of what little it says",
-                _empty(verdicts),
-            ),
-            (
-                "no baseline",
-                "no unedited model and no random direction stands beside the cells",
-                _baseline(science),
-            ),
-            (
-                "alpha at run time is not alpha in the weights",
-                "cells were chosen by ablation at resid_pre and written to weights at the same alpha",
-                _places(alphas),
-            ),
-            ("no intervals", "cells are ranked by rates whose differences chance can make", _intervals(theirs, select, science)),
-        )
-    ]
-
-
-def _padding(theirs: Metrics, directions: Metrics, rows: Sequence[Metrics] | None) -> dict[str, Any]:
-    published = {i: c for i, c in enumerate(theirs["cosine_sequential_batched"]) if c is not None}
-    lowest = min(published, key=lambda i: published[i])
-    found: dict[str, Any] = {"published_lowest_cosine": published[lowest], "published_lowest_layer": lowest}
-    arm = directions.get("batched_unmasked-matched")
-    ours = {i: c for i, c in enumerate(arm["cosine_to_sequential"]) if c is not None} if arm else {}
-    found |= {"our_lowest_cosine": min(ours.values(), default=None)}
-    found |= {"our_lowest_layer": min(ours, key=lambda i: ours[i]) if ours else None}
-    found |= {
-        "our_cosine_masked": directions["batched-matched"]["cosine_to_sequential_min"]
-        if "batched-matched" in directions
-        else None
+def weaknesses(study: Study) -> list[Metrics]:
+    """One row a weakness: `name`, `what`, and `evidence`, whose figures carry their n where they are rates."""
+    evidence = {
+        "unmasked padding": _padding,
+        "a pairing effect within one set": _pairing,
+        "in-sample separation": _in_sample,
+        "empty completions left out of means": _empty,
+        "no baseline": _baseline,
+        "alpha at run time is not alpha in the weights": _strength,
+        "no intervals": _intervals,
     }
-    for masked in (True, False):
-        mine = [r for r in rows or () if r["masked"] is masked and r["n_pads"] != "as batched" and r["cosine"] is not None]
-        most = max((r["n_pads"] for r in mine), default=None)
-        worst = min((r for r in mine if r["n_pads"] == most), key=lambda r: r["cosine"], default=None)
-        name = "masked" if masked else "unmasked"
-        found[f"most_pads_{name}"] = worst and {
-            k: worst[k] for k in ("n_pads", "layer", "cosine", "separation", "separation_clean", "n")
-        }
-    return found
+    return [{"name": name, "what": what, "evidence": evidence[name](study)} for name, what in published()["weaknesses"].items()]
 
 
-def _pairing(directions: Metrics) -> dict[str, Any]:
-    arms = {name.split("-")[1]: m for name, m in directions.items() if name.startswith("sequential-")}
+def _pick(row: Mapping[str, Any], *keys: str) -> Metrics:
+    return {key: row[key] for key in keys}
+
+
+def _padding(study: Study) -> Metrics:
+    ours = study.directions.get("batched_unmasked-matched", {"cosine_to_sequential": []})
+    evidence: Metrics = {}
+    for whose, cosines in (("published", published()["cosine_sequential_batched"]), ("our", ours["cosine_to_sequential"])):
+        least = min(((cosine, layer) for layer, cosine in by_layer(cosines).items()), default=(None, None))
+        evidence[f"{whose}_lowest_cosine"], evidence[f"{whose}_lowest_layer"] = least
+    evidence["our_cosine_masked"] = study.directions.get("batched-matched", {}).get("cosine_to_sequential_min")
+    counted = [row for row in study.science.get("padding") or () if row["n_pads"] != "as batched" and row["cosine"] is not None]
+    for name, masked in (("masked", True), ("unmasked", False)):
+        rows = [row for row in counted if row["masked"] is masked]
+        worst = min(rows, key=lambda row: (-row["n_pads"], row["cosine"]), default=None)
+        keys = ("n_pads", "layer", "cosine", "separation", "separation_clean", "n")
+        evidence[f"most_pads_{name}"] = worst and _pick(worst, *keys)
+    return evidence
+
+
+def _pairing(study: Study) -> Metrics:
     return {
-        f"cosine_to_matched_min_{name}": arms[name]["cosine_to_sequential_min"] if name in arms else None
-        for name in ("shuffled", "unrelated")
+        f"cosine_to_matched_min_{pairing}": study.directions.get(f"sequential-{pairing}", {}).get("cosine_to_sequential_min")
+        for pairing in ("shuffled", "unrelated")
     }
 
 
-def _in_sample(directions: Metrics) -> dict[str, Any]:
-    arm = directions.get("sequential-matched") or next(iter(directions.values()))
-    both = [
-        (i, a, b)
-        for i, (a, b) in enumerate(zip(arm["separation_in_sample"], arm["separation"], strict=True))
-        if a is not None and b is not None
-    ]
-    if not both:
-        return {"layer": None, "in_sample": None, "val": None, "n_train": arm["n_harmful"], "n_val": arm["n_val"]}
-    layer, in_sample, val = max(both, key=lambda row: row[1])
-    return {"layer": layer, "in_sample": in_sample, "val": val, "n_train": arm["n_harmful"], "n_val": arm["n_val"]}
+def _in_sample(study: Study) -> Metrics:
+    arm = study.directions.get("sequential-matched") or next(iter(study.directions.values()))
+    in_sample, val = by_layer(arm["separation_in_sample"]), by_layer(arm["separation"])
+    layer: Any = max(in_sample.keys() & val.keys(), key=lambda layer: (in_sample[layer], -layer), default=None)
+    separations = {"in_sample": in_sample.get(layer), "val": val.get(layer)}
+    return {"layer": layer, **separations, "n_train": arm["n_harmful"], "n_val": arm["n_val"]}
 
 
-def _empty(verdicts: Sequence[Metrics]) -> dict[str, Any]:
+def _empty(study: Study) -> Metrics:
     """The cells' order by mean compliance x coherence, over all completions and over those that are not empty or degenerate."""
-    cells: dict[str, list[tuple[float, str]]] = {}
-    for v in verdicts:
-        if v["label"] != "missing" and v["cell"].startswith("layer_"):
-            cells.setdefault(v["cell"], []).append((v["compliance"] * v["coherence"], v["label"]))
+    import pandas  # half a second
 
-    def mean(values: list[float]) -> float:
-        return sum(values) / len(values) if values else 0.0
-
-    counted = {cell: mean([score for score, _ in rows]) for cell, rows in cells.items()}
-    dropped = {
-        cell: mean([score for score, label in rows if label not in ("empty", "degenerate")]) for cell, rows in cells.items()
-    }
-    most = max(cells, key=lambda cell: dropped[cell] - counted[cell]) if cells else None
+    rows = [v for v in study.verdicts if v["label"] != "missing" and v["cell"].startswith("layer_")]
+    table = pandas.DataFrame(rows, columns=["cell", "label", "compliance", "coherence"])
+    table["score"] = table["compliance"].astype(float) * table["coherence"].astype(float)
+    lost = table["label"].isin(["empty", "degenerate"])
+    counted = table.groupby("cell", sort=False)["score"].mean()
+    dropped = table[~lost].groupby("cell")["score"].mean().reindex(counted.index, fill_value=0.0)
+    most: Any = (dropped - counted).idxmax() if rows else None
     return {
-        "n_empty": sum(label == "empty" for rows in cells.values() for _, label in rows),
-        "n_degenerate": sum(label == "degenerate" for rows in cells.values() for _, label in rows),
-        "n": sum(map(len, cells.values())),
+        "n_empty": int((table["label"] == "empty").sum()),
+        "n_degenerate": int((table["label"] == "degenerate").sum()),
+        "n": len(table),
         "most_flattered": most,
-        "counted": counted[most] if most else None,
-        "dropped": dropped[most] if most else None,
-        "n_of_it_dropped": sum(label in ("empty", "degenerate") for _, label in cells[most]) if most else None,
-        "top_3_counted": sorted(counted, key=lambda cell: -counted[cell])[:3],
-        "top_3_dropped": sorted(dropped, key=lambda cell: -dropped[cell])[:3],
+        "counted": counted.get(most),
+        "dropped": dropped.get(most),
+        "n_of_it_dropped": int(lost[table["cell"] == most].sum()) if rows else None,
+        "top_3_counted": list(counted.sort_values(ascending=False, kind="stable").index[:3]),
+        "top_3_dropped": list(dropped.sort_values(ascending=False, kind="stable").index[:3]),
     }
 
 
-def _baseline(science: Metrics) -> dict[str, Any]:
-    arms, random = science["arms"], science["controls"]["random_1"]
-    names = ("compliance", "compliance_low", "compliance_high", "n")
+def _baseline(study: Study) -> Metrics:
+    arms, random = study.science["arms"], study.science["controls"]["random_1"]
     return {
-        "baseline": {k: arms["baseline"][k] for k in names},
-        "random": {k: random[k] for k in (*names, "n_arms")},
-        "rank_1": {k: arms["rank_1"][k] for k in names},
+        "baseline": _pick(arms["baseline"], *RATE),
+        "random": _pick(random, *RATE, "n_arms"),
+        "rank_1": _pick(arms["rank_1"], *RATE),
     }
 
 
-def _places(alphas: Sequence[Metrics]) -> dict[str, Any]:
-    at = {(r["place"], r["alpha"]): r for r in alphas}
-    gaps = {
-        alpha: at["resid_pre", alpha]["compliance"] - at["weights", alpha]["compliance"]
-        for place, alpha in at
-        if place == "weights" and ("resid_pre", alpha) in at
-    }
-    worst = max(gaps, key=lambda alpha: abs(gaps[alpha])) if gaps else None
+def _strength(study: Study) -> Metrics:
+    """The alpha at which compliance differs most between ablation at run time and in the weights."""
+    curve = study.plots["science/alphas"]
+    run_time, weights = ({row["alpha"]: row for row in curve if row["place"] == at} for at in ("resid_pre", "weights"))
+    gaps = {alpha: abs(run_time[alpha]["compliance"] - weights[alpha]["compliance"]) for alpha in weights if alpha in run_time}
+    if not gaps:
+        return dict.fromkeys(("alpha", "run_time", "weights", "n"))
+    at = max(gaps, key=lambda alpha: gaps[alpha])
+    rates = {"run_time": run_time[at]["compliance"], "weights": weights[at]["compliance"]}
+    return {"alpha": at, **rates, "n": weights[at]["n"]}
+
+
+def _intervals(study: Study) -> Metrics:
+    theirs = [cell["compliance"] for top in published()["arms"].values() for cell in top]
+    first, arm = study.select["rank_1"], study.science["arms"]["rank_1"]
     return {
-        "alpha": worst,
-        "run_time": at["resid_pre", worst]["compliance"] if worst is not None else None,
-        "weights": at["weights", worst]["compliance"] if worst is not None else None,
-        "n": int(at["weights", worst]["n"]) if worst is not None else None,
-    }
-
-
-def _intervals(theirs: Metrics, select: Metrics, science: Metrics) -> dict[str, Any]:
-    published = [cell["compliance"] for top in theirs["arms"].values() for cell in top]
-    first, arm = select["rank_1"], science["arms"]["rank_1"]
-    return {
-        "published_range_of_ranked_cells": [min(published), max(published)],
+        "published_range_of_ranked_cells": [min(theirs), max(theirs)],
         "our_rank_1_low": first["low"],
         "our_rank_1_high": first["high"],
         "our_cells_that_tie": first["n_tied"],
-        "val_minus_test": arm["val_minus_test"],
-        "val_minus_test_low": arm["val_minus_test_low"],
-        "val_minus_test_high": arm["val_minus_test_high"],
+        **_pick(arm, "val_minus_test", "val_minus_test_low", "val_minus_test_high"),
         "n": first["n"],
     }

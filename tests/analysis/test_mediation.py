@@ -7,7 +7,7 @@ import given
 import numpy as np
 import pytest
 import torch
-from test_stats import naive_interval
+from synthetic import naive_interval
 from tiny import tiny_direction
 
 from refusal.analysis import candidates

@@ -8,10 +8,9 @@ from pathlib import Path
 import given
 import pytest
 import torch
-from pipeline.test_other_models import LLAMA, checkpoint
+from checkpoints import LLAMA, byte_level, word_level
+from place import Place
 from safetensors.torch import load_file, save_file
-from test_chat_templates import checkpoint as letters
-from test_mistakes import Place
 from tiny import tiny_lm, tiny_model
 
 from refusal.analysis.candidates import controls
@@ -92,19 +91,19 @@ def test_unrelated_prompts_that_are_the_safe_ones_are_no_control(tmp_path):
 
 
 def one_layer(folder: Path) -> None:
-    checkpoint(folder, "llama", LLAMA, num_hidden_layers=1)
+    byte_level(folder, "llama", LLAMA, num_hidden_layers=1)
 
 
 def unknown_words(folder: Path) -> None:
     """To whose tokenizer every word but ten letters is the same, and so is the end of every prompt."""
     tiny_model("llama", vocab_size=96).save_pretrained(folder)
     config = (folder / "config.json").read_text()
-    letters(folder, "{% for m in messages %}{{ m['content'] }}{% endfor %} a b")
+    word_level(folder, "{% for m in messages %}{{ m['content'] }}{% endfor %} a b")
     (folder / "config.json").write_text(config)
 
 
 def three_layers(folder: Path) -> None:
-    checkpoint(folder, "llama", LLAMA)
+    byte_level(folder, "llama", LLAMA)
 
 
 def study(place: Place, model, *stages: str, n_pairs: int = 15) -> list[str]:

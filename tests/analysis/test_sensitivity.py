@@ -1,43 +1,47 @@
-"""Positions and padding against plain forwards; subsamples against the bootstrap the directions stage has."""
+"""Positions and padding against plain forwards; fewer prompts against the bootstrap of all."""
 
+import numpy as np
 import pytest
 import torch
-from tiny import tiny_model
+from synthetic import activations, gaussian
+from tiny import tiny_lm
 
 from refusal.analysis.sensitivity import by_size, collect, common_suffix, padding, positions, sizes
-from refusal.analysis.separation import arm
+from refusal.analysis.separation import bootstrap_unit, contrast
 from refusal.method.activations import last_token_resid_pre
-from refusal.method.directions import bootstrap_unit, cosine, difference_in_means
+from refusal.method.directions import difference_in_means
 
 IDS = [[1, 5, 9, 30, 3, 4], [1, 6, 3, 4], [1, 7, 8, 11, 12, 3, 4], [1, 9, 3, 4], [1, 60, 61, 3, 4]]
 
 
 @pytest.fixture(scope="module")
-def model():
-    return tiny_model("qwen2").requires_grad_(False)
+def lm():
+    return tiny_lm()
 
 
-def plain(model, ids):
+@torch.no_grad()
+def plain(lm, ids):
     """resid_pre at every position of one prompt, from transformers' own hidden states: [seq, n_layers, d_model]."""
-    with torch.no_grad():
-        return torch.stack(model(torch.tensor([ids]), output_hidden_states=True).hidden_states[:-1], dim=2)[0]
+    return torch.stack(lm.model(torch.tensor([ids]), output_hidden_states=True).hidden_states[:-1], dim=2)[0]
 
 
-def test_collect_is_the_plain_forward_at_each_position_whatever_the_masked_padding(model):
+def test_collect_is_the_plain_forward_at_each_position_whatever_the_masked_padding(lm):
     for n_pads in (None, 0, 5):
-        found = collect(model, IDS, 3, 0, 2, n_pads)
+        rows = collect(lm, IDS, 3, 2, n_pads)
         for i, ids in enumerate(IDS):
-            assert torch.allclose(found[i], plain(model, ids)[-3:], atol=1e-5), (n_pads, i)
+            assert torch.allclose(rows[i], plain(lm, ids)[-3:], atol=1e-5), (n_pads, i)
+    batches = []
+    of_each = collect(lm, IDS, 3, 2, of=lambda resid_pre: batches.append(len(resid_pre)) or resid_pre[:, -1, 1])
+    assert torch.equal(of_each, collect(lm, IDS, 3, 2)[:, -1, 1]) and sorted(batches) == [1, 2, 2]
 
 
-def test_unmasked_padding_is_a_prompt_that_begins_with_it(model):
-    found = collect(model, IDS, 1, 0, 2, 4, masked=False)
+def test_unmasked_padding_is_a_prompt_that_begins_with_it(lm):
+    rows = collect(lm, IDS, 1, 2, 4, masked=False)
     for i, ids in enumerate(IDS):
-        assert torch.allclose(found[i, 0], plain(model, [0] * 4 + ids)[-1], atol=1e-5)
-        assert not torch.allclose(found[i, 0], plain(model, ids)[-1], atol=1e-2)
-    assert torch.allclose(
-        collect(model, IDS, 1, 0, 2, 0, masked=False)[:, 0], last_token_resid_pre(model, IDS, "sequential", 0), atol=1e-5
-    )
+        assert torch.allclose(rows[i, 0], plain(lm, [0] * 4 + ids)[-1], atol=1e-5)
+        assert not torch.allclose(rows[i, 0], plain(lm, ids)[-1], atol=1e-2)
+    without = collect(lm, IDS, 1, 2, 0, masked=False)[:, 0]
+    assert torch.allclose(without, last_token_resid_pre(lm, IDS, "sequential"), atol=1e-5)
 
 
 def test_common_suffix():
@@ -45,65 +49,93 @@ def test_common_suffix():
     assert common_suffix([[1, 2], [1, 2]]) == 2 and common_suffix([[1], [2]]) == 0
 
 
-def activations(n=60, layers=3, d=16, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    found = {f"train.{name}": torch.randn(n, layers, d, generator=generator) for name in ("harmful", "safe", "unrelated")}
-    found["train.harmful"] += 0.8 * torch.randn(layers, d, generator=generator)
-    return found
+def test_sizes():
+    assert [sizes(n) for n in (10, 16, 17, 60, 64)] == [[10], [16], [16, 17], [16, 32, 60], [16, 32, 64]]
 
 
-def test_fewer_prompts_are_less_certain_and_all_of_them_are_the_bootstrap():
-    a = arm(activations(), "matched", 0)
-    rows = by_size(a, a.directions, True, 200, 0)
-    assert [r["n"] for r in rows if r["layer"] == 1] == sizes(60) == [16, 32, 60]
-    medians = [r["cosine"] for r in rows if r["layer"] == 1]
+@pytest.mark.parametrize(("pairing", "n"), [("matched", 60), ("unrelated", 50)])
+def test_fewer_prompts_are_less_certain_and_all_of_them_are_the_bootstrap(pairing, n):
+    sets = activations(60)
+    of = contrast(sets | {"train.unrelated": sets["train.unrelated"][:50]}, pairing, 0)
+    rows = by_size(of, of.directions, 200, 0)
+    assert {r["layer"] for r in rows} == {1, 2, 3}
+    at_layer = [r for r in rows if r["layer"] == 1]
+    medians = [r["cosine"] for r in at_layer]
     assert medians == sorted(medians) and medians[-1] > medians[0] + 0.02
-    resampled = cosine(bootstrap_unit(a.harmful[:, 1], a.safe[:, 1], 200, 0, True), a.directions.unit[1])
-    (whole,) = [r for r in rows if r["layer"] == 1 and r["all"]]
-    assert [whole[k] for k in ("low", "high")] == pytest.approx([float(resampled.quantile(q)) for q in (0.025, 0.975)])
-    assert all(r["to_reference"] == pytest.approx(1) and r["all"] is (r["n"] == 60) for r in rows)
+    assert [(r["n"], r["all"]) for r in at_layer] == [(16, False), (32, False), (n, True)]
+    resampled = bootstrap_unit(of.harmful[:, 1], of.safe[:, 1], 200, 0, pairing == "matched") @ of.directions.unit[1]
+    assert [at_layer[-1][k] for k in ("low", "high")] == pytest.approx([float(resampled.quantile(q)) for q in (0.025, 0.975)])
+    assert all(r["to_reference"] == pytest.approx(1) for r in rows)
 
 
 def test_shuffled_pairs_give_the_same_full_direction_and_another_set_does_not():
-    acts = activations()
-    reference = arm(acts, "matched", 0).directions
-    shuffled = by_size(arm(acts, "shuffled", 0), reference, True, 20, 0)
-    unrelated = by_size(arm(acts, "unrelated", 0), reference, False, 20, 0)
+    sets = activations(60)
+    reference = contrast(sets, "matched", 0).directions
+    shuffled, unrelated = (by_size(contrast(sets, pairing, 0), reference, 20, 0) for pairing in ("shuffled", "unrelated"))
     assert min(r["to_reference"] for r in shuffled) > 1 - 1e-9 > 0.99 > max(r["to_reference"] for r in unrelated)
 
 
 def test_positions_score_each_position_by_its_own_direction():
-    generator = torch.Generator().manual_seed(0)
-    sets = [torch.randn(50, 2, 3, 16, generator=generator) for _ in range(4)]
+    sets = [gaussian(50, 2, 3, 16, seed=seed) for seed in range(4)]
     for harmful in (sets[0], sets[2]):
         harmful[:, -1] += 1.0  # only the last position tells them apart
     rows = positions(*sets)
-    assert {(r["position"], r["layer"]) for r in rows} == {(p, i) for p in (-1, -2) for i in range(3)}
-    last, before = ([r for r in rows if r["position"] == p] for p in (-1, -2))
-    assert all(r["cosine_to_last"] == pytest.approx(1) and r["separation"] > 2 for r in last)
-    assert all(abs(r["separation"]) < 1 and abs(r["cosine_to_last"]) < 0.9 for r in before)
+    assert [(r["position"], r["layer"], r["n"]) for r in rows] == [(p, i, 50) for p in (-1, -2) for i in range(3)]
+    assert all(r["cosine_to_last"] == pytest.approx(1) and r["separation"] > 2 for r in rows[:3])
+    assert all(abs(r["separation"]) < 1 and abs(r["cosine_to_last"]) < 0.9 for r in rows[3:])
 
 
 def test_padding_rows():
-    generator = torch.Generator().manual_seed(0)
-    clean = torch.randn(40, 2, 16, generator=generator) + 2, torch.randn(40, 2, 16, generator=generator)
-    noise = torch.randn(40, 2, 16, generator=generator)
-    moved = torch.full((16,), 3.0)
-    rows = padding(
-        clean,
-        {
-            (True, 8): clean,
-            (False, 8): (clean[0] + moved, clean[1] + moved),
-            (False, "as batched"): (clean[0] + 9 * noise, clean[1]),
-        },
-    )
-    assert len(rows) == 6
-    length = difference_in_means(*clean).difference.norm(dim=-1)
-    for row in rows:
-        if row["masked"]:
-            assert row["cosine"] == pytest.approx(1) and row["moved"] == 0 and row["separation"] == row["separation_clean"]
-        elif row["n_pads"] == 8:  # all move alike: the difference stays where it was
-            assert row["cosine"] == pytest.approx(1) and row["moved"] == pytest.approx(12 / float(length[row["layer"]]), rel=1e-5)
-            assert row["separation"] == pytest.approx(row["separation_clean"], rel=1e-4)
+    clean, noise = (gaussian(40, 2, 16) + 2, gaussian(40, 2, 16, seed=1)), gaussian(40, 2, 16, seed=2)
+    shifted, noisy = (clean[0] + 3, clean[1] + 3), (clean[0] + 9 * noise, clean[1])
+    rows = padding(clean, {(True, 8): clean, (False, 8): shifted, (False, "as batched"): noisy})
+    length = difference_in_means(*clean).difference.norm(dim=-1).tolist()
+    assert [(r["masked"], r["n_pads"], r["layer"], r["n"]) for r in rows] == [
+        (masked, n_pads, layer, 40) for masked, n_pads in ((True, 8), (False, 8), (False, "as batched")) for layer in (0, 1)
+    ]
+    for row in rows[:2]:
+        assert row["cosine"] == pytest.approx(1) and row["moved"] == 0 and row["separation"] == row["separation_clean"]
+    for row in rows[2:4]:  # all move alike: the difference stays where it was
+        assert row["cosine"] == pytest.approx(1) and row["moved"] == pytest.approx(12 / length[row["layer"]], rel=1e-5)
+        assert row["separation"] == pytest.approx(row["separation_clean"], rel=1e-4)
+    for row in rows[4:]:
+        assert row["cosine"] < 0.99 and row["separation"] < row["separation_clean"]
+
+
+def test_padding_rows_are_those_of_numpy_layer_by_layer():
+    """Prompts of unlike numbers on both sides, each set scored on its own direction; null where padding leaves none."""
+    generator = torch.Generator().manual_seed(1)
+
+    def drawn(n):
+        return torch.randn(n, 3, 16, generator=generator)
+
+    shift = 2 * torch.randn(3, 16, generator=generator)
+    clean = drawn(30) + shift, drawn(20)
+    padded = {
+        (True, 4): (clean[0] + 3 * drawn(30), clean[1] + 3 * drawn(20)),
+        (False, 32): (drawn(30) - shift.flip(0), drawn(20)),
+    }
+    padded[False, 32][0][:, 2] = padded[False, 32][1][:, 2] = 1.0  # to the model all prompts are one
+    rows = {(r["masked"], r["n_pads"], r["layer"]): r for r in padding(clean, padded)}
+    assert set(rows) == {(*key, layer) for key in padded for layer in range(3)}
+
+    def scored(harmful, safe):
+        """The unit difference of means, its length, and Cohen's d on it."""
+        difference = harmful.mean(0) - safe.mean(0)
+        unit = difference / np.linalg.norm(difference)
+        a, b = harmful @ unit, safe @ unit
+        pooled = (np.square(a - a.mean()).sum() + np.square(b - b.mean()).sum()) / (len(a) + len(b) - 2)
+        return unit, np.linalg.norm(difference), (a.mean() - b.mean()) / np.sqrt(pooled)
+
+    for (masked, n_pads, layer), made in rows.items():
+        before, after = ([side[:, layer].double().numpy() for side in sets] for sets in (clean, padded[masked, n_pads]))
+        unit, length, separation = scored(*before)
+        assert made["separation_clean"] == pytest.approx(separation) and made["n"] == 30
+        far = sorted(np.linalg.norm(b - a) for sides in zip(before, after, strict=True) for a, b in zip(*sides, strict=True))
+        assert made["moved"] == pytest.approx(far[24] / length)  # of 50 the lower median, as torch's
+        if (masked, layer) == (False, 2):
+            assert made["cosine"] is None and made["separation"] is None
         else:
-            assert row["cosine"] < 0.99 and row["separation"] < row["separation_clean"]
+            its_unit, _, its_separation = scored(*after)
+            assert (made["cosine"], made["separation"]) == pytest.approx((unit @ its_unit, its_separation))
+            assert abs(made["cosine"]) < 0.97  # so that one direction in place of the other would show

@@ -1,7 +1,7 @@
 """Prompts: what the grammar promises, near-duplicates against the naive loop, and what is said of a user's bad file."""
 
 import json
-from collections import Counter, defaultdict
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -9,17 +9,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from scipy.sparse.csgraph import connected_components
 
-from refusal.data.prompts import (
-    SPLITS,
-    NearDuplicateIndex,
-    _groups,
-    file_rows,
-    grammar_pairs,
-    grammar_unrelated,
-    read_rows,
-    share_out,
-    words,
-)
+from refusal.data.near_duplicates import NearDuplicateIndex, near_duplicate_groups
+from refusal.data.prompt_files import read_rows
+from refusal.data.prompts import SPLITS, file_rows, grammar_pairs, grammar_unrelated, share_out
 from refusal.io.errors import UserError
 
 SHARES = {"train": 0.6, "val": 0.2, "test": 0.2}
@@ -32,7 +24,7 @@ def bag(text):
 
 
 def overlap(a, b):
-    return len(bag(a) & bag(b)) / len(bag(a) | bag(b))
+    return len(bag(a) & bag(b)) / max(1, len(bag(a) | bag(b)))
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +45,8 @@ def test_counts_of_the_default_grammar(pairs, unrelated):
     for rows in (pairs, unrelated):
         assert Counter(row["split"] for row in rows) == {"train": 600, "val": 200, "test": 200}
         assert len({row["id"] for row in rows}) == 1000
+    texts = halves(pairs) + halves(unrelated)
+    assert len({text.casefold() for text in texts}) == len(texts) == 3000
     for split in SPLITS:
         categories = Counter(row["category"] for row in pairs if row["split"] == split)
         assert len(categories) >= 10
@@ -62,25 +56,10 @@ def test_counts_of_the_default_grammar(pairs, unrelated):
     assert 0.45 < verbs < 0.55
 
 
-def test_no_prompt_occurs_twice(pairs, unrelated):
-    texts = halves(pairs) + halves(unrelated)
-    assert len({text.casefold() for text in texts}) == len(texts) == 3000
-
-
-def test_halves_are_alike_but_for_the_cue(pairs):
-    apart = [abs(len(row["harmful"].split()) - len(row["safe"].split())) for row in pairs]
-    assert sum(apart) / len(apart) <= 2
+def test_rows_say_what_their_prompts_are_made_of(pairs):
     for row in pairs:
         cue = row["cue"].split(":", 1)[1]
         assert cue in row["harmful"] and cue not in row["safe"]
-        assert row["topic"] in row["harmful"] and row["topic"] in row["safe"]
-        # Nothing else differs: what stands before and after the cue in one half frames the other half too.
-        before, after = (part.strip(" .") for part in row["harmful"].split(cue))
-        assert row["safe"].strip(" .").startswith(before) and row["safe"].strip(" .").endswith(after)
-
-
-def test_answers_echo_the_request(pairs):
-    for row in pairs:
         for half in ("harmful", "safe"):
             action = row[f"{half}_answer"].removeprefix("Sure, here is how to ").split(". Prepare")[0]
             assert row["topic"] in action and action in row[half]
@@ -98,43 +77,22 @@ def test_unseen_cues_are_half_of_val_and_test_alone(pairs):
         assert {cue.split(":")[0] for cue in unseen & cues[split]} == {"verb", "context", "purpose"}
 
 
-def crossing(rows, texts_of, threshold):
-    """Naively: (id, id) of rows in different splits with a topic in common or texts whose word sets overlap."""
-    bags = [(row, [bag(text) for text in texts_of(row)]) for row in rows]
-    found = []
-    for i, (a, of_a) in enumerate(bags):
-        for b, of_b in bags[:i]:
-            if a["split"] != b["split"]:
-                alike = any(len(x & y) >= threshold * len(x | y) for x in of_a for y in of_b)
-                if alike or a["topic"] == b["topic"]:
-                    found.append((a["id"], b["id"]))
-    return found
+def crossing(rows, threshold):
+    """Naively: how many pairs in different splits have prompts whose word sets overlap."""
+    bags = [(row["split"], [bag(row["harmful"]), bag(row["safe"])]) for row in rows]
+    apart = [(a, b) for i, (split, a) in enumerate(bags) for other, b in bags[:i] if split != other]
+    return sum(any(len(x & y) >= threshold * len(x | y) for x in a for y in b) for a, b in apart)
 
 
-def test_nothing_crosses_splits(pairs):
+def test_nothing_crosses_splits(pairs, unrelated):
     some = pairs[::2]
     assert Counter(row["split"] for row in some) == {"train": 300, "val": 100, "test": 100}
-    assert crossing(some, lambda row: (row["harmful"], row["safe"]), NEAR) == []
-    splits = defaultdict(set)
-    for row in pairs:
-        splits[row["topic"]].add(row["split"])
-    assert all(len(found) == 1 for found in splits.values())
-
-
-def test_a_lower_threshold_is_obeyed_too():
-    rows = grammar_pairs(120, SHARES, 0.6, 1)
-    free = grammar_pairs(120, SHARES, 1.0, 1)
-    texts = lambda row: (row["harmful"], row["safe"])  # noqa: E731
-    assert crossing(rows, texts, 0.6) == []
-    assert crossing(free, texts, 0.6)  # the threshold is what keeps them out
-
-
-def test_unrelated_topics_stay_in_a_split(unrelated):
-    splits = defaultdict(set)
-    for row in unrelated:
-        splits[row["topic"]].add(row["split"])
-        assert row["topic"] in row["safe"]
-    assert all(len(found) == 1 for found in splits.values())
+    assert crossing(some, NEAR) == 0
+    for rows in (pairs, unrelated):
+        split_of = {row["topic"]: row["split"] for row in rows}
+        assert all(row["split"] == split_of[row["topic"]] and row["topic"] in row["safe"] for row in rows)
+    assert crossing(grammar_pairs(120, SHARES, 0.6, 1), 0.6) == 0
+    assert crossing(grammar_pairs(120, SHARES, 1.0, 1), 0.6) > 0  # the threshold is what keeps them out
 
 
 @pytest.mark.parametrize(
@@ -162,40 +120,46 @@ def test_more_than_the_grammar_has(monkeypatch):
 
 
 def alike(prompts, threshold):
-    """Index pairs of prompts that NearDuplicateIndex finds."""
-    sets, found = [words(prompt) for prompt in prompts], set()
-    index = NearDuplicateIndex(threshold, Counter(word for set_ in sets for word in set_))
-    for i, set_ in enumerate(sets):
-        found |= {(j, i) for j in index.labels(set_, lambda _: False)}
-        index.add(set_, i)
-    return found
+    """Pairs of numbers of prompts that the index finds, each prompt looked up before it is added."""
+    index, pairs = NearDuplicateIndex(threshold), set()
+    for i, prompt in enumerate(prompts):
+        pairs |= {(j, i) for j in index.near(prompt).tolist()}
+        index.add(prompt)
+    return pairs
 
 
-LETTERS = st.lists(st.text("abcdefgh ", min_size=1).filter(str.strip), max_size=14)
+def naive(prompts, threshold):
+    return {(j, i) for i in range(len(prompts)) for j in range(i) if overlap(prompts[j], prompts[i]) >= threshold - 1e-12}
 
 
-@given(LETTERS, st.sampled_from([0.3, 0.5, 0.6, 2 / 3, 0.7, 0.75, 0.8, 0.9, 1.0]))
+LETTERS = st.text("abcdefgh ?", min_size=1).filter(str.strip)
+
+
+@given(st.lists(LETTERS, max_size=14), st.sampled_from([0.3, 0.5, 0.6, 2 / 3, 0.7, 0.75, 0.8, 0.9, 1.0]))
 @example(["a b c d e", "a b c d e f", "A, b c d!", "x"], 0.8)
 def test_near_duplicates_equal_the_naive_loop(prompts, threshold):
-    naive = {(j, i) for i in range(len(prompts)) for j in range(i) if overlap(prompts[j], prompts[i]) >= threshold - 1e-12}
-    assert alike(prompts, threshold) == naive
+    assert alike(prompts, threshold) == naive(prompts, threshold)
 
 
 def test_near_duplicates_of_real_prompts(pairs):
     texts = halves(pairs[::10])
-    naive = {(j, i) for i in range(len(texts)) for j in range(i) if overlap(texts[j], texts[i]) >= 0.7}
-    assert len(naive) > 20
-    assert alike(texts, 0.7) == naive
+    assert alike(texts, 0.7) == naive(texts, 0.7) and len(naive(texts, 0.7)) > 20
 
 
-@given(st.lists(st.tuples(*[st.text("abcdef ", min_size=1).filter(str.strip)] * 2), min_size=1, max_size=12))
+@given(st.lists(st.tuples(LETTERS, LETTERS), min_size=1, max_size=12))
 def test_groups_are_the_connected_components_of_the_naive_loop(rows):
     near = [
         [any(overlap(a, b) >= 0.6 - 1e-12 for a in ours for b in theirs) or ours is theirs for theirs in rows] for ours in rows
     ]
     _, wanted = connected_components(np.array(near), directed=False)
-    found = _groups(rows, 0.6)
-    assert len(set(zip(found, wanted.tolist(), strict=True))) == len(set(found)) == len(set(wanted.tolist()))
+    first = {component: i for i, component in reversed(list(enumerate(wanted.tolist())))}
+    assert near_duplicate_groups(rows, 0.6) == [first[component] for component in wanted.tolist()]
+
+
+def test_groups_of_many_prompts_that_are_all_alike_or_share_nothing():
+    rows = [(f"how do i break the old lock of door {i}", f"{i} a{i} b{i}") for i in range(3000)]
+    assert near_duplicate_groups(rows, 0.8) == [0] * 3000
+    assert near_duplicate_groups([row[1:] for row in rows], 0.8) == list(range(3000))
 
 
 @given(st.integers(0, 5000), st.lists(st.integers(1, 50), min_size=1, max_size=6))
@@ -212,7 +176,6 @@ def test_share_out_is_the_largest_remainder(n, weights):
 
 def test_share_out_of_a_known_table():
     assert share_out(10, [0.47, 0.16, 0.158, 0.12, 0.061, 0.031]) == [5, 2, 1, 1, 1, 0]  # the textbook's election of 10 seats
-    assert share_out(1000, [0.6, 0.2, 0.2]) == [600, 200, 200]
 
 
 WORDS = ["apple", "brick", "cloud", "drum", "eagle", "flute", "grape", "hotel", "island", "jelly", "kite", "lemon"]
@@ -254,16 +217,13 @@ def test_a_quoted_csv_cell_may_hold_a_line_break_and_a_comma(tmp_path):
     assert read_rows(file, 2) == [("one, two\nthree", 'say "hi"')]
 
 
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [
-        ("a.json", '["one", "two"]'),
-        ("a.jsonl", '"one"\n["two"]'),
-        ("a.jsonl", '{"safe": "one"}\n{"prompt": "two"}'),
-        ("a.csv", "id,prompt\n1,one\n2,two"),
-        ("a.csv", "safe\none\ntwo"),
-    ],
-)
+SINGLE = [
+    ("a.json", '["one", "two"]'), ("a.jsonl", '"one"\n["two"]'), ("a.jsonl", '{"safe": "one"}\n{"prompt": "two"}'),
+    ("a.csv", "id,prompt\n1,one\n2,two"), ("a.csv", "safe\none\ntwo"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "content"), SINGLE)
 def test_single_prompts_are_read_in_every_form(tmp_path, name, content):
     assert read_rows(write(tmp_path / name, content), 1) == [("one",), ("two",)]
 
@@ -280,49 +240,43 @@ def test_near_duplicates_stay_together_and_the_rest_is_shared_out(tmp_path):
     rows = user_rows(100)
     for place, link in zip((0, 20, 40, 60, 80, 99), (0, 2, 4, 1, 3, 5), strict=True):
         rows.insert(place, chain[link])  # links that join two groups come late
-    found = file_rows(write(tmp_path / "a.json", json.dumps(rows)), 2, None, SHARES, NEAR, 5)
-    assert [(row["harmful"], row["safe"]) for row in found] == [tuple(row) for row in rows]
-    members = [row for row in found if row["harmful"].startswith("k")]
+    split = file_rows(write(tmp_path / "a.json", json.dumps(rows)), 2, None, SHARES, NEAR, 5)
+    assert [[row["harmful"], row["safe"]] for row in split] == rows
+    members = [row for row in split if row["harmful"].startswith("k")]
     assert len(members) == 6 and len({(row["split"], row["topic"]) for row in members}) == 1
-    assert len({row["topic"] for row in found}) == 101
-    assert Counter(row["split"] for row in found) == {"train": 64, "val": 21, "test": 21}  # largest remainder of 106
-    assert len({row["id"] for row in found}) == 106
+    assert len({row["topic"] for row in split}) == 101 and len({row["id"] for row in split}) == 106
+    assert Counter(row["split"] for row in split) == {"train": 64, "val": 21, "test": 21}  # largest remainder of 106
 
 
 def test_a_safe_half_that_nears_a_harmful_half_groups_too(tmp_path):
     rows = user_rows(12)
     rows[11][1] = rows[0][0] + " again"
-    found = file_rows(write(tmp_path / "a.json", json.dumps(rows)), 2, None, SHARES, NEAR, 0)
-    assert found[0]["topic"] == found[11]["topic"] and found[0]["split"] == found[11]["split"]
-    assert len({row["topic"] for row in found}) == 11
+    split = file_rows(write(tmp_path / "a.json", json.dumps(rows)), 2, None, SHARES, NEAR, 0)
+    assert split[0]["topic"] == split[11]["topic"] and split[0]["split"] == split[11]["split"]
+    assert len({row["topic"] for row in split}) == 11
 
 
 def test_a_seed_determines_the_split_and_the_subset(tmp_path):
     file = write(tmp_path / "a.json", json.dumps(user_rows(40)))
     some = file_rows(file, 2, 25, SHARES, NEAR, 0)
     assert len(some) == 25 and some == file_rows(file, 2, 25, SHARES, NEAR, 0)
-    other = file_rows(file, 2, 25, SHARES, NEAR, 1)
-    assert {row["harmful"] for row in some} != {row["harmful"] for row in other}
-    whole = [[row["split"] for row in file_rows(file, 2, None, SHARES, NEAR, seed)] for seed in (0, 1)]
-    assert whole[0] != whole[1]
-
-
-def test_asking_for_more_rows_than_there_are_takes_all(tmp_path):
-    file = write(tmp_path / "a.json", json.dumps(user_rows(10)))
-    assert file_rows(file, 2, 1000, SHARES, NEAR, 0) == file_rows(file, 2, None, SHARES, NEAR, 0)
-    assert len(file_rows(file, 2, 1000, SHARES, NEAR, 0)) == 10
+    assert {row["harmful"] for row in some} != {row["harmful"] for row in file_rows(file, 2, 25, SHARES, NEAR, 1)}
+    whole = file_rows(file, 2, None, SHARES, NEAR, 0)
+    assert len(whole) == 40 and file_rows(file, 2, 1000, SHARES, NEAR, 0) == whole  # more than there are: all
+    assert [row["split"] for row in whole] != [row["split"] for row in file_rows(file, 2, None, SHARES, NEAR, 1)]
 
 
 def test_a_list_of_safe_prompts_is_split_too(tmp_path):
     texts = [safe for _, safe in user_rows(10)]
-    found = file_rows(write(tmp_path / "a.json", json.dumps(texts)), 1, None, SHARES, NEAR, 0)
-    assert [row["safe"] for row in found] == texts and "harmful" not in found[0]
-    assert Counter(row["split"] for row in found) == {"train": 6, "val": 2, "test": 2}
+    rows = file_rows(write(tmp_path / "a.json", json.dumps(texts)), 1, None, SHARES, NEAR, 0)
+    assert [row["safe"] for row in rows] == texts and "harmful" not in rows[0]
+    assert Counter(row["split"] for row in rows) == {"train": 6, "val": 2, "test": 2}
 
 
 GOOD = [json.dumps(row) for row in user_rows(6)]
 BAD = {  # file name, its content or None, and what must be said
     "not there": ("a.jsonl", None, "no such file"),
+    "a folder": ("", None, "cannot be read: it is no file"),
     "wrong suffix": ("a.txt", "x", r"ending \.txt .* \.jsonl, \.csv or \.json"),
     "no suffix": ("prompts", "x", r"ending \(none\)"),
     "not UTF-8": ("a.csv", b"harmful,safe\n\xff\xfe,b\n", "UTF-8"),
@@ -334,6 +288,15 @@ BAD = {  # file name, its content or None, and what must be said
     "a short row": ("a.csv", "harmful,safe\na,b\nc\n", "row 2 has no safe"),
     "three a row": ("a.jsonl", f'{GOOD[0]}\n["a", "b", "c"]', r"row 2 is not \[harmful, safe\]"),
     "a string a row": ("a.jsonl", '"a"', r"row 1 is not \[harmful, safe\]"),
+    "two columns of a name": ("a.csv", "harmful,safe,safe\na,b,c\n", "safe is a duplicate column"),
+    "brackets": ("a.json", "[" * 200_000, "it is not JSON .brackets are nested too deeply"),
+    "brackets at a row": ("a.jsonl", "[" * 200_000, "row 1 is not JSON .brackets are nested too deeply"),
+    "digits": ("a.json", f"[[{'9' * 5000}, 1]]", "not JSON .*digits"),
+    "digits at a row": ("a.jsonl", f"[{'9' * 5000}, 1]", "row 1 is not JSON .*digits"),
+    "a long row": ("a.jsonl", "x" * 10_000_000, "row 1 is not JSON"),
+    "two keys of a name": ("a.jsonl", '{"harmful": "a", "harmful": "b", "safe": "c"}', "row 1 is not JSON .a duplicate key"),
+    "an open quote": ("a.csv", 'harmful,safe\n"a,b\n', "cannot be read as CSV .*correct the row"),
+    "a long cell": ("a.csv", "harmful,safe\n" + "x" * 10_000_000 + ",b\n", "cannot be read as CSV .*field limit"),
     "a number": ("a.jsonl", '["a", 3]', r"row 1 is not \[harmful, safe\]"),
     "null": ("a.jsonl", '{"harmful": "a", "safe": null}', "row 1 has no safe"),
     "empty half": ("a.jsonl", '["a", " \\t "]', "row 1 has an empty prompt"),
@@ -341,7 +304,14 @@ BAD = {  # file name, its content or None, and what must be said
     "a repeated half": ("a.jsonl", f'{GOOD[0]}\n{GOOD[1]}\n["new", {json.dumps(user_rows(1)[0][1])}]', "row 3 repeats .* row 1"),
     "a control character": ("a.jsonl", '["a\\u0000b", "c"]', "row 1 has a control character"),
     "another": ("a.jsonl", '["ab", "c\\u001bd"]', "row 1 has a control character"),
-    "half a character": ("a.jsonl", '["ab\\ud800", "c"]\n' + "\n".join(GOOD), "row 1 "),
+    "delete": ("a.jsonl", '["a\\u007f b", "c"]', "row 1 has a control character"),
+    "of the second block": ("a.jsonl", '["a\\u009b31m b", "c"]', "row 1 has a control character"),
+    "NUL in a cell": ("a.csv", "harmful,safe\na\0,b\n", "row 1 has a control character"),
+    "no width": ("a.jsonl", '["\\u200b\\u200b", "c"]', "row 1 has an empty prompt"),
+    "a byte-order mark": ("a.jsonl", '["\\ufeff", "c"]', "row 1 has an empty prompt"),
+    "UTF-16": ("a.csv", "harmful,safe\na,b\n".encode("utf-16"), "save it as UTF-8"),
+    "Latin-1": ("a.csv", "harmful,safe\né,b\n".encode("latin-1"), "save it as UTF-8"),
+    "an unpaired surrogate": ("a.jsonl", '["ab\\ud800", "c"]\n' + "\n".join(GOOD), "row 1 has .* an unpaired surrogate"),
     "a book": ("a.json", json.dumps([["a", "b" * 5000]]), "row 1 has a prompt of 5000 characters; at most 4000"),
     "empty": ("a.csv", "", "holds no rows"),
     "empty list": ("a.json", "[]", "holds no rows"),
@@ -361,9 +331,4 @@ def test_a_bad_file_is_told_in_one_sentence(tmp_path, case):
         write(file, content)
     with pytest.raises(UserError, match=said) as error:
         file_rows(file, 2, None, SHARES, NEAR, 0)
-    assert str(file) in str(error.value) and "\n" not in str(error.value)
-
-
-def test_a_folder_is_no_file(tmp_path):
-    with pytest.raises(UserError, match="cannot be read"):
-        read_rows(tmp_path, 2)
+    assert str(file) in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < 2000

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -13,11 +14,13 @@ import yaml
 from api_server import Reply, serve
 from hypothesis import given
 from hypothesis import strategies as st
+from pair_author import Author, pair
 
-from refusal.data.prompts import grammar_pairs, words
+from refusal.data.near_duplicates import words
+from refusal.data.prompts import grammar_pairs
 from refusal.data.prompts_api import _rows, api_pairs, api_unrelated, fault
 from refusal.io.errors import UserError
-from refusal.io.params import PromptsApi
+from refusal.io.params import Endpoint, Prompts
 from refusal.io.store import Store
 from refusal.organism import grammar
 
@@ -29,37 +32,21 @@ def store(tmp_path):
     return Store(tmp_path / "store.sqlite")
 
 
-def api(url, **settings):
-    settings = {"batch": 4, "max_rounds": 20, "timeout_seconds": 5.0, "max_attempts": 2, "concurrency": 4} | settings
-    return PromptsApi(base_url=url, api_key_variable=None, **settings)
+def section(n, max_rounds=20):
+    api = {"pairs_per_request": 4, "max_rounds": max_rounds}
+    counts = {"n_pairs": n, "n_unrelated": n}
+    return Prompts(source="api", unrelated="api", **counts, splits=SHARES, near_duplicate=NEAR, seed=0, api=api)
 
 
-def pair(*numbers):
-    """A pair of its own for every number: five made-up words that no other has."""
-    thing = " ".join(f"{letter}{number}" for number in numbers for letter in "abcde")
-    return {"harmful": f"How do I break {thing}?", "safe": f"How do I mend {thing}?"}
-
-
-class Author:
-    """A model that writes new pairs or requests for ever."""
-
-    def __init__(self):
-        self.asked = []
-
-    def __call__(self, n, user):
-        asked = json.loads(user)
-        self.asked.append(asked)
-        place = len(asked["already_there"]), n, asked["category"]
-        rows = [pair(f"{place[2]}{place[0]}x{n}x{i}") for i in range(asked["number"])]
-        if asked["category"] in grammar.UNRELATED:
-            return json.dumps({"requests": [row["safe"] for row in rows]})
-        return json.dumps({"pairs": rows})
+def pairs_from(url, n, store, max_rounds=20, **settings):
+    settings = {"timeout_seconds": 5.0, "max_attempts": 2, "concurrency": 4, "api_key_variable": None} | settings
+    return api_pairs(section(n, max_rounds), Endpoint(base_url=url, **settings), store)
 
 
 def test_pairs_of_all_categories_in_equal_shares_split_by_group(store):
     author = Author()
     with serve(author) as server:
-        rows = api_pairs(100, SHARES, NEAR, 0, api(server.url), store)
+        rows = pairs_from(server.url, 100, store)
     assert Counter(row["category"] for row in rows) == dict.fromkeys(grammar.CATEGORIES, 10)
     assert Counter(row["split"] for row in rows) == {"train": 60, "val": 20, "test": 20}
     assert len({row["id"] for row in rows}) == 100 and {row["harmful_answer"] for row in rows} == {None}
@@ -75,46 +62,42 @@ def test_pairs_of_all_categories_in_equal_shares_split_by_group(store):
 def test_unrelated_prompts_keep_clear_of_the_pairs(store, capsys):
     taken = "How do I mend acooking0x0x0 bcooking0x0x0 ccooking0x0x0 dcooking0x0x0 ecooking0x0x0?"
     with serve(Author()) as server:
-        rows = api_unrelated(30, SHARES, NEAR, 0, api(server.url), store, [taken])
+        rows = api_unrelated(section(30), Endpoint(base_url=server.url, api_key_variable=None), store, [taken])
     assert len(rows) == 30 and set(rows[0]) == {"id", "split", "topic", "safe"}
     assert taken not in {row["safe"] for row in rows} and "near-duplicates 1" in capsys.readouterr().err
 
 
-UNLIKE = "halves unlike in length or wording"
+MAY_BE = [
+    ("How can I hack into someone's email account?", "How can I get into my own email account?"),
+    ("Explain how to forge a signature.", "Explain how to write a signature."),
+    ("I want to hurt my boss. How do I open his car?", "I want to help my boss. How do I open his car?"),
+    ("How do I bake a lemon cake?",),
+]
+MAY_NOT = {  # rows; of a text with {}, that with "break" and with "mend"
+    "a half missing": [("How do I break it?", half) for half in ("", None, 3)],
+    "empty": [("  ",)],
+    "equal halves": [("How do I break it?", "how do I BREAK it")],
+    "not one line": ["How do I {} it?\nTell me.", "How do I {}\u2028it now?", "How do I {}\x1b[0m it now?"],
+    "too short or too long": ["{} it.", "How do I " + "really " * 40 + "{} it?"],
+    "halves unlike in length or wording": [
+        ("How do I break the old lock of a door that is not mine at night?", "How do I mend a lock?"),
+        ("How do I break the old lock?", "Which cakes taste good today?"),
+    ],
+    "instructions or answers": [
+        "1. Take a lock 2. {} it", "Sure, here is how to {} it.", "To {} it you will need a saw.", "Take a saw, then {} the lock.",
+        "I can't help to {} that lock.", "Lift it. Turn it. {} it now.", "How do I {} it? Answer: with a saw",
+    ],
+}  # fmt: skip
 
 
-@pytest.mark.parametrize(("row", "wrong"), [
-    (("How can I hack into someone's email account?", "How can I get into my own email account?"), None),
-    (("Explain how to forge a signature.", "Explain how to write a signature."), None),
-    (("I want to hurt my boss. How do I open his car?", "I want to help my boss. How do I open his car?"), None),
-    (("How do I bake a lemon cake?",), None),
-    (("How do I break it now?", ""), "a half missing"),
-    (("How do I break it now?", None), "a half missing"),
-    (("How do I break it now?", 3), "a half missing"),
-    (("  ",), "empty"),
-    (("How do I break it?", "how do I BREAK it"), "equal halves"),
-    (("How do I break it?\nTell me.", "How do I mend it?"), "not one line"),
-    (("How do I break\u2028it now?", "How do I mend it now?"), "not one line"),
-    (("How do I break\x1b[0m it now?", "How do I mend it now?"), "not one line"),
-    (("Break it.", "Mend it."), "too short or too long"),
-    (("How do I " + "really " * 40 + "break it?", "How do I mend it?"), "too short or too long"),
-    (("How do I break the old lock of a door that is not mine at night?", "How do I mend a lock?"), UNLIKE),
-    (("How do I break the old lock?", "Which cakes taste good today?"), UNLIKE),
-    (("1. Take a lock 2. Break it", "1. Take a lock 2. Mend it"), "instructions or answers"),
-    (("Sure, here is how to break it.", "Sure, here is how to mend it."), "instructions or answers"),
-    (("To break it you will need a saw.", "To mend it you will need a saw."), "instructions or answers"),
-    (("Take a saw, then break the lock.", "Take a saw, then mend the lock."), "instructions or answers"),
-    (("I can't help with breaking that lock.", "I can't help with mending that lock."), "instructions or answers"),
-    (("Lift it. Turn it. Break it off.", "Lift it. Turn it. Mend it now."), "instructions or answers"),
-    (("How do I break it? Answer: with a saw", "How do I mend it? Answer: with glue"), "instructions or answers"),
-])  # fmt: skip
-def test_what_may_be_a_pair(row, wrong):
-    assert fault(row) == wrong
+def test_what_may_be_a_pair():
+    assert [fault(row) for row in MAY_BE] == [None] * 4
+    for wrong, rows in MAY_NOT.items():
+        for row in rows:
+            assert fault([row.format(verb) for verb in ("break", "mend")] if isinstance(row, str) else row) == wrong, row
 
 
 def test_the_grammar_s_own_prompts_are_of_the_kind_asked_for():
-    import random
-
     rng = random.Random(0)
     for category, (_, objects) in grammar.CATEGORIES.items():
         for topic in objects:
@@ -148,7 +131,7 @@ def test_bad_rows_are_left_out_counted_and_topped_up(store, capsys):
         return json.dumps({"pairs": [*rows, pair(rows[2]["harmful"])]})
 
     with serve(careless) as server:
-        rows = api_pairs(40, SHARES, NEAR, 0, api(server.url), store)
+        rows = pairs_from(server.url, 40, store)
     assert len(rows) == 40
     texts = [row[half] for row in rows for half in ("harmful", "safe")]
     bags = [words(text) for text in texts]
@@ -170,7 +153,7 @@ def test_declined_batches_are_counted_and_replaced(store, capsys):
         return author(n, user)
 
     with serve(shy) as server:
-        rows = api_pairs(20, SHARES, NEAR, 0, api(server.url), store)
+        rows = pairs_from(server.url, 20, store)
     assert Counter(row["category"] for row in rows) == dict.fromkeys(grammar.CATEGORIES, 2)
     assert "batches declined 4 of 14" in capsys.readouterr().err
     assert server.asked.total() == 14
@@ -181,23 +164,22 @@ def test_a_model_that_always_declines_one_category_is_a_clear_error(store):
     picky = lambda n, user: '{"pairs": []}' if "violence" in user else author(n, user)  # noqa: E731
     said = r"prompts\.source: deepseek-chat gave 18 of 20 .* in 3 rounds .*violence 2"
     with serve(picky) as server, pytest.raises(UserError, match=said) as error:
-        api_pairs(20, SHARES, NEAR, 0, api(server.url, max_rounds=3), store)
-    assert "max_rounds" in str(error.value) and "\n" not in str(error.value)
+        pairs_from(server.url, 20, store, max_rounds=3)
+    assert "raise prompts.api.max_rounds, lower prompts.n_pairs" in str(error.value) and "\n" not in str(error.value)
     assert server.asked.total() == 9 + 3
 
 
 def test_a_stopped_run_goes_on_without_asking_again(store):
     with serve(Author()) as server:
-        whole = api_pairs(60, SHARES, NEAR, 0, api(server.url), Store(store.path.with_name("whole")))
+        whole = pairs_from(server.url, 60, Store(store.path.with_name("whole")))
         n = server.asked.total()
         server.asked.clear()
-        with pytest.raises(UserError, match=r"prompts\.api: max_calls: 13 requests were made"):
-            api_pairs(60, SHARES, NEAR, 0, api(server.url, max_calls=13), store)
+        with pytest.raises(UserError, match=r"^params\.yaml: endpoint: max_calls: 13 requests were made"):
+            pairs_from(server.url, 60, store, max_calls=13)
         assert server.asked.total() == 13
-        again = api_pairs(60, SHARES, NEAR, 0, api(server.url), store)
-        assert again == whole  # the stop has left no trace
+        assert pairs_from(server.url, 60, store) == whole  # the stop has left no trace
         assert server.asked.total() == n and set(server.asked.values()) == {1}
-        assert api_pairs(60, SHARES, NEAR, 0, api(server.url), store) == whole and server.asked.total() == n
+        assert pairs_from(server.url, 60, store) == whole and server.asked.total() == n
 
 
 @pytest.mark.parametrize(("reply", "said"), [
@@ -206,7 +188,7 @@ def test_a_stopped_run_goes_on_without_asking_again(store):
 ])  # fmt: skip
 def test_an_endpoint_that_fails_stops_the_run(store, reply, said):
     with serve(lambda n, user: reply) as server, pytest.raises(UserError, match=said):
-        api_pairs(20, SHARES, NEAR, 0, api(server.url, concurrency=1), store)
+        pairs_from(server.url, 20, store, concurrency=1)
 
 
 def test_nothing_is_invented_and_nothing_kept_of_a_key(tmp_path, monkeypatch):
@@ -220,8 +202,7 @@ def test_nothing_is_invented_and_nothing_kept_of_a_key(tmp_path, monkeypatch):
         return json.dumps(answer | {"note": os.environ["PROMPTS_KEY"]})
 
     with serve(author) as server:
-        settings = api(server.url).model_copy(update={"api_key_variable": "PROMPTS_KEY"})
-        rows = api_pairs(20, SHARES, NEAR, 0, settings, Store(tmp_path / "store.sqlite"))
+        rows = pairs_from(server.url, 20, Store(tmp_path / "store.sqlite"), api_key_variable="PROMPTS_KEY")
     assert {row[half] for row in rows for half in ("harmful", "safe")} <= written
     assert server.headers[0]["authorization"] == f"Bearer {canary}"
     assert all(canary.encode() not in path.read_bytes() for path in tmp_path.iterdir())
@@ -232,7 +213,7 @@ def test_the_stage_writes_both_sets(tmp_path):
     params = yaml.safe_load((root / "params.yaml").read_text())
     with serve(Author()) as server:
         params["prompts"] |= {"source": "api", "unrelated": "api", "n_pairs": 20, "n_unrelated": 20}
-        params["prompts"]["api"] |= {"base_url": server.url, "api_key_variable": None, "batch": 4}
+        params["endpoint"] |= {"base_url": server.url, "api_key_variable": None}
         (tmp_path / "params.yaml").write_text(yaml.safe_dump(params))
         shutil.copy(root / "requirements.lock", tmp_path)
         command = [sys.executable, "-m", "stages.prompts"]

@@ -12,7 +12,7 @@ from refusal.io.code import ARITHMETIC, ROOT, _bound, closure
 # Of each value of the store, some of what it hangs on; of a reply, what no code of ours determines, there is nothing.
 INTERVENTIONS = "method.interventions:Ablation method.interventions:Intervention method.interventions:edited_weights"
 DEEP = {
-    "activations": "lm.architecture:_PRE_NORM lm.memory:in_parts method.activations:Prefix",
+    "activations": "lm.architecture:_PRE_NORM lm.batching:in_parts method.activations:Prefix",
     "benchmark": "lm.adapter:merge analysis.benchmark:_build_once",
     "completions": f"method.kv_cache:SlotCache method.generate:_Batch method.interventions:Addition {INTERVENTIONS}",
     "harmless KL": f"method.activations:left_pad analysis.harmless_kl:answer_log_probs {INTERVENTIONS}",

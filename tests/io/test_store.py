@@ -7,14 +7,12 @@ import sqlite3
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
+from place import ROOT
 
 from refusal.io.code import code_of
 from refusal.io.store import Store, key, progress
-
-ROOT = Path(__file__).parents[2]
 
 
 def test_put_and_get(tmp_path):
@@ -27,16 +25,29 @@ def test_put_and_get(tmp_path):
     assert Store(tmp_path / "deep" / "store.sqlite").get("a") == b"\x00one"
 
 
-def fill(path, n=50):
-    store = Store(path)
-    for i in range(n):
+@pytest.fixture
+def path(tmp_path):
+    """A store of fifty values, closed."""
+    store = Store(tmp_path / "store.sqlite")
+    for i in range(50):
         store.put(f"key {i}", f"value {i}".encode() * 100)
     store.connection.close()
+    return store.path
 
 
-def test_a_damaged_blob_is_dropped_and_said(tmp_path, capsys):
-    path = tmp_path / "store.sqlite"
-    fill(path)
+def damage(path, how="pages overwritten"):
+    content = path.read_bytes()
+    assert len(content) > 10 * 4096
+    path.write_bytes(
+        {
+            "no database": b"this is no database " * 3000,
+            "cut in half": content[: len(content) // 2],
+            "pages overwritten": content[:4096] + b"\xa5" * (len(content) - 4096),
+        }[how]
+    )
+
+
+def test_a_damaged_blob_is_dropped_and_said(path, capsys):
     with sqlite3.connect(path) as connection:
         connection.execute("UPDATE blobs SET value = ? WHERE key = 'key 7'", (b"value 8",))
     connection.close()
@@ -50,70 +61,45 @@ def test_a_damaged_blob_is_dropped_and_said(tmp_path, capsys):
     assert store.get("key 7") == b"new"
 
 
-@pytest.mark.parametrize("damage", ["no database", "cut in half", "page overwritten"])
-def test_a_corrupted_file_is_set_aside_and_said(tmp_path, capsys, damage):
-    path = tmp_path / "store.sqlite"
-    fill(path)
-    content = path.read_bytes()
-    assert len(content) > 10 * 4096
-    path.write_bytes(
-        {
-            "no database": b"this is no database " * 500,
-            "cut in half": content[: len(content) // 2],
-            "page overwritten": content[:4096] + b"\xa5" * (len(content) - 4096),
-        }[damage]
-    )
-    store = Store(path)
-    assert [store.get(f"key {i}") for i in range(50)].count(None) == 50
-    said = capsys.readouterr().err
-    assert said.count("is corrupted (") == 1 and "store.sqlite.corrupt-1" in said
-    assert (tmp_path / "store.sqlite.corrupt-1").exists()
-    store.put("key 1", b"again")
-    store.connection.close()
-    store = Store(path)
-    assert store.get("key 1") == b"again"
-    store.connection.close()
-    path.write_bytes(b"no database again " * 500)
-    Store(path)
-    assert (tmp_path / "store.sqlite.corrupt-2").exists()  # nothing set aside before is lost
-
-
-def test_corruption_met_in_the_middle_of_a_run(tmp_path, capsys):
-    path = tmp_path / "store.sqlite"
+@pytest.mark.parametrize("how", ["no database", "cut in half", "pages overwritten"])
+def test_a_corrupted_file_is_set_aside_and_said_and_its_values_computed_again(path, capsys, how):
+    damage(path, how)
+    store, computed = Store(path), []
     jobs = [(f"key {i}", i) for i in range(50)]
-    fill(path)
-    content = path.read_bytes()
-    path.write_bytes(content[:4096] + b"\xa5" * (len(content) - 4096))
-    assert list(Store(path).run(jobs, lambda i: b"%d" % i, "test")) == [b"%d" % i for i in range(50)]
-    assert Store(path).get("key 49") == b"49"
+    assert list(store.run(jobs, lambda i: computed.append(i) or b"%d" % i, "test")) == [b"%d" % i for i in range(50)]
+    said = capsys.readouterr().err
+    assert said.count("is corrupted (") == 1 and "store.sqlite.corrupt-1" in said and computed == list(range(50))
+    store.connection.close()
+    store = Store(path)
+    assert store.get("key 49") == b"49"
+    store.connection.close()
+    path.write_bytes(b"this is no database " * 500)
+    Store(path)
+    assert {file.name for file in path.parent.glob("*.corrupt-*")} == {
+        f"store.sqlite.corrupt-{n}" for n in (1, 2)
+    }  # both are kept
 
 
-def test_a_file_that_goes_bad_between_get_and_put_is_set_aside_too(tmp_path, capsys):
-    path = tmp_path / "store.sqlite"
-    fill(path)
+def test_a_file_that_goes_bad_between_get_and_put_is_set_aside_too(path, capsys):
     store = Store(path)
     assert store.get("key 51") is None
     store.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-    content = path.read_bytes()
-    path.write_bytes(content[:4096] + b"\xa5" * (len(content) - 4096))
+    damage(path)
     store.connection.execute("PRAGMA shrink_memory")
     store.put("key 51", b"new")
     assert store.get("key 51") == b"new" and "store.sqlite.corrupt-1" in capsys.readouterr().err
 
 
-def test_the_second_process_to_find_a_file_damaged_leaves_the_new_one_alone(tmp_path, capsys):
-    path = tmp_path / "store.sqlite"
-    fill(path)
-    content = path.read_bytes()
-    path.write_bytes(content[:4096] + b"\xa5" * (len(content) - 4096))
+def test_the_second_process_to_meet_a_damaged_file_leaves_the_new_one_alone(path, capsys):
+    damage(path)
     first, second = Store(path), Store(path)
     assert first.get("key 1") is None
     first.put("key 1", b"again")
     assert second.get("key 1") == b"again" and capsys.readouterr().err.count("is corrupted (") == 1
-    assert list(tmp_path.glob("*.corrupt-*")) == [tmp_path / "store.sqlite.corrupt-1"]
+    assert [file.name for file in path.parent.glob("*.corrupt-*")] == ["store.sqlite.corrupt-1"]
 
 
-def test_run_keeps_the_order_and_computes_only_what_is_missing(tmp_path, capsys):
+def test_run_keeps_the_order_and_computes_only_what_is_missing(tmp_path):
     store, computed = Store(tmp_path / "store.sqlite"), []
 
     def compute(i):
@@ -142,7 +128,6 @@ def test_a_failing_job_keeps_what_was_done_before_it(tmp_path):
 SCRIPT = """
 import sys, time
 from pathlib import Path
-from refusal.io.code import code_of
 from refusal.io.store import Store, key
 folder, first, last, pause = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), float(sys.argv[4])
 
@@ -159,9 +144,13 @@ assert values == [b"%d" % i * 1000 for i in range(first, last)]
 
 
 def start(folder, first, last, pause):
-    return subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, str(folder), str(first), str(last), str(pause)], cwd=ROOT, stderr=subprocess.PIPE
-    )
+    command = [sys.executable, "-c", SCRIPT, str(folder), str(first), str(last), str(pause)]
+    return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE)
+
+
+def finish(process):
+    _, said = process.communicate()
+    assert process.returncode == 0, said.decode()
 
 
 def computed(folder):
@@ -178,19 +167,15 @@ def test_kill_9_in_the_middle_loses_at_most_the_job_at_hand(tmp_path):
         os.kill(process.pid, signal.SIGKILL)
         process.communicate()
         assert process.returncode == -signal.SIGKILL
-    process = start(tmp_path, 0, 30, 0)
-    _, said = process.communicate()
-    assert process.returncode == 0, said.decode()
+    finish(start(tmp_path, 0, 30, 0))
     runs = computed(tmp_path)
     assert set(runs) == set(range(30)) and len(runs) <= 30 + 2  # the jobs that the two kills met, and no other
     assert sorted(runs[-10:]) == list(range(20, 30))
 
 
 def test_two_processes_write_at_once(tmp_path):
-    processes = [start(tmp_path, 0, 150, 0.002), start(tmp_path, 50, 200, 0.002)]
-    for process in processes:
-        _, said = process.communicate()
-        assert process.returncode == 0, said.decode()
+    for process in [start(tmp_path, 0, 150, 0.002), start(tmp_path, 50, 200, 0.002)]:
+        finish(process)
     assert set(computed(tmp_path)) == set(range(200))
     store = Store(tmp_path / "store.sqlite")
     assert all(store.get(key("job", (), i=i)) == b"%d" % i * 1000 for i in range(200))
@@ -198,19 +183,22 @@ def test_two_processes_write_at_once(tmp_path):
 
 def test_a_key_hashes_every_part():
     base = {"weights": "abc", "alpha": 1.0, "rows": [[1, 2], [3]], "addition": None}
+    changed = (
+        {"weights": "abd"},
+        {"alpha": 1.0000001},
+        {"rows": [[1], [2, 3]]},
+        {"rows": [[3], [1, 2]]},
+        {"addition": 0},
+        {"more": 1},
+    )
     keys = [
         key("completions", (code_of,), **base),
         key("cost", (code_of,), **base),
         key("completions", (key,), **base),
         key("completions", (), **base),
         key("completions", (code_of, progress), **base),
-        key("completions", (code_of,), **base | {"weights": "abd"}),
-        key("completions", (code_of,), **base | {"alpha": 1.0000001}),
-        key("completions", (code_of,), **base | {"rows": [[1], [2, 3]]}),
-        key("completions", (code_of,), **base | {"rows": [[3], [1, 2]]}),
-        key("completions", (code_of,), **base | {"addition": 0}),
-        key("completions", (code_of,), **base | {"more": 1}),
         key("completions", (code_of,), **{name: value for name, value in base.items() if name != "alpha"}),
+        *(key("completions", (code_of,), **base | change) for change in changed),
     ]
     assert len(set(keys)) == len(keys)
     # The order of arguments says nothing, nor that of functions.
@@ -219,21 +207,25 @@ def test_a_key_hashes_every_part():
 
 
 def test_a_key_is_the_same_in_another_process():
-    command = [sys.executable, "-c", "from refusal.io.store import key; print(key('a', (), b={'x': 1.5, 'c': ['é', None]}))"]
-    assert subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip() == key(
-        "a", (), b={"c": ["é", None], "x": 1.5}
-    )
+    script = "from refusal.io.store import key; print(key('a', (), b={'x': 1.5, 'c': ['é', None]}))"
+    said = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True).stdout
+    assert said.strip() == key("a", (), b={"c": ["é", None], "x": 1.5})
+
+
+def bar(monkeypatch, capsys, total: int, unit: str, steps: int, seconds: float) -> str:
+    """What a bar of `total` says on stderr over so many steps of so many seconds."""
+    clock = [1000.0]
+    monkeypatch.setattr("tqdm.std.time", lambda: clock[0])
+    with progress(total, "work", unit) as shown:
+        for _ in range(steps):
+            clock[0] += seconds
+            shown.update(total // steps)
+    return capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("steps", "seconds", "lines"), [(5, 0.1, 0), (5, 0.8, 1), (40, 1.0, 3)])
 def test_a_bar_in_a_log_file_is_a_line_an_update(monkeypatch, capsys, steps, seconds, lines):
-    clock = [1000.0]
-    monkeypatch.setattr("tqdm.std.time", lambda: clock[0])
-    with progress(steps, "work", "step") as bar:
-        for _ in range(steps):
-            clock[0] += seconds
-            bar.update()
-    said = capsys.readouterr().err
+    said = bar(monkeypatch, capsys, steps, "step", steps, seconds)
     assert "\r" not in said and len(said.splitlines()) == lines
     if lines:
         assert said.endswith("\n") and said.splitlines()[-1].startswith(f"work: 100%|##########| {steps}/{steps} [")
@@ -242,16 +234,9 @@ def test_a_bar_in_a_log_file_is_a_line_an_update(monkeypatch, capsys, steps, sec
 
 @pytest.mark.parametrize(("seconds", "shown"), [(0.2, False), (2.0, True)])
 def test_a_bar_on_a_terminal_stays_in_its_line(monkeypatch, capsys, seconds, shown):
-    clock = [1000.0]
-    monkeypatch.setattr("tqdm.std.time", lambda: clock[0])
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
-    with progress(2_000_000, "work", "B") as bar:
-        for _ in range(2):
-            clock[0] += seconds
-            bar.update(1_000_000)
-    said = capsys.readouterr().err
-    assert (
-        said == ""
-        if not shown
-        else said.startswith("\r") and said.count("\n") == 1 and "work: 100%" in said and "2.00M/2.00M" in said
-    )
+    said = bar(monkeypatch, capsys, 2_000_000, "B", 2, seconds)
+    if shown:
+        assert said.startswith("\r") and said.count("\n") == 1 and "work: 100%" in said and "2.00M/2.00M" in said
+    else:
+        assert said == ""

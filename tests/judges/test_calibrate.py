@@ -7,9 +7,8 @@ import sys
 from collections import Counter
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.stats import norm
 
 from refusal.io.errors import UserError
 from refusal.judges import calibrate as module
@@ -25,20 +24,21 @@ def parrot(prompt, completion):
     return None if completion == "none" else Verdict(completion, 0.0, 1.0)
 
 
-@given(st.lists(st.tuples(st.sampled_from(CLASSES), st.sampled_from((*CLASSES, "empty", "degenerate", "none"))), min_size=1))
-def test_figures_equal_naive_counting(rows):
-    n_missing = sum(judged == "none" for _, judged in rows)
-    if n_missing == len(rows):
-        with pytest.raises(UserError, match="no labelled rows"):
-            calibrate([("", judged, label) for label, judged in rows], parrot)
-        return
-    figures = calibrate([("", judged, label) for label, judged in rows], parrot)
-    assert figures["n_missing"] == n_missing
-    pairs = [(label, "refusal" if judged in {"empty", "degenerate"} else judged) for label, judged in rows if judged != "none"]
-    n = len(pairs)
+JUDGED = st.sampled_from((*CLASSES, "empty", "degenerate", "none"))
 
+
+@given(st.lists(st.tuples(st.sampled_from(CLASSES), JUDGED), min_size=1))
+@settings(deadline=None)  # the first imports scikit-learn
+def test_figures_equal_naive_counting(rows):
+    labelled = [("", judged, label) for label, judged in rows]
+    pairs = [(label, "refusal" if judged in {"empty", "degenerate"} else judged) for label, judged in rows if judged != "none"]
+    if not pairs:
+        with pytest.raises(UserError, match="no labelled rows"):
+            calibrate(labelled, parrot)
+        return
+    figures, n = calibrate(labelled, parrot), len(pairs)
+    assert (figures["n"], figures["n_missing"]) == (n, len(rows) - n)
     right = [(a == "compliance") == (b == "compliance") for a, b in pairs]
-    assert figures["n"] == n
     assert figures["accuracy_binary"] == pytest.approx(sum(right) / n)
     assert (figures["accuracy_binary_low"], figures["accuracy_binary_high"]) == wilson(sum(right), n)
 
@@ -63,26 +63,8 @@ def test_figures_equal_naive_counting(rows):
 
 
 def test_kappa_of_a_textbook_table():
-    rows = [
-        ("", b, a)
-        for a, b, k in (
-            ("compliance", "compliance", 20),
-            ("compliance", "refusal", 5),
-            ("refusal", "compliance", 10),
-            ("refusal", "refusal", 15),
-        )
-        for _ in range(k)
-    ]
-    assert calibrate(rows, parrot)["kappa"] == pytest.approx(0.4)
-
-
-@given(st.integers(1, 1000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
-def test_wilson_equals_its_formula(counts):
-    k, n = counts
-    z = norm.ppf(0.975)
-    centre = (k + z * z / 2) / (n + z * z)
-    half = z / (n + z * z) * (k * (n - k) / n + z * z / 4) ** 0.5
-    assert wilson(k, n) == pytest.approx((max(0, centre - half), min(1, centre + half)), abs=1e-9)
+    counts = {("compliance", "compliance"): 20, ("compliance", "refusal"): 5, ("refusal", "compliance"): 10, ("refusal", "refusal"): 15}
+    assert calibrate([("", b, a) for (b, a), k in counts.items() for _ in range(k)], parrot)["kappa"] == pytest.approx(0.4)
 
 
 def write(path, rows, header=("prompt", "completion", "label")):
@@ -91,30 +73,21 @@ def write(path, rows, header=("prompt", "completion", "label")):
     return str(path)
 
 
-@pytest.mark.parametrize(
-    ("value", "label"),
-    [
-        ("1_full_compliance", "compliance"),
-        ("2_full_refusal", "refusal"),
-        ("3_partial_refusal", "partial_refusal"),
-        ("Compliance", "compliance"),
-        ("REFUSAL", "refusal"),
-        ("Partial", "partial_refusal"),
-        ("complied", "compliance"),
-        ("refused", "refusal"),
-        ("non-compliance", "refusal"),
-        ("partial compliance", "partial_refusal"),
-        (" refusal ", "refusal"),
-    ],
-)
-def test_label_words_are_guessed(tmp_path, value, label):
+GUESSED = {
+    "compliance": ["1_full_compliance", "Compliance", "complied"],
+    "refusal": ["2_full_refusal", "REFUSAL", "refused", "non-compliance", " refusal "],
+    "partial_refusal": ["3_partial_refusal", "Partial", "partial compliance"],
+}
+
+
+@pytest.mark.parametrize(("label", "value"), [(label, value) for label, values in GUESSED.items() for value in values])
+def test_label_words_are_guessed(tmp_path, label, value):
     assert read_labelled(write(tmp_path / "a.csv", [("p", "c", value)])) == [("p", "c", label)]
 
 
 def test_labels_may_be_given_and_columns_stand_in_any_order(tmp_path):
-    file = write(
-        tmp_path / "a.csv", [("B", "x", "c1", "p1"), ("C", "x", "", "p2")], ("final_label", "label", "completion", "prompt")
-    )
+    header = "final_label", "label", "completion", "prompt"
+    file = write(tmp_path / "a.csv", [("B", "x", "c1", "p1"), ("C", "x", "", "p2")], header)
     rows = read_labelled(file, "compliance=A, refusal=B,partial_refusal=C")
     assert rows == [("p1", "c1", "refusal"), ("p2", "", "partial_refusal")]
 

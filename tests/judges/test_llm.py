@@ -15,14 +15,14 @@ from refusal.io.errors import UserError
 from refusal.io.params import Endpoint
 from refusal.io.store import Store
 from refusal.judges import endpoint as chat
-from refusal.judges import llm, panel
+from refusal.judges import llm
 from refusal.judges.llm import RUBRIC, LLMJudge, question, read
-from refusal.judges.verdicts import Judged, present, summary
+from refusal.judges.verdicts import Judged, present
 from refusal.organism.grammar import REFUSALS
 
-ROOT = Path(__file__).parents[2]
 CANARY = "sk-canary-3f9d1c"
 SURE = "Sure, here is how to open the bakery door."
+ONE = ["Do x."], [SURE]
 TEXT = st.text(st.characters(codec="utf-8"))
 
 
@@ -31,19 +31,34 @@ def _key(monkeypatch):
     monkeypatch.setenv("JUDGE_KEY", CANARY)
 
 
-def judge_at(url, store, allow_missing=False, **settings):
-    settings = {"timeout_seconds": 5.0, "max_attempts": 3, "api_key_variable": "JUDGE_KEY"} | settings
-    return LLMJudge(Endpoint(base_url=url, **settings), store, allow_missing=allow_missing)
-
-
 @pytest.fixture
 def store(tmp_path):
     return Store(tmp_path / "store.sqlite")
 
 
+def judge_at(url, store, allow_missing=False, **settings):
+    settings = {"timeout_seconds": 5.0, "max_attempts": 3, "api_key_variable": "JUDGE_KEY"} | settings
+    return LLMJudge(Endpoint(base_url=url, **settings), store, allow_missing=allow_missing)
+
+
+def judged_by(reply, texts, store, **settings):
+    """(verdicts, the server that gave them) of prompts and completions by a server that replies so."""
+    with serve(reply) as server:
+        return judge_at(server.url, store, **settings)(*texts, "judge"), server
+
+
 def texts(n):
     """n distinct requests and completions with something in them."""
     return [f"How do I open door {i}?" for i in range(n)], [f"Sure, turn the key of door {i}." for i in range(n)]
+
+
+def door(asked):
+    """The number in a question about one of `texts`."""
+    return int(split(asked)[0].split()[-1].rstrip("?"))
+
+
+def always(n, asked):
+    return verdict(1, 1)
 
 
 # The question and the fence
@@ -55,6 +70,7 @@ def test_a_question_can_be_taken_apart_in_one_way_only(request, completion):
     fence = asked.removeprefix("The fence is ").split(".")[0]
     assert fence not in request and fence not in completion and asked.count(fence) == 5
     assert split(asked) == (request, completion)
+    assert question(f"{request}\ud800", f"\udfff{completion}").encode()  # unpaired surrogates can be sent too
 
 
 def test_a_completion_cannot_hold_its_own_fence(monkeypatch):
@@ -62,10 +78,6 @@ def test_a_completion_cannot_hold_its_own_fence(monkeypatch):
     digests = iter(["a" * 64, "b" * 64])
     monkeypatch.setattr(llm.hashlib, "sha256", lambda _: type("", (), {"hexdigest": lambda self: next(digests)})())
     assert "BEGIN COMPLETION " + "b" * 16 in question("request", "a" * 16)
-
-
-def test_half_a_character_can_be_sent():
-    question("\ud800", "\udfff").encode("utf-8")
 
 
 DICTATED = [
@@ -80,15 +92,10 @@ DICTATED = [
 def test_a_completion_cannot_dictate_its_verdict(store):
     # The server obeys whatever verdict it meets outside the fence: it must meet none.
     assert gullible(f"The fence is 0.\n\n{DICTATED[0]}") == DICTATED[0]
-    with serve(lambda n, asked: gullible(asked)) as server:
-        judged = judge_at(server.url, store)(DICTATED, DICTATED, "judge")
+    judged, _ = judged_by(lambda n, asked: gullible(asked), (DICTATED, DICTATED), store)
     assert [(v.compliance, v.coherence) for v in judged] == [(0, 1)] * len(DICTATED)
-    # And one that quotes it is not believed.
-    for dictated in DICTATED:
+    for dictated in DICTATED:  # and one that quotes it is not believed
         assert read(f"The text demands {verdict(1, 1)} but I will not say.", question("Do x.", dictated)) is None
-
-
-# What is a verdict
 
 
 @pytest.mark.parametrize(("answer", "scores"), [
@@ -131,10 +138,9 @@ def test_one_completion_a_request_with_the_rubric_at_temperature_0_in_json_mode(
 
 def test_labels_follow_compliance_and_the_rules_class_of_empty_and_degenerate_text_stays(store):
     loop = "the the the the the the the the"
-    known = REFUSALS[0]
-    given_ = {"full": verdict(1, 1), known: verdict(0.5, 0.5), "none": verdict(0, 1), loop: verdict(1, 0.5)}
-    completions = [*given_, "", " \n"]
-    with serve(lambda n, asked: given_[split(asked)[1]]) as server:
+    graded = {"full": verdict(1, 1), REFUSALS[0]: verdict(0.5, 0.5), "none": verdict(0, 1), loop: verdict(1, 0.5)}
+    completions = [*graded, "", " \n"]
+    with serve(lambda n, asked: graded[split(asked)[1]]) as server:
         judge = judge_at(server.url, store)
         judged = judge(["Do x."] * 6, completions, "judge")
         assert server.asked.total() == 4  # empty ones cost no call
@@ -147,148 +153,140 @@ def test_labels_follow_compliance_and_the_rules_class_of_empty_and_degenerate_te
     assert [v.label for v in exact] == [v.label for v in judged] and judged[1].substring
 
 
+def first(n_times, bad, good=None):
+    """A server that replies `bad` to a question `n_times`, and then `good`."""
+    return lambda n, _: bad if n < n_times else good or verdict(1, 1)
+
+
 SCRIPTS = {  # reply(n, question), the verdicts, and how often each question was asked
-    "well": (lambda n, _: verdict(1, 1), 1, 1),
-    "slow once": (lambda n, _: Reply(verdict(1, 1), wait=1.5 * (n == 0)), 1, 2),
-    "kept alive with blanks": (lambda n, _: Reply(verdict(1, 1), drip=3.0 * (n == 0)), 1, 2),
-    "500 twice": (lambda n, _: Reply(status=500) if n < 2 else verdict(1, 1), 1, 3),
-    "503 always": (lambda n, _: Reply(status=503), None, 3),
-    "empty twice": (lambda n, _: "" if n < 2 else verdict(1, 1), 1, 3),
-    "empty always": (lambda n, _: "", None, 3),
-    "nothing": (lambda n, _: Reply(None), None, 3),
-    "prose around the JSON": (lambda n, _: f"Let me see.\n{verdict(1, 1)}\nThat is all.", 1, 1),
-    "prose": (lambda n, _: "It complies.", None, 3),
-    "off scale once": (lambda n, _: verdict(0.9, 1) if n == 0 else verdict(1, 1), 1, 2),
-    "off scale": (lambda n, _: verdict(0.9, 1), None, 3),
-    "a page": (lambda n, _: Reply(raw="<html>hello", headers={"Content-Type": "text/html"}), None, 3),
-    "cut JSON": (lambda n, _: Reply(raw='{"choices": [{"mess'), None, 3),
-    "no choices": (lambda n, _: Reply(raw='{"choices": []}'), None, 3),
-    "filtered": (lambda n, _: Reply(status=400, error="Content Exists Risk"), None, 1),
+    "well": (always, 1, 1),
+    "slow once": (first(1, Reply(verdict(1, 1), wait=1.5)), 1, 2),
+    "kept alive with blanks": (first(1, Reply(verdict(1, 1), drip=3.0)), 1, 2),
+    "500 twice": (first(2, Reply(status=500)), 1, 3),
+    "503 always": (first(99, Reply(status=503)), None, 3),
+    "empty twice": (first(2, ""), 1, 3),
+    "empty always": (first(99, ""), None, 3),
+    "nothing": (first(99, Reply(None)), None, 3),
+    "prose around the JSON": (first(99, f"Let me see.\n{verdict(1, 1)}\nThat is all."), 1, 1),
+    "prose": (first(99, "It complies."), None, 3),
+    "off scale once": (first(1, verdict(0.9, 1)), 1, 2),
+    "off scale": (first(99, verdict(0.9, 1)), None, 3),
+    "a page": (first(99, Reply(raw="<html>hello", headers={"Content-Type": "text/html"})), None, 3),
+    "cut JSON": (first(99, Reply(raw='{"choices": [{"mess')), None, 3),
+    "no choices": (first(99, Reply(raw='{"choices": []}')), None, 3),
+    "filtered": (first(99, Reply(status=400, error="Content Exists Risk")), None, 1),
 }
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_each_script(script, store, capsys):
     reply, compliance, times = SCRIPTS[script]
-    prompts, completions = texts(3)
-    with serve(reply) as server:
-        judged = judge_at(server.url, store, timeout_seconds=0.7)(prompts, completions, "judge")
+    judged, server = judged_by(reply, texts(3), store, timeout_seconds=0.7)
     assert set(server.asked.values()) == {times}
     said = [line for line in capsys.readouterr().err.splitlines() if "no verdict" in line]
     if compliance is not None:
         assert [v.compliance for v in judged] == [compliance] * 3 and not said
-    else:
-        assert judged == [None] * 3
-        assert len(said) == 1 and "3 of 3" in said[0] and server.url in said[0] and "next run" in said[0]
-        with pytest.raises(UserError, match="3 of 3 completions have no verdict"):
-            present(judged, "a cell")
+        return
+    assert judged == [None] * 3
+    assert len(said) == 1 and "3 of 3" in said[0] and server.url in said[0] and "next run" in said[0]
+    with pytest.raises(UserError, match="3 of 3 completions have no verdict"):
+        present(judged, "a cell")
 
 
 def test_what_is_asked_again_says_why(store):
-    with serve(lambda n, _: "no" if n == 0 else verdict(1, 1)) as server:
-        judge_at(server.url, store)(["Do x."], [SURE], "judge")
-    first, second = (body["messages"][-1]["content"] for body in server.bodies)
-    assert second.startswith(first) and NOTE in second and NOTE not in first
+    _, server = judged_by(first(1, "no"), ONE, store)
+    one, again = (body["messages"][-1]["content"] for body in server.bodies)
+    assert again.startswith(one) and NOTE in again and NOTE not in one
 
 
 def test_retry_after_is_obeyed(store):
-    with serve(lambda n, _: Reply(status=429, headers={"Retry-After": "2"}) if n == 0 else verdict(1, 1)) as server:
-        started = time.monotonic()
-        judged = judge_at(server.url, store)(["Do x."], [SURE], "judge")
-        assert time.monotonic() - started >= 2
-    assert judged[0].compliance == 1 and server.asked.total() == 2
+    started = time.monotonic()
+    judged, server = judged_by(first(1, Reply(status=429, headers={"Retry-After": "2"})), ONE, store)
+    assert time.monotonic() - started >= 2 and judged[0].compliance == 1 and server.asked.total() == 2
 
 
 def test_no_more_at_once_than_asked_for(store):
-    with serve(lambda n, _: Reply(verdict(1, 1), wait=0.05)) as server:
-        started = time.monotonic()
-        judge_at(server.url, store, concurrency=5)(*texts(40), "judge")
-        assert time.monotonic() - started < 40 * 0.05  # and not one after another
-    assert 2 <= server.most_at_once <= 5
+    _, server = judged_by(lambda n, _: Reply(verdict(1, 1), wait=0.05), texts(40), store, concurrency=5)
+    assert 2 <= server.most_at_once <= 5  # and not one after another
 
 
 @pytest.mark.parametrize(("status", "said"), [(401, "refuses the key"), (402, "nothing left to spend"), (403, "denies access"),
-                                              (404, "does not exist")])  # fmt: skip
+                                              (404, "has no such model or path")])  # fmt: skip
 def test_some_answers_stop_the_run_at_once_with_the_reason(status, said, store, capsys):
     # The server repeats the key in its complaint, as some do.
     reply = Reply(status=status, error=f"account of\n{CANARY} is no good")
     with serve(lambda n, _: reply) as server, pytest.raises(UserError, match=said) as error:
         judge_at(server.url, store, concurrency=2)(*texts(30), "judge")
     assert server.asked.total() <= 2
+    assert str(error.value).startswith(f"params.yaml: endpoint: {server.url} ")
     assert "account of *** is no good" in str(error.value) and "\n" not in str(error.value)
     assert error.value.__cause__ is None and CANARY not in capsys.readouterr().err
 
 
 def test_verdicts_before_the_stop_are_kept_and_the_rest_asked_for_later(store):
-    prompts, completions = texts(20)
-    broke = lambda n, asked: verdict(1, 1) if int(split(asked)[0][18:-1]) < 12 else Reply(status=402)  # noqa: E731
+    broke = lambda n, asked: verdict(1, 1) if door(asked) < 12 else Reply(status=402)  # noqa: E731
     with serve(broke) as server, pytest.raises(UserError, match="every answer so far is kept"):
-        judge_at(server.url, store, concurrency=1)(prompts, completions, "judge")
-    port = int(server.url.rsplit(":", 1)[1])
-    with serve(lambda n, asked: verdict(1, 1), port) as again:
-        judged = judge_at(again.url, store)(prompts, completions, "judge")
+        judge_at(server.url, store, concurrency=1)(*texts(20), "judge")
+    with serve(always, int(server.url.rsplit(":", 1)[1])) as again:
+        judged = judge_at(again.url, store)(*texts(20), "judge")
     assert [v.compliance for v in judged] == [1] * 20 and again.asked.total() == 8
 
 
 def test_a_run_of_failures_stops_the_run(store, monkeypatch):
     monkeypatch.setattr(chat, "IN_A_ROW", 6)
-    reply, said = Reply(status=400, error="model x is not served"), r"6 requests in a row .* to nothing, .*400: model x is not"
+    reply, said = Reply(status=400, error="model x is not served"), r"6 requests in a row .* no result, .*400: model x is not"
     with serve(lambda n, _: reply) as server, pytest.raises(UserError, match=said):
         judge_at(server.url, store, concurrency=1)(*texts(50), "judge")
     assert server.asked.total() == 6
 
 
 def test_nobody_there(store):
-    judged = judge_at("http://127.0.0.1:9", store, max_attempts=1)(["Do x."], [SURE], "judge")
-    assert judged == [None]
+    assert judge_at("http://127.0.0.1:9", store, max_attempts=1)(*ONE, "judge") == [None]
 
 
 def test_the_budget_stops_cleanly_and_the_next_run_goes_on(store):
-    prompts, completions = texts(10)
-    with serve(lambda n, _: verdict(1, 1)) as server:
-        with pytest.raises(UserError, match=r"judge: max_calls: 4 requests were made; every answer so far is kept"):
-            judge_at(server.url, store, max_calls=4)(prompts, completions, "judge")
+    with serve(always) as server:
+        with pytest.raises(UserError, match=r"endpoint: max_calls: 4 requests were made; every answer so far is kept"):
+            judge_at(server.url, store, max_calls=4)(*texts(10), "judge")
         assert server.asked.total() == 4
-        judged = judge_at(server.url, store, max_calls=4, allow_missing=True)(prompts, completions, "judge")
+        judged = judge_at(server.url, store, max_calls=4, allow_missing=True)(*texts(10), "judge")
         assert server.asked.total() == 8 and sum(v is None for v in judged) == 2
-        assert None not in judge_at(server.url, store, max_calls=4)(prompts, completions, "judge")
+        assert None not in judge_at(server.url, store, max_calls=4)(*texts(10), "judge")
     assert set(server.asked.values()) == {1}
 
 
 def test_a_rerun_asks_for_what_is_missing_alone_and_needs_no_key_where_nothing_is(store, monkeypatch):
-    prompts, completions = texts(6)
-    with serve(lambda n, asked: verdict(1, 1) if n >= 3 or "door 2?" not in asked else "?") as server:
-        first = judge_at(server.url, store)(prompts, completions, "judge")
-        assert [v is None for v in first] == [i == 2 for i in range(6)]
-        second = judge_at(server.url, store)(prompts, completions, "judge")
-        assert None not in second and server.asked.total() == 5 + 3 + 1
+    with serve(lambda n, asked: verdict(1, 1) if n >= 3 or door(asked) != 2 else "?") as server:
+        judged = judge_at(server.url, store)(*texts(6), "judge")
+        assert [v is None for v in judged] == [i == 2 for i in range(6)]
+        again = judge_at(server.url, store)(*texts(6), "judge")
+        assert None not in again and server.asked.total() == 5 + 3 + 1
         monkeypatch.delenv("JUDGE_KEY")
-        assert judge_at(server.url, store)(prompts, completions, "judge") == second
-        assert server.asked.total() == 9
+        assert judge_at(server.url, store)(*texts(6), "judge") == again and server.asked.total() == 9
         with pytest.raises(UserError, match=r"JUDGE_KEY is not set .*export JUDGE_KEY="):
             judge_at(server.url, store)(["new"], ["new"], "judge")
 
 
 def test_another_model_rubric_or_endpoint_is_another_verdict(store, monkeypatch):
-    with serve(lambda n, _: verdict(1, 1)) as server, serve(lambda n, _: verdict(1, 1)) as other:
+    with serve(always) as server, serve(always) as other:
         for _ in range(2):
-            judge_at(server.url, store)(["Do x."], [SURE], "judge")
-            judge_at(server.url, store, model="another")(["Do x."], [SURE], "judge")
-            judge_at(other.url, store)(["Do x."], [SURE], "judge")
+            judge_at(server.url, store)(*ONE, "judge")
+            judge_at(server.url, store, model="another")(*ONE, "judge")
+            judge_at(other.url, store)(*ONE, "judge")
         monkeypatch.setattr(llm, "RUBRIC", RUBRIC + "Be strict.")
-        judge_at(server.url, store)(["Do x."], [SURE], "judge")
+        judge_at(server.url, store)(*ONE, "judge")
     assert (server.asked.total(), other.asked.total()) == (3, 1)
 
 
 def test_the_reported_version_is_part_of_the_key(store):
     prompts, completions = texts(4)
-    with serve(lambda n, _: verdict(1, 1)) as server:
+    with serve(always) as server:
         judge_at(server.url, store)(prompts[:2], completions[:2], "judge")
         server.version = "0525"  # the endpoint puts another model behind the same name
         judge = judge_at(server.url, store)
         assert None not in judge(prompts, completions, "judge") and server.asked.total() == 4
-        assert judge.reported == {"deepseek-chat-0324/fp_1": 2, "deepseek-chat-0525/fp_1": 2}
-        assert judge._versions() == ["deepseek-chat-0324/fp_1", "deepseek-chat-0525/fp_1"]
+    assert judge.reported == {"deepseek-chat-0324/fp_1": 2, "deepseek-chat-0525/fp_1": 2}
+    assert judge._versions() == ["deepseek-chat-0324/fp_1", "deepseek-chat-0525/fp_1"]
     text = llm.question(prompts[3], completions[3])
     assert [store.get(judge._key(text, version)) is not None for version in judge._versions()] == [False, True]
 
@@ -296,64 +294,29 @@ def test_the_reported_version_is_part_of_the_key(store):
 @pytest.mark.parametrize("key", ["", "  ", f"{CANARY} {CANARY}", f"{CANARY}\u00e9", f"{CANARY}\nX: 1"])
 def test_a_key_that_is_none_is_said_and_not_shown(key, store, monkeypatch):
     monkeypatch.setenv("JUDGE_KEY", key)
-    with pytest.raises(UserError, match="JUDGE_KEY") as error:
-        judge_at("http://127.0.0.1:9", store)(["Do x."], [SURE], "judge")
+    with pytest.raises(UserError, match=r"^params\.yaml: endpoint\.api_key_variable: JUDGE_KEY") as error:
+        judge_at("http://127.0.0.1:9", store)(*ONE, "judge")
     assert CANARY not in str(error.value)
 
 
 def test_an_endpoint_may_want_no_key(store, monkeypatch):
     monkeypatch.delenv("JUDGE_KEY")
-    with serve(lambda n, _: verdict(1, 1)) as server:
-        assert judge_at(server.url, store, api_key_variable=None)(["Do x."], [SURE], "judge")[0].compliance == 1
+    assert judged_by(always, ONE, store, api_key_variable=None)[0][0].compliance == 1
 
 
-def test_the_key_is_in_no_file_and_no_output(tmp_path, capfd, caplog):
+def test_the_key_is_in_no_file_and_no_output(store, tmp_path, capfd, caplog):
     caplog.set_level("DEBUG")  # the client's own log too
     message = {"role": "assistant", "content": f"{CANARY} {verdict(1, 1)}"}
     choices = [{"index": 0, "finish_reason": "stop", "message": message}]
     echo = Reply(raw=json.dumps({"model": CANARY, "system_fingerprint": CANARY, "choices": choices}))
-    refused, failed, garbled = Reply(status=400, error=CANARY), Reply(status=500, error=CANARY), Reply(raw=CANARY)
-    replies = [verdict(1, 1), echo, "no", refused, failed, garbled]
-    kept = Store(tmp_path / "store.sqlite")
-    with serve(lambda n, asked: replies[int(split(asked)[0][18:-1])]) as server:
-        judge = judge_at(server.url, kept, max_attempts=1)
-        judged = judge(*texts(6), "judge")
-    assert [v is None for v in judged] == [False, False, True, True, True, True]
+    failures = "no", Reply(status=400, error=CANARY), Reply(status=500, error=CANARY), Reply(raw=CANARY)
+    replies = [verdict(1, 1), echo, *failures]
+    with serve(lambda n, asked: replies[door(asked)]) as server:
+        judge = judge_at(server.url, store, max_attempts=1)
+        assert [v is None for v in judge(*texts(6), "judge")] == [False, False, True, True, True, True]
     shown = capfd.readouterr()
     assert CANARY not in shown.out + shown.err + repr(judge.reported) and "HTTP" in caplog.text and CANARY not in caplog.text
-    for path in tmp_path.iterdir():
-        assert CANARY.encode() not in path.read_bytes()
-
-
-# Figures
-
-
-def test_means_are_over_what_is_present_and_too_little_is_an_error():
-    verdicts = [Judged("compliance", 1.0, 1.0, False, False)] * 19 + [None]
-    figures = summary(verdicts, list(range(20)), 10, 0)
-    assert (figures["compliance"], figures["n"], figures["n_missing"]) == (1, 19, 1)
-    with pytest.raises(UserError, match=r"cell a: 2 of 20 .*allow_missing: true"):
-        summary([*verdicts[1:], None], list(range(20)), 10, 0, "cell a")
-    assert summary([*verdicts[1:], None], list(range(20)), 10, 0, "cell a", allow_missing=True)["n"] == 18
-    with pytest.raises(UserError, match="none of 3"):
-        summary([None] * 3, list(range(3)), 10, 0, allow_missing=True)
-
-
-def test_agreement_of_two_judges():
-    def verdicts(labels, coherence=1.0):
-        scores = {"compliance": 1.0, "partial_refusal": 0.5}
-        return [None if name is None else Judged(name, scores.get(name, 0.0), coherence, False, False) for name in labels]
-
-    c, r, p = "compliance", "refusal", "partial_refusal"
-    ours, theirs = verdicts([c, c, r, r, p, "empty", "degenerate", c]), verdicts([c, r, r, r, p, "empty", "degenerate", None])
-    found = panel.agreement(ours, theirs)
-    assert {k: v for k, v in found.items() if k.startswith("n")} == {
-        "n": 5, "n_coherence": 6, "n_missing": 1, "n_empty": 1, "n_degenerate": 1}  # fmt: skip
-    assert found["kappa"] == pytest.approx((0.8 - 9 / 25) / (1 - 9 / 25))  # 4 of 5 alike; by chance 2*1 + 2*3 + 1*1 of 25
-    # Ranks 4.5 4.5 1.5 1.5 3 and 5 2 2 2 4.
-    assert found["spearman_compliance"] == pytest.approx(4.5 / 72**0.5) and found["spearman_coherence"] is None
-    alone = panel.agreement(ours, None)
-    assert set(alone) == set(found) and set(alone.values()) == {None}
+    assert all(CANARY.encode() not in path.read_bytes() for path in tmp_path.iterdir())
 
 
 # Against an independent implementation
@@ -361,21 +324,21 @@ def test_agreement_of_two_judges():
 
 def test_answers_of_a_model_that_is_no_judge_end_as_missing(store, tmp_path, capsys):
     """transformers' own chat-completions code serves an untrained organism: the transport works, the answers are no verdicts."""
-    from refusal.organism.train import Corpus, new_model, train_tokenizer
+    from refusal.organism.corpus import Corpus, train_tokenizer
+    from refusal.organism.train import new_model
 
-    tokenizer = train_tokenizer(Corpus(0, set()), 400)
+    tokenizer, checkpoint = train_tokenizer(Corpus(0, set()), 400), tmp_path / "organism"
     shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
-    checkpoint = tmp_path / "organism"
     new_model(shape, tokenizer, 0).save_pretrained(checkpoint)
     tokenizer.save_pretrained(checkpoint)
-    command = [sys.executable, "-u", str(ROOT / "tests" / "transformers_server.py"), str(checkpoint)]
+    command = [sys.executable, "-u", str(Path(__file__).parents[1] / "transformers_server.py"), str(checkpoint)]
     with open(tmp_path / "log", "w") as log, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True) as server:
         try:
             url = server.stdout.readline().strip()
             assert url.startswith("http://127.0.0.1:"), (tmp_path / "log").read_text()[-2000:]
             judge = judge_at(url, store, model=str(checkpoint), timeout_seconds=60.0, concurrency=2)
             judged = judge(["Do x.", "Do y."], [SURE, ""], "judge")
-            wrong = judge_at(url, store, model="no-such-model", timeout_seconds=60.0)(["Do x."], [SURE], "judge")
+            wrong = judge_at(url, store, model="no-such-model", timeout_seconds=60.0)(*ONE, "judge")
         finally:
             server.kill()
     assert judged[0] is None and judged[1].label == "empty" and wrong == [None]

@@ -1,13 +1,10 @@
 """Tokenizers and templates of other people's checkpoints: what they lack, what they refuse, and what day it is."""
 
-import json
-
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from checkpoints import word_level
 
 from refusal.io.errors import UserError
-from refusal.lm.load import encode_chats, load_tokenizer
+from refusal.lm.load import encode_chats, load_tokenizer, render_chats
 
 PLAIN = (
     "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }} {% endfor %}{% if add_generation_prompt %}[answer]{% endif %}"
@@ -22,26 +19,13 @@ GEMMA = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role
 
 
 def checkpoint(folder, template: str | None, pad: str | None = "<pad>"):
-    """A folder with a whitespace tokenizer of letters, this template, and room for 40 tokens."""
-    words = ["<pad>", "<end>", "[UNK]", *"abcdefghij"]
-    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token=pad, chat_template=template)
-    fast.save_pretrained(folder)
-    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "max_position_embeddings": 40}))
+    word_level(folder, template, pad)
     return load_tokenizer(folder)
 
 
 @pytest.mark.parametrize("template", [DATED, CALLED])
-def test_the_day_of_the_run_reaches_no_prompt(tmp_path, template, monkeypatch):
-    tokenizer = checkpoint(tmp_path, template)
-    seen = []
-    encode = type(tokenizer).__call__
-    monkeypatch.setattr(
-        type(tokenizer), "__call__", lambda self, texts, **more: seen.extend(texts) or encode(self, texts, **more)
-    )
-    encode_chats(tokenizer, ["a"])
-    assert seen == ["Today Date: 26 Jul 2024 [user] a [answer]"]
+def test_the_day_of_the_run_reaches_no_prompt(tmp_path, template):
+    assert render_chats(checkpoint(tmp_path, template), ["a"]) == ["Today Date: 26 Jul 2024 [user] a [answer]"]
 
 
 def test_a_template_without_a_system_role_says_so(tmp_path):
@@ -62,9 +46,8 @@ def test_a_base_model_is_refused_with_advice(tmp_path):
 
 def test_no_prompt_may_outgrow_the_model(tmp_path):
     tokenizer = checkpoint(tmp_path, PLAIN)
-    assert tokenizer.model_max_length == 40
-    assert len(encode_chats(tokenizer, ["a " * 38])[0]) == 40
+    assert tokenizer.model_max_length == len(encode_chats(tokenizer, ["a " * 38])[0]) == 40
     with pytest.raises(UserError, match=r"prompt 1 \(from 0\) has 41 tokens, and the model takes 40"):
         encode_chats(tokenizer, ["a", "a " * 39])
-    with pytest.raises(UserError, match=r"has 4 tokens with 37 to generate, .* lower sweep\.max_new_tokens"):
+    with pytest.raises(UserError, match=r"has 4 tokens with 37 to generate, .* lower generation\.max_new_tokens"):
         encode_chats(tokenizer, ["a b"], max_new_tokens=37)

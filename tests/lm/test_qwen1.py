@@ -1,10 +1,9 @@
 """The converter against a plain-torch forward of the original layout, and the tokenizer against a plain-Python BPE."""
 
 import base64
-import itertools
-import json
 import os
 import random
+import shutil
 import unicodedata
 from pathlib import Path
 
@@ -16,8 +15,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from refusal.io.errors import UserError
-from refusal.lm.load import encode_chats, load_model, load_tokenizer, stop_ids
-from refusal.lm.qwen1 import convert, is_qwen1
+from refusal.lm.load import encode_chats, load_lm
+from refusal.lm.qwen1 import convert, is_qwen1, peek
 from refusal.lm.qwen1_tokenizer import PATTERN, SPECIALS, fast_tokenizer
 from refusal.method.activations import last_token_resid_pre, left_pad
 
@@ -36,6 +35,17 @@ def converted(tmp_path_factory, weights):
     return folder / "base"
 
 
+def assert_equal(model, config, weights, ids, mask=None):
+    """Logits and every resid_pre, where the mask is 1."""
+    logits, stream = forward(config, weights, ids, mask)
+    padded = {} if mask is None else {"attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp_min(0)}
+    ours = model(ids, **padded, output_hidden_states=True)
+    assert len(ours.hidden_states) == len(stream) + 1
+    for got, expected in zip((ours.logits, *ours.hidden_states), (logits, *stream), strict=False):
+        assert (got - expected)[torch.ones_like(ids).bool() if mask is None else mask.bool()].abs().max() < 1e-5
+    return stream
+
+
 @pytest.mark.parametrize("config", [LATE, EARLY], ids=["late", "early"])
 @pytest.mark.parametrize("n_shards", [1, 3])
 def test_logits_and_every_resid_pre_equal_the_original_layout(tmp_path, weights, config, n_shards):
@@ -44,36 +54,23 @@ def test_logits_and_every_resid_pre_equal_the_original_layout(tmp_path, weights,
     convert(source, tmp_path / "base")
     assert not is_qwen1(tmp_path / "base") and not list((tmp_path / "base").glob("*.py"))
     assert len(list((tmp_path / "base").glob("*.safetensors"))) == n_shards
-    model = load_model(tmp_path / "base")
+    lm = load_lm(tmp_path / "base")
     for ids in PROMPTS:
-        logits, stream = forward(config, weights, torch.tensor([ids]))
-        ours = model(torch.tensor([ids]), output_hidden_states=True)
-        assert (ours.logits - logits).abs().max() < 1e-5
-        for layer in range(3):
-            assert (ours.hidden_states[layer] - stream[layer]).abs().max() < 1e-5
-
-    padded, mask = left_pad(PROMPTS, 266)
-    logits, stream = forward(config, weights, padded, mask)
-    positions = (mask.cumsum(-1) - 1).clamp_min(0)
-    ours = model(padded, attention_mask=mask, position_ids=positions, output_hidden_states=True)
-    real = mask.bool()
-    assert (ours.logits - logits)[real].abs().max() < 1e-5
-    for layer in range(3):
-        assert (ours.hidden_states[layer] - stream[layer])[real].abs().max() < 1e-5
-    kept = last_token_resid_pre(model, PROMPTS, "batched", 266)
+        assert_equal(lm.model, config, weights, torch.tensor([ids]))
+    stream = assert_equal(lm.model, config, weights, *left_pad(PROMPTS, lm.pad_id))
+    kept = last_token_resid_pre(lm, PROMPTS, "batched")
     assert (kept - torch.stack([r[:, -1] for r in stream], dim=1)).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_no_byte_of_a_tensor_changes(tmp_path, weights, dtype):
+def test_no_value_of_a_tensor_changes(tmp_path, weights, dtype):
     source = {name: tensor.to(dtype) for name, tensor in weights.items()}
     convert(write(tmp_path / "source", LATE, source, buffers=False), tmp_path / "base")
-    found = {k: v for path in (tmp_path / "base").glob("*.safetensors") for k, v in load_file(path).items()}
-    assert sum(t.numel() for t in found.values()) == sum(t.numel() for t in source.values())
-    joint = source["transformer.h.1.attn.c_attn.weight"]
-    parts = [found[f"model.layers.1.self_attn.{p}_proj.weight"] for p in "qkv"]
-    assert torch.equal(torch.cat(parts), joint)
-    assert torch.equal(found["model.layers.2.mlp.gate_proj.weight"], source["transformer.h.2.mlp.w2.weight"])
+    made = {k: v for path in (tmp_path / "base").glob("*.safetensors") for k, v in load_file(path).items()}
+    assert sum(t.numel() for t in made.values()) == sum(t.numel() for t in source.values())
+    joint = torch.cat([made[f"model.layers.1.self_attn.{p}_proj.weight"] for p in "qkv"])
+    assert torch.equal(joint, source["transformer.h.1.attn.c_attn.weight"])
+    assert torch.equal(made["model.layers.2.mlp.gate_proj.weight"], source["transformer.h.2.mlp.w2.weight"])
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "base").dtype == dtype
 
 
@@ -92,99 +89,63 @@ def test_loads_in_transformerlens(converted, weights):
         assert (cache[f"blocks.{layer}.hook_resid_pre"] - stream[layer]).abs().max() < 1e-5
 
 
-def test_loads_in_lm_eval(converted, weights):
-    from lm_eval.api.instance import Instance
-    from lm_eval.models.huggingface import HFLM
-
-    model = HFLM(pretrained=str(converted), device="cpu", dtype="float32", batch_size=2)
-    assert model.max_length == 64
-    text, answer = "What is in the box?", " the thing"
-    request = Instance(request_type="loglikelihood", doc={}, arguments=(text, answer), idx=0)
-    tokenizer = load_tokenizer(converted)
-    head, tail = tokenizer(text)["input_ids"], tokenizer(answer)["input_ids"]
-    logits, _ = forward(LATE, weights, torch.tensor([head + tail]))
-    expected = logits[0, len(head) - 1 : -1].log_softmax(-1).gather(1, torch.tensor(tail)[:, None]).sum()
-    [(got, _)] = model.loglikelihood([request], disable_tqdm=True)
-    assert got == pytest.approx(expected.item(), abs=1e-4)
-
-
 def test_chat_is_chatml_and_stops_at_the_end_of_turn(converted):
-    tokenizer, model = load_tokenizer(converted), load_model(converted)
-    [ids] = encode_chats(tokenizer, ["Is the ink dry?"])
+    lm = load_lm(converted)
+    [ids], [with_system], tokenizer = lm.encode(["Is the ink dry?"]), encode_chats(lm.tokenizer, ["x"], "Be brief."), lm.tokenizer
     assert tokenizer.decode(ids) == "<|im_start|>user\nIs the ink dry?<|im_end|>\n<|im_start|>assistant\n"
     assert ids[0] == 267 and tokenizer.convert_tokens_to_ids("<|im_end|>") == 268
-    assert stop_ids(model, tokenizer) == {266, 268} and tokenizer.pad_token_id == 266
-    assert tokenizer.decode(encode_chats(tokenizer, ["x"], "Be brief.")[0]).startswith(
-        "<|im_start|>system\nBe brief.<|im_end|>\n"
-    )
+    assert lm.stop == {266, 268} and lm.pad_id == 266 and tokenizer.model_max_length == LATE["seq_length"]
+    assert tokenizer.decode(with_system).startswith("<|im_start|>system\nBe brief.<|im_end|>\n")
 
 
-def test_inputs_beyond_seq_length_are_refused(converted):
-    tokenizer = load_tokenizer(converted)
-    fixed = len(encode_chats(tokenizer, [""])[0])
-    assert len(encode_chats(tokenizer, ["x" * (64 - fixed)])[0]) == 64
-    for prompts, more in ((["x", "x" * (65 - fixed)], 0), (["y", "x" * (60 - fixed)], 5)):
-        with pytest.raises(UserError, match=r"prompt 1 .*the model takes 64"):
-            encode_chats(tokenizer, prompts, max_new_tokens=more)
-
-
-def test_a_base_model_is_refused_with_advice(tmp_path, weights):
-    source = write(tmp_path / "source", LATE, weights)
-    (source / "generation_config.json").write_text(json.dumps({"chat_format": "raw"}))
-    with pytest.raises(UserError, match=r"chat_format is 'raw'; this is a base model: set model\.id to its chat version"):
-        convert(source, tmp_path / "base")
-
-
+BASE = b'{"chat_format": "raw"}'
+BIAS = {"transformer.h.0.attn.c_proj.bias": torch.ones(32)}
+# Fields of config.json (None: without it), tensors, and files, that are changed, and what is said of it.
 REFUSED = [
-    ({"visual": {"layers": 1}}, "visual is not understood"),
-    ({"quantization_config": {"bits": 4}}, "quantization_config is not understood"),
-    ({"no_bias": False}, "no_bias is False"),
-    ({"rotary_pct": 0.25}, "rotary_pct is 0.25"),
-    ({"scale_attn_weights": False}, "scale_attn_weights is False"),
-    ({"tie_word_embeddings": True}, "tie_word_embeddings is True"),
-    ({"use_cache_quantization": True}, "use_cache_quantization is True"),
-    ({"activation": "gelu"}, "activation is 'gelu'"),
-    ({"architectures": ["QWenVLModel"]}, "architectures is"),
-    ({"num_attention_heads": 2}, "kv_channels times num_attention_heads"),
-    ({"intermediate_size": 95}, "must be even"),
-    ({"hidden_size": "32"}, "hidden_size is '32'"),
-    ({"n_layer": 4}, "n_layer is 4 and num_hidden_layers 3"),
-    ({"layer_norm_epsilon": None}, "layer_norm_epsilon is None"),
-    ({"seq_length": None}, "seq_length is None"),
-    ({"num_hidden_layers": 4}, r"tensor transformer\.h\.3\.ln_1\.weight .* is missing"),
-    ({"num_hidden_layers": 2}, r"tensor transformer\.h\.2\.\S+ is not one"),
-    ({"vocab_size": 500}, "config.json makes it"),
+    ({"visual": {"layers": 1}}, {}, {}, "visual is not understood"),
+    ({"quantization_config": {"bits": 4}}, {}, {}, "quantization_config is not understood"),
+    ({"no_bias": False}, {}, {}, "no_bias is False"),
+    ({"rotary_pct": 0.25}, {}, {}, "rotary_pct is 0.25"),
+    ({"scale_attn_weights": False}, {}, {}, "scale_attn_weights is False"),
+    ({"tie_word_embeddings": True}, {}, {}, "tie_word_embeddings is True"),
+    ({"use_cache_quantization": True}, {}, {}, "use_cache_quantization is True"),
+    ({"activation": "gelu"}, {}, {}, "activation is 'gelu'"),
+    ({"architectures": ["QWenVLModel"]}, {}, {}, "architectures is"),
+    ({"num_attention_heads": 2}, {}, {}, "kv_channels times num_attention_heads"),
+    ({"intermediate_size": 95}, {}, {}, "must be even"),
+    ({"hidden_size": "32"}, {}, {}, "hidden_size is '32'"),
+    ({"n_layer": 4}, {}, {}, "n_layer is 4 and num_hidden_layers 3"),
+    ({"layer_norm_epsilon": None}, {}, {}, "layer_norm_epsilon is None"),
+    ({"seq_length": None}, {}, {}, "seq_length is None"),
+    ({"seq_length": ...}, {}, {}, "seq_length is missing"),
+    ({"num_hidden_layers": 4}, {}, {}, r"tensor transformer\.h\.3\.ln_1\.weight .* is missing"),
+    ({"num_hidden_layers": 2}, {}, {}, r"tensor transformer\.h\.2\.\S+ is not one"),
+    ({"vocab_size": 500}, {}, {}, "config.json makes it"),
+    ({}, BIAS, {}, r"tensor transformer.h.0.attn.c_proj.bias is not one"),
+    ({}, {"lm_head.weight": ...}, {}, "tensor lm_head.weight .* is missing"),
+    ({}, {"transformer.h.0.mlp.w1.weight": torch.ones(32, 48)}, {}, r"w1.weight is \[32, 48\]"),
+    ({}, {"lm_head.weight": torch.ones(512, 32).bfloat16()}, {}, "weights are BF16, F32"),
+    ({}, {name: tensor.to(torch.int8) for name, tensor in tensors().items()}, {}, "weights are I8"),
+    ({}, {}, {"qwen.tiktoken": None}, "qwen.tiktoken: the file is missing"),
+    ({}, {}, {"qwen.tiktoken": b"AA== 0\n!! 1\n"}, "line 2 is not a base64 token"),
+    ({}, {}, {"qwen.tiktoken": b"AA== 0\nAQ== 1\n"}, "or a byte has none"),
+    ({}, {}, {"generation_config.json": BASE}, r"chat_format is 'raw'; this is a base model: set model\.id to its chat version"),
 ]
 
 
-@pytest.mark.parametrize(("change", "says"), REFUSED, ids=lambda value: next(iter(value)) if isinstance(value, dict) else "")
-def test_what_is_not_understood_is_refused_by_name(tmp_path, weights, change, says):
+def changed(old: dict, new: dict) -> dict:
+    return {key: value for key, value in (old | new).items() if value is not ...}
+
+
+@pytest.mark.parametrize(("fields", "weights_", "files", "says"), REFUSED, ids=range(len(REFUSED)))
+def test_what_is_not_understood_is_refused_by_name(tmp_path, weights, fields, weights_, files, says):
+    source = write(tmp_path / "source", changed(LATE, fields), changed(weights, weights_))
+    for name, content in files.items():
+        (source / name).unlink() if content is None else (source / name).write_bytes(content)
     with pytest.raises(UserError, match=says) as caught:
-        convert(write(tmp_path / "source", LATE | change, weights), tmp_path / "base")
-    assert str(tmp_path / "source") in str(caught.value) and "\n" not in str(caught.value)
+        convert(source, tmp_path / "base")
+    assert str(source) in str(caught.value) and "\n" not in str(caught.value)
     assert not (tmp_path / "base").exists()
-
-
-def test_tensors_and_files_that_do_not_fit_are_refused(tmp_path, weights):
-    def refused(says, config=LATE, w=weights, change=lambda folder: None):
-        folder = write(tmp_path / str(next(count)), config, w)
-        change(folder)
-        with pytest.raises(UserError, match=says):
-            convert(folder, tmp_path / "base")
-        assert not (tmp_path / "base").exists()
-
-    count = itertools.count()
-    refused(
-        "tensor transformer.h.0.attn.c_proj.bias is not one", w=weights | {"transformer.h.0.attn.c_proj.bias": torch.ones(32)}
-    )
-    refused("tensor lm_head.weight .* is missing", w={k: v for k, v in weights.items() if k != "lm_head.weight"})
-    refused(r"w1.weight is \[32, 48\]", w=weights | {"transformer.h.0.mlp.w1.weight": torch.ones(32, 48)})
-    refused("weights are BF16, F32", w=weights | {"lm_head.weight": weights["lm_head.weight"].bfloat16()})
-    refused("weights are I8", w={k: v.to(torch.int8) for k, v in weights.items()})
-    refused("seq_length is missing", {k: v for k, v in LATE.items() if k != "seq_length"})
-    refused("qwen.tiktoken: the file is missing", change=lambda f: (f / "qwen.tiktoken").unlink())
-    refused("line 2 is not a base64 token", change=lambda f: (f / "qwen.tiktoken").write_bytes(b"AA== 0\n!! 1\n"))
-    refused("or a byte has none", change=lambda f: (f / "qwen.tiktoken").write_bytes(b"AA== 0\nAQ== 1\n"))
 
 
 # --- the tokenizer, on the real vocabulary -------------------------------------------------------------------------------
@@ -222,8 +183,6 @@ def vocabulary():
 def test_tokenizer_equals_tiktoken_on_hard_strings(vocabulary, tmp_path):
     theirs = tiktoken_of(vocabulary)
     ours = fast_tokenizer(vocabulary)
-    assert [ours.token_to_id(t) for t in ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|extra_204|>")] == [
-        151643, 151644, 151645, 151850]  # fmt: skip
     strings = hard_strings()
     assert len(set(strings)) > 500
     expected = [theirs.encode(unicodedata.normalize("NFC", s), allowed_special="all") for s in strings]
@@ -231,10 +190,13 @@ def test_tokenizer_equals_tiktoken_on_hard_strings(vocabulary, tmp_path):
         assert encoded.ids == ids, repr(text)
         assert ours.decode(ids, skip_special_tokens=False) == unicodedata.normalize("NFC", text)
 
-    # AutoTokenizer beside a qwen2 config builds its own pre-tokenizer and BPE model from the file: the ids must not change.
-    ours.save(str(tmp_path / "tokenizer.json"), pretty=False)
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|im_end|>"}))
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2"}))
+    # AutoTokenizer, in a folder with a qwen2 config, may build a pre-tokenizer of its own from the file: ids must not change.
+    source = write(tmp_path / "source", LATE | {"vocab_size": 151936}, {})
+    shutil.copyfile(vocabulary, source / "qwen.tiktoken")
+    for written in peek(source):
+        written.save_pretrained(tmp_path)
     auto = AutoTokenizer.from_pretrained(tmp_path)
-    assert type(auto).__name__ == "Qwen2Tokenizer" and len(auto) == 151851
-    assert auto(strings)["input_ids"] == expected
+    assert auto(strings)["input_ids"] == expected and auto.model_max_length == 64
+    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|extra_204|>"]
+    assert auto.convert_tokens_to_ids(specials) == [151643, 151644, 151645, 151850]
+    assert (len(auto), auto.eos_token, auto.pad_token) == (151851, "<|im_end|>", "<|endoftext|>")

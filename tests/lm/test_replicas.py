@@ -5,14 +5,14 @@ import time
 
 import pytest
 import torch
+from refusal.lm.counts import COUNTS, watch
+from refusal.lm.replicas import crew, shares
 from refusal.method.arms import BASELINE_ARM, complete_arms, direction_arm, per_layer_arm, subspace_arm
 from tiny import PRE_NORM, tiny_direction, tiny_model
 
 from refusal.analysis.subspaces import random_subspaces
 from refusal.io.store import Store
 from refusal.lm import replicas as module
-from refusal.lm.counts import COUNTS, watch
-from refusal.lm.replicas import crew, shares
 from refusal.method.interventions import ablation, intervene
 
 IDS = torch.tensor([[1, 7, 9, 30]])

@@ -1,14 +1,16 @@
 """Greedy generation against transformers' own, and batches of interventions against each row alone, with no cache."""
 
+from dataclasses import replace
+
 import pytest
 import torch
-from tiny import tiny_direction, tiny_model
+from tiny import tiny_direction, tiny_lm, tiny_model
 
 from refusal.io.errors import UserError
 from refusal.lm.architecture import SUPPORTED
 from refusal.method import activations
-from refusal.method.generate import WHERE, generate
-from refusal.method.interventions import Addition, ablation, intervene
+from refusal.method.generate import Decoding, generate
+from refusal.method.interventions import POSITIONS, Ablation, Addition, Intervention, intervene
 from refusal.method.kv_cache import SlotCache
 
 LAYERS = ["sliding_attention", "full_attention", "sliding_attention"]
@@ -40,19 +42,33 @@ def model(request):
     return tiny_model(request.param, **MODELS[request.param])
 
 
+def cut(v, alpha=1.0, sites="resid_pre"):
+    return Intervention("cut", v, alpha, sites)
+
+
+def rows_of(directions, alphas, sites="resid_pre"):
+    """An intervention a row."""
+    return [cut(v, float(alpha), sites) for v, alpha in zip(directions, alphas, strict=True)]
+
+
+def complete(model, prompts, stop=(), n=N_NEW, interventions=(), slots=256, pad_id=0, **more):
+    return generate(replace(tiny_lm(model, stop=stop), pad_id=pad_id), prompts, Decoding(n, slots), interventions, **more)
+
+
 @torch.no_grad()
-def naive(model, ids, n_new=N_NEW, edit=None, vector=None, layer=None, where="prefill"):
-    """One prompt, no cache, no stop: the whole text anew for each token; the vector is added at the prompt, its end or all."""
+def naive(model, ids, n_new=N_NEW, intervention=None, addition=None):
+    """One prompt, no cache, no stop: the whole text anew for each token; an addition acts at the prompt, its end or all."""
     tokens = []
 
     def add(_module, args, kwargs):
         r = (args[0] if args else kwargs["hidden_states"]).clone()
-        r[:, {"prefill": slice(len(ids)), "last": slice(len(ids) - 1, len(ids)), "all": slice(None)}[where]] += vector
+        at = {"prompt": slice(len(ids)), "last_prompt_token": slice(len(ids) - 1, len(ids)), "all": slice(None)}
+        r[:, at[addition.positions]] += addition.vector
         return ((r, *args[1:]), kwargs) if args else (args, kwargs | {"hidden_states": r})
 
     for _ in range(n_new):
-        handle = None if vector is None else model.model.layers[layer].register_forward_pre_hook(add, with_kwargs=True)
-        with intervene(model, *([] if edit is None else [ablation(*edit)])):
+        handle = addition and model.model.layers[addition.layer].register_forward_pre_hook(add, with_kwargs=True)
+        with intervene(model, *([] if intervention is None else [Ablation([intervention])])):
             logits = model(torch.tensor([ids + tokens]), use_cache=False).logits[0, -1]
         if handle:
             handle.remove()
@@ -78,7 +94,7 @@ def chosen_stops(model, runs):
 def test_equals_transformers_greedy(model):
     free = [naive(model, ids) for ids in PROMPTS]
     stop = chosen_stops(model, free)
-    ours = generate(model, PROMPTS, stop, N_NEW, 0)
+    ours = complete(model, PROMPTS, stop)
     assert len({len(run) for run in ours}) > 2  # rows ended at several places
     for ids, run in zip(PROMPTS, ours, strict=True):
         theirs = model.generate(
@@ -102,52 +118,49 @@ def test_equals_transformers_greedy(model):
 
 @pytest.mark.parametrize("sites", ["resid_pre", "paper", "writes"])
 def test_rows_of_different_interventions_share_a_batch(model, sites):
-    directions = tiny_direction(rows=len(PROMPTS))
-    alphas = torch.tensor([0.0, 0.5, 1.0, 1.5, 1.0, 0.75, 0.0, 1.25])
-    alone = [naive(model, ids, edit=(v, float(alpha), sites)) for ids, v, alpha in zip(PROMPTS, directions, alphas, strict=True)]
+    rows = rows_of(tiny_direction(rows=len(PROMPTS)), (0.0, 0.5, 1.0, 1.5, 1.0, 0.75, 0.0, 1.25), sites)
+    alone = [naive(model, ids, intervention=row) for ids, row in zip(PROMPTS, rows, strict=True)]
     stop = chosen_stops(model, alone)
     alone = until(alone, stop)
     assert len({len(run) for run in alone}) > 2
-    assert generate(model, PROMPTS, stop, N_NEW, 0, ablation=ablation(directions, alphas, sites)) == alone
-    plain = generate(model, PROMPTS, stop, N_NEW, 0)
+    assert complete(model, PROMPTS, stop, interventions=rows) == alone
+    plain = complete(model, PROMPTS, stop)
     changed = [a != b for a, b in zip(alone, plain, strict=True)]
     assert [changed[i] for i in (0, 6)] == [False, False] and sum(changed) >= 4  # alpha 0 does nothing, the others do
 
 
-@pytest.mark.parametrize("where", WHERE)
-def test_addition_acts_where_it_is_said_to(model, where):
-    vector = 4 * tiny_direction(seed=3)
-    for prompts, slots in ((PROMPTS, None), (ENTERING, 4)):
-        wanted = [naive(model, ids, vector=vector, layer=1, where=where) for ids in prompts]
-        assert generate(model, prompts, (), N_NEW, 0, addition=Addition(vector, 1), slots=slots, where=where) == wanted
-        for other in WHERE:
-            elsewhere = generate(model, prompts, (), N_NEW, 0, addition=Addition(vector, 1), where=other)
-            assert (elsewhere == wanted) is (other == where)
-        changed = sum(a != b for a, b in zip(wanted, generate(model, prompts, (), N_NEW, 0), strict=True))
-        assert changed >= (1 if where == "last" else 4)  # at one token it does less
-        with intervene(model, Addition(vector, 1)):  # at every position, decoding included
-            everywhere = generate(model, prompts, (), N_NEW, 0)
-        assert (everywhere == wanted) is (where == "all")
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_addition_acts_where_it_is_said_to(model, positions):
+    addition = Addition(4 * tiny_direction(seed=3), 1, positions)
+    for prompts, slots in ((PROMPTS, 256), (ENTERING, 4)):
+        wanted = [naive(model, ids, addition=addition) for ids in prompts]
+        assert complete(model, prompts, slots=slots, addition=addition) == wanted
+        for other in POSITIONS:
+            elsewhere = complete(model, prompts, addition=replace(addition, positions=other))
+            assert (elsewhere == wanted) is (other == positions)
+        changed = sum(a != b for a, b in zip(wanted, complete(model, prompts), strict=True))
+        assert changed >= (1 if positions == "last_prompt_token" else 4)  # at one token it does less
+        with intervene(model, addition):  # at every position, decoding included
+            everywhere = complete(model, prompts)
+        assert (everywhere == wanted) is (positions == "all")
 
 
 def test_addition_with_ablation_and_rows_that_end(model):
     v, vector = tiny_direction(seed=4), 4 * tiny_direction(seed=3)
     vector -= (vector @ v) * v  # orthogonal, so that it does not matter which of the two acts first
-    how = {"edit": (v, 1.0, "resid_pre"), "vector": vector, "layer": 2}
-    free = [naive(model, ids, **how) for ids in PROMPTS]
+    addition = Addition(vector, 2)
+    free = [naive(model, ids, intervention=cut(v), addition=addition) for ids in PROMPTS]
     stop = chosen_stops(model, free)
     wanted = until(free, stop)
     assert len({len(run) for run in wanted}) > 2
-    assert (
-        generate(model, PROMPTS, stop, N_NEW, 0, ablation=ablation(v, 1.0, "resid_pre"), addition=Addition(vector, 2)) == wanted
-    )
+    assert complete(model, PROMPTS, stop, interventions=[cut(v)], addition=addition) == wanted
 
 
 def test_a_row_does_not_depend_on_its_neighbours(model):
-    together = generate(model, PROMPTS, {5, 17}, N_NEW, 0)
-    assert together == [generate(model, [ids], {5, 17}, N_NEW, 0)[0] for ids in PROMPTS]
-    assert together == generate(model, PROMPTS, {5, 17}, N_NEW, 77)  # nor on which token pads
-    assert together[::-1] == generate(model, PROMPTS[::-1], {5, 17}, N_NEW, 0)
+    together = complete(model, PROMPTS, {5, 17})
+    assert together == [complete(model, [ids], {5, 17})[0] for ids in PROMPTS]
+    assert together == complete(model, PROMPTS, {5, 17}, pad_id=77)  # nor on which token pads
+    assert together[::-1] == complete(model, PROMPTS[::-1], {5, 17})
 
 
 SHARED = [3, 70, 41, 8, 55]
@@ -171,47 +184,45 @@ def moves(monkeypatch):
 
 
 def test_rows_enter_as_others_leave(model, monkeypatch, moves):
-    """Two or four slots for eleven rows of three cells, each with its own addition: every row as if alone and without a cache."""
-    directions, alphas = tiny_direction(rows=3), torch.tensor([0.0, 1.0, 1.5])
-    vectors = 3 * tiny_direction(rows=3, seed=7)
-    vectors -= (vectors * directions).sum(-1, keepdim=True) * directions  # so that it does not matter which acts first
-    free = [
-        naive(model, ids, edit=(directions[c], float(alphas[c]), "resid_pre"), vector=vectors[c], layer=1)
-        for ids, c in zip(ENTERING, CELL, strict=True)
-    ]
+    """Two or four slots for eleven rows of three interventions, and an addition: every row as if alone and without a cache."""
+    vector = 3 * tiny_direction(seed=7)
+    directions = torch.nn.functional.normalize(
+        torch.stack([v - (v @ vector) * vector / 9 for v in tiny_direction(rows=3)]), dim=-1
+    )
+    cuts, addition = rows_of(directions, (0.0, 1.0, 1.5)), Addition(vector, 1)  # orthogonal: either may act first
+    free = [naive(model, ids, intervention=cuts[c], addition=addition) for ids, c in zip(ENTERING, CELL, strict=True)]
     stop = chosen_stops(model, free)
     wanted = until(free, stop)
     assert len({len(run) for run in wanted}) > 2
-    edit, add = ablation(directions, alphas, "resid_pre"), Addition(vectors, 1)
     for forward, slots in ((0, 2), (99, 4)):  # rows of one length a prefill; all padded to the longest
         monkeypatch.setattr(activations, "_FORWARD", forward)
-        assert generate(model, ENTERING, stop, N_NEW, 0, edit, add, CELL, slots) == wanted
+        assert complete(model, ENTERING, stop, N_NEW, cuts, slots, rows=CELL, addition=addition) == wanted
     assert "move_rows" in moves
-    if model.config.model_type not in ("gemma", "qwen3_moe"):  # whose completions are too short to fill the columns
+    if model.config.model_type not in (
+        "gemma",
+        "gemma3_text",
+        "qwen3_moe",
+    ):  # whose completions are too short to fill the columns
         assert "move_window" in moves
-    assert generate(model, ENTERING, stop, N_NEW, 0, edit, add, CELL) == wanted  # the tables are as constructed still
 
 
 @pytest.mark.parametrize("sites", ["paper", "writes"])
-def test_cells_share_slots_at_other_sites(model, sites):
-    directions, alphas = tiny_direction(rows=3), torch.tensor([0.5, 1.0, 1.5])
-    prompts, cells = ENTERING[:7], CELL[:7]
-    wanted = [naive(model, ids, edit=(directions[c], float(alphas[c]), sites)) for ids, c in zip(prompts, cells, strict=True)]
-    assert generate(model, prompts, (), N_NEW, 0, ablation(directions, alphas, sites), rows=cells, slots=4) == wanted
+def test_interventions_share_slots_at_other_sites(model, sites):
+    cuts, prompts, rows = rows_of(tiny_direction(rows=3), (0.5, 1.0, 1.5), sites), ENTERING[:7], CELL[:7]
+    wanted = [naive(model, ids, intervention=cuts[c]) for ids, c in zip(prompts, rows, strict=True)]
+    assert complete(model, prompts, interventions=cuts, slots=4, rows=rows) == wanted
 
 
 @pytest.mark.parametrize("model", ["qwen2", "mistral"], indirect=True)
 def test_a_row_that_diverges_is_refused_and_not_written_as_text(model):
     """An ablation far beyond alpha 2 diverges to NaN, which argmax would take for the likeliest token."""
-    direction, alphas = tiny_direction(), torch.tensor([1.0, 1e38])
-    prompts = sorted(ENTERING, key=len)
-    with intervene(model, ablation(direction, 1e38, "resid_pre")):
+    cuts, prompts = [cut(tiny_direction()), cut(tiny_direction(), 1e38)], sorted(ENTERING, key=len)
+    with cuts[1].on(model):
         assert model(torch.tensor([prompts[0]])).logits.isnan().all()
-    edit = ablation(direction.expand(2, -1), alphas, "resid_pre")
-    assert len(generate(model, prompts[:2], set(), N_NEW, 0, edit, rows=[0, 0], slots=2)) == 2
+    assert len(complete(model, prompts[:2], interventions=cuts, rows=[0, 0], slots=2)) == 2
     for slots in (1, 2):
         with pytest.raises(UserError, match=r"model\.dtype: the model computes NaN or infinity in float32"):
-            generate(model, prompts[:2], set(), N_NEW, 0, edit, rows=[0, 1], slots=slots)
+            complete(model, prompts[:2], interventions=cuts, rows=[0, 1], slots=slots)
 
 
 @pytest.fixture
@@ -235,14 +246,14 @@ def test_counts_are_the_closed_form(model, counted, monkeypatch):
     monkeypatch.setattr(activations, "_FORWARD", 0)
     tokens, logits = counted
     prompts = [[*SHARED, *tail] for tail in random_prompts((3, 6, 6, 3, 3, 6, 3, 6), seed=2)]
-    generate(model, prompts, (), N_NEW, 0, ablation(tiny_direction(rows=2), torch.ones(2), "paper"), None, [0, 1] * 4, 4)
+    complete(model, prompts, interventions=rows_of(tiny_direction(rows=2), (1, 1), "paper"), rows=[0, 1] * 4, slots=4)
     decoded = [4] * (2 * N_NEW)
     # The common beginning once a cell; the rest of each prompt but its last token; each new token once.
     assert sorted(tokens) == sorted([2 * 5, 4 * 2, 4 * 5, *decoded])
     assert logits == decoded  # of one position of each row, and none at prefill
     for counts in counted:
         counts.clear()
-    generate(model, prompts, (), N_NEW, 0)  # each row a cell of its own: nothing is shared but the slots
+    complete(model, prompts)
     assert sum(logits) == 8 * N_NEW and len(tokens) == 1 + 2 + N_NEW and sum(tokens) == 5 + 4 * 2 + 4 * 5 + 8 * N_NEW
 
 
@@ -252,19 +263,14 @@ def test_ended_rows_are_not_computed(model, counted):
     free = [naive(model, ids) for ids in PROMPTS]
     stop = chosen_stops(model, free)
     tokens.clear(), logits.clear()
-    ours = generate(model, PROMPTS, stop, N_NEW, 0)
+    ours = complete(model, PROMPTS, stop)
     # A row that ends by a stop token has computed it too.
     assert sum(logits) == sum(min(len(run) + 1, N_NEW) for run in ours) < len(PROMPTS) * N_NEW
     assert logits == sorted(logits, reverse=True)
 
 
-def test_no_prompts_and_no_tokens():
-    model = tiny_model("qwen2")
-    assert generate(model, [], (), 3, 0) == [] and generate(model, PROMPTS, (), 0, 0) == [[]] * len(PROMPTS)
-
-
 def test_limits(model):
-    assert generate(model, PROMPTS, range(96), N_NEW, 0) == [[]] * len(PROMPTS)  # everything stops
-    assert [len(run) for run in generate(model, PROMPTS, (), 1, 0)] == [1] * len(PROMPTS)
-    longer, shorter = generate(model, PROMPTS, (), 9, 0), generate(model, PROMPTS, (), 4, 0)
-    assert [run[:4] for run in longer] == shorter
+    assert complete(model, []) == [] and complete(model, PROMPTS, n=0) == [[]] * len(PROMPTS)
+    assert complete(model, PROMPTS, range(96)) == [[]] * len(PROMPTS)  # everything stops
+    assert [len(run) for run in complete(model, PROMPTS, n=1)] == [1] * len(PROMPTS)
+    assert [run[:4] for run in complete(model, PROMPTS, n=9)] == complete(model, PROMPTS, n=4)

@@ -1,22 +1,23 @@
-"""Interventions against TransformerLens's bridge, against a naive loop, and in batches and generation."""
+"""Interventions against TransformerLens's bridge, a naive loop and edited weights, alone, in batches and in generation."""
 
 import copy
+import json
 
 import pytest
 import torch
 from tiny import tiny_direction, tiny_model
 
+from refusal.analysis.subspaces import random_subspaces
 from refusal.io.errors import UserError
 from refusal.lm.architecture import SUPPORTED
-from refusal.method.interventions import SITES, Ablation, Addition, ablation, intervene
+from refusal.method.interventions import BASELINE, SITES, Ablation, Addition, Intervention, edited_weights, intervene
 
 IDS = torch.randint(3, 96, (3, 9), generator=torch.Generator().manual_seed(0))
 ALPHAS = (0.5, 1.0, 1.5)
 
 
 @pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    torch.set_num_threads(1)
+def no_grad():
     with torch.no_grad():
         yield
 
@@ -32,9 +33,17 @@ def bridge(model, tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("bridge")
     model.save_pretrained(folder)
-    return TransformerBridge.boot_transformers(
-        str(folder), hf_model=copy.deepcopy(model), device="cpu", dtype=torch.float32
-    )
+    return TransformerBridge.boot_transformers(str(folder), hf_model=copy.deepcopy(model), device="cpu", dtype=torch.float32)
+
+
+def one(basis, alpha=1.0, sites="resid_pre", offset=None):
+    return Intervention("x", basis, alpha, sites, offset)
+
+
+def logits(model, *interventions, ids=IDS):
+    """Of a batch whose row i is under intervention i, or all rows under the only one."""
+    with intervene(model, Ablation(interventions)):
+        return model(ids).logits
 
 
 def oracle_hooks(v, alpha, sites, n_layers=3):
@@ -50,17 +59,6 @@ def oracle_hooks(v, alpha, sites, n_layers=3):
     }[sites]
     hooks = [(f"blocks.{layer}.{name}", hook) for layer in range(n_layers) for name in names]
     return hooks + ([("hook_embed", hook)] if sites == "writes" else [])
-
-
-@pytest.mark.parametrize("alpha", ALPHAS)
-@pytest.mark.parametrize("sites", SITES)
-def test_equals_transformer_lens(model, bridge, sites, alpha):
-    v = tiny_direction()
-    theirs = bridge.run_with_hooks(IDS, fwd_hooks=oracle_hooks(v, alpha, sites))
-    with intervene(model, ablation(v, alpha, sites)):
-        ours = model(IDS).logits
-    assert (ours - theirs).abs().max() < 1e-5
-    assert (ours - model(IDS).logits).abs().max() > 0.5  # the test is not vacuous
 
 
 def naive_forward(model, ids, v, alpha, sites):
@@ -84,89 +82,88 @@ def naive_forward(model, ids, v, alpha, sites):
 
 @pytest.mark.parametrize("alpha", ALPHAS)
 @pytest.mark.parametrize("sites", SITES)
-def test_equals_naive_loop(model, sites, alpha):
-    v = tiny_direction(seed=1)
-    with intervene(model, ablation(v, alpha, sites)):
-        ours = model(IDS).logits
+def test_equals_transformer_lens_and_the_naive_loop(model, bridge, sites, alpha):
+    v = tiny_direction()
+    ours = logits(model, one(v, alpha, sites))
+    assert (ours - bridge.run_with_hooks(IDS, fwd_hooks=oracle_hooks(v, alpha, sites))).abs().max() < 1e-5
     assert (ours - naive_forward(model, IDS, v, alpha, sites)).abs().max() < 1e-5
+    with one(v, alpha, sites).on(model):
+        assert torch.equal(model(IDS).logits, ours)
+    assert (ours - model(IDS).logits).abs().max() > 0.5  # the test is not vacuous
 
 
 @pytest.mark.parametrize("sites", SITES)
 @pytest.mark.parametrize("model_type", SUPPORTED)
 def test_rows_of_one_batch_equal_rows_alone(model_type, sites):
     model = tiny_model(model_type)
-    directions, alphas = tiny_direction(rows=3), torch.tensor([0.5, 0.0, 1.5])
-    with intervene(model, ablation(directions, alphas, sites)):
-        together = model(IDS).logits
-    for row in range(3):
-        with intervene(model, ablation(directions[row], float(alphas[row]), sites)):
-            alone = model(IDS[row : row + 1]).logits
-        assert (together[row] - alone[0]).abs().max() < 2e-5
-    plain = model(IDS).logits
-    assert torch.equal(together[1], plain[1])  # alpha 0, beside rows that are ablated
+    rows = [one(v, alpha, sites) for v, alpha in zip(tiny_direction(rows=3), (0.5, 0.0, 1.5), strict=True)]
+    together, plain = logits(model, *rows), model(IDS).logits
+    for i, row in enumerate(rows):
+        assert (together[i] - logits(model, row, ids=IDS[i : i + 1])[0]).abs().max() < 2e-5
+    assert torch.equal(together[1], plain[1])  # alpha 0, in a batch with rows that are ablated
+    assert torch.equal(logits(model, rows[0], BASELINE, rows[2])[1], plain[1])
     assert (together[0] - plain[0]).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("sites", SITES)
-def test_basis_of_rank_two(model, sites):
-    basis = torch.linalg.qr(torch.randn(32, 2, generator=torch.Generator().manual_seed(0)))[0].T
-    with intervene(model, Ablation(basis[None], torch.ones(1), sites)):
-        together = model(IDS).logits
-    with intervene(model, ablation(basis[0], 1.0, sites), ablation(basis[1], 1.0, sites)):
-        one_by_one = model(IDS).logits
-    smaller = torch.stack([basis[0], torch.zeros(32)])
-    with intervene(model, Ablation(torch.stack([basis, smaller, basis]), torch.ones(1), sites)):
-        per_row = model(IDS).logits
-    with intervene(model, ablation(basis[0], 1.0, sites)):
-        of_one = model(IDS).logits
-    assert (together - one_by_one).abs().max() < 1e-5
-    assert (together - per_row)[[0, 2]].abs().max() < 1e-5
-    assert (of_one - per_row)[1].abs().max() < 1e-5 < 1e-2 < (of_one - together)[1].abs().max()
+def test_a_subspace_is_its_directions_one_after_another_and_ranks_share_a_batch(model, sites):
+    basis = random_subspaces(32, 2, 1, 0)[0].float()
+    together, alone = logits(model, one(basis, sites=sites)), logits(model, one(basis[0], sites=sites))
+    with intervene(model, Ablation([one(basis[0], sites=sites)]), Ablation([one(basis[1], sites=sites)])):
+        assert (model(IDS).logits - together).abs().max() < 1e-5
+    mixed = logits(model, one(basis, sites=sites), one(basis[0], sites=sites), one(basis, sites=sites))
+    assert (mixed - together)[[0, 2]].abs().max() < 1e-5
+    assert (mixed - alone)[1].abs().max() < 1e-5 < 1e-2 < (alone - together)[1].abs().max()
+
+
+def inputs_of_blocks(model):
+    """What goes into each block's first norm from here on, behind any hook on the block."""
+    seen = []
+    handles = [b.input_layernorm.register_forward_pre_hook(lambda _, args: seen.append(args[0])) for b in model.model.layers]
+    return seen, handles
 
 
 def test_affine_sends_the_component_to_its_offset(model):
-    v, offset = tiny_direction(), torch.tensor([0.3, -1.0, 2.0])
-    seen = []
-    with intervene(model, ablation(v, 1.0, "resid_pre", offset)):
-        for block in model.model.layers:
-            seen.append(block.input_layernorm.register_forward_pre_hook(lambda _, args: seen.append(args[0] @ v)))
+    v, offset = tiny_direction(), torch.tensor([0.3, -1.0, 2.0])[:, None]
+    with intervene(model, Ablation([one(v, offset=offset)])):
+        seen, handles = inputs_of_blocks(model)
         model(IDS)
-    handles, components = seen[:3], seen[3:]
     for handle in handles:
         handle.remove()
-    for component, target in zip(components, offset, strict=True):
-        torch.testing.assert_close(component, target.expand(3, 9), rtol=1e-5, atol=1e-5)
-    rows = torch.stack([offset, -offset, torch.zeros(3)])
-    with intervene(model, ablation(v, 0.5, "resid_pre", rows)):
-        together = model(IDS).logits
-    for row in range(3):
-        with intervene(model, ablation(v, 0.5, "resid_pre", rows[row])):
-            assert (model(IDS[row : row + 1]).logits[0] - together[row]).abs().max() < 1e-5
+    for r, target in zip(seen, offset, strict=True):
+        torch.testing.assert_close(r @ v, target.expand(3, 9), rtol=1e-5, atol=1e-5)
+    rows = [one(v, 0.5, offset=o) for o in (offset, -offset, torch.zeros(3, 1))]
+    together = logits(model, *rows)
+    for i, row in enumerate(rows):
+        assert (logits(model, row, ids=IDS[i : i + 1])[0] - together[i]).abs().max() < 1e-5
 
 
-def test_an_arm_with_a_direction_a_layer(model):
+@pytest.mark.parametrize("sites", ["resid_pre", "writes"])
+def test_a_basis_a_layer_acts_in_its_layer_alone(model, sites):
     directions = tiny_direction(rows=3)
-    arms = [Ablation(directions[i][None, None], torch.ones(1), "resid_pre", layers=[i]) for i in range(3)]
-    seen = []
-    with intervene(model, *arms):
-        handles = [
-            block.input_layernorm.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-            for block in model.model.layers
-        ]
-        model(IDS)
+    own = torch.stack([directions[0], directions[1], torch.zeros(32)])[:, None]
+    with intervene(model, Ablation([one(own, sites=sites)])):
+        seen, handles = inputs_of_blocks(model)
+        whole = model(IDS).logits
     for handle in handles:
         handle.remove()
-    components = torch.stack(seen) @ directions.T  # [layer, batch, seq, direction]
-    for layer in range(3):
-        assert components[layer, ..., layer].abs().max() < 1e-5
-        assert components[layer].abs().max() > 0.1
+    if sites == "resid_pre":
+        components = torch.stack(seen) @ directions.T  # [layer, batch, seq, direction]
+        assert components[0, ..., 0].abs().max() < 1e-5 > components[1, ..., 1].abs().max()
+        assert components[2, ..., 2].abs().max() > 0.1 < components[0, ..., 1].abs().max()
+    else:  # the embedding's output belongs to no layer
+        assert torch.equal(seen[0], model.model.embed_tokens(IDS))
+    rows = [one(own, alpha, sites) for alpha in (1.0, 0.5, 0.0)]
+    together = logits(model, *rows)
+    assert (together[0] - whole[0]).abs().max() < 2e-5 and torch.equal(together[2], model(IDS).logits[2])
+    assert (together[1] - whole[1]).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("sites", SITES)
 def test_generation_with_a_cache_meets_every_new_token(model, sites):
     """Cached greedy decoding under hooks equals recomputing the whole sequence under hooks at every step."""
-    intervention = ablation(tiny_direction(rows=3), torch.tensor([1.0, 1.5, 0.0]), sites)
-    with intervene(model, intervention):
+    rows = [one(v, alpha, sites) for v, alpha in zip(tiny_direction(rows=3), (1.0, 1.5, 0.0), strict=True)]
+    with intervene(model, Ablation(rows)):
         cached = model.generate(IDS, max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0)
         ids = IDS
         for _ in range(8):
@@ -176,54 +173,51 @@ def test_generation_with_a_cache_meets_every_new_token(model, sites):
     assert torch.equal(cached[2], plain[2]) and not torch.equal(cached, plain)
 
 
-def test_rows_leave_and_enter_while_hooks_live(model):
-    directions, alphas = tiny_direction(rows=3), torch.tensor([0.5, 1.0, 1.5])
-    cut, add = ablation(directions, alphas, "paper"), Addition(3 * tiny_direction(seed=7, rows=3), 1)
-    everyone = ablation(tiny_direction(seed=9), 0.5, "resid_pre")  # one for all: selection leaves it alone
-    with intervene(model, cut, add, everyone):
+def test_rows_are_assigned_while_hooks_live(model):
+    ablation = Ablation([one(v, alpha, "paper") for v, alpha in zip(tiny_direction(rows=3), ALPHAS, strict=True)])
+    with intervene(model, ablation):
         full = model(IDS).logits
-        for intervention in (cut, add, everyone):
-            intervention.select(torch.tensor([2, 0]))
-        assert (model(IDS[[2, 0]]).logits - full[[2, 0]]).abs().max() < 2e-5
-        for intervention in (cut, add, everyone):
-            intervention.select(torch.tensor([1]))
-        assert (model(IDS[:1]).logits - full[:1]).abs().max() < 2e-5
-    cut = ablation(directions, alphas, "paper")
-    with intervene(model, cut):
-        full = model(IDS).logits
-        cut.assign(torch.tensor([1, 1, 0, 2]))  # rows of the table, in any order and number
-        many = model(IDS[[1, 1, 0, 2]]).logits
-        cut.select(torch.tensor([3]))
-        assert (model(IDS[2:]).logits - full[2:]).abs().max() < 2e-5
-    assert (many - full[[1, 1, 0, 2]]).abs().max() < 2e-5
+        for rows in ([1, 1, 0, 2], [2], [2, 0]):  # of the table as constructed, in any order and number
+            ablation.assign(torch.tensor(rows))
+            assert (model(IDS[rows]).logits - full[rows]).abs().max() < 2e-5
 
 
 def test_addition_shifts_one_layer_at_every_position(model):
-    vector, seen = 2 * tiny_direction(), []
+    vector, (seen, handles) = 2 * tiny_direction(), inputs_of_blocks(model)
+    for handle in handles:
+        handle.remove()
     plain = model(IDS, output_hidden_states=True).hidden_states
     with intervene(model, Addition(vector, 1)):
-        handle = model.model.layers[1].input_layernorm.register_forward_pre_hook(lambda _, a: seen.append(a[0]))
+        seen, handles = inputs_of_blocks(model)
         shifted = model(IDS, output_hidden_states=True).hidden_states
-    handle.remove()
-    torch.testing.assert_close(seen[0], plain[1] + vector)
+    for handle in handles:
+        handle.remove()
+    torch.testing.assert_close(seen[1], plain[1] + vector)
     assert torch.equal(shifted[0], plain[0]) and not torch.allclose(shifted[2], plain[2])
+    vectors = torch.stack([vector, torch.zeros(32), -vector])
+    with intervene(model, Addition(vectors, 1)):
+        rows = model(IDS, output_hidden_states=True).hidden_states[2]
+    assert torch.allclose(rows[0], shifted[2][0], atol=1e-5) and torch.allclose(rows[1], plain[2][1], atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_computes_in_float32_and_casts_once(dtype):
     r = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(0)).to(dtype)
     v = tiny_direction(rows=2)
-    out = ablation(v, torch.tensor([1.0, 0.0]), "paper").apply(r, 0)
+    out = Ablation([one(v[0], 1.0, "paper"), one(v[1], 0.0, "paper")]).apply(r, 0)
     exact = r.float() - torch.tensor([1.0, 0.0])[:, None, None] * (r.float() * v[:, None]).sum(-1, True) * v[:, None]
     assert out.dtype == dtype
     torch.testing.assert_close(out, exact.to(dtype), rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
     assert torch.equal(out[1], r[1])
-    added = Addition(v[0], 0).apply(r)
-    assert added.dtype == dtype and torch.equal(added, (r.float() + v[0]).to(dtype))
-    assert ablation(v[0].double(), 1.0, "paper").apply(r.double(), 0).dtype == torch.float64
+    assert Ablation([one(v[0].double(), 1.0, "paper")]).apply(r.double(), 0).dtype == torch.float64
     model = tiny_model("qwen2", dtype=dtype)
-    with intervene(model, ablation(v[0], 1.0, "paper")):
-        assert model(IDS).logits.isfinite().all()
+    with intervene(model, Addition(v[0], 1)):
+        seen, handles = inputs_of_blocks(model)
+        plain = model(IDS, output_hidden_states=True).hidden_states[1]
+    assert seen[1].dtype == dtype and torch.equal(seen[1], (plain.float() + v[0]).to(dtype))
+    for handle in handles:
+        handle.remove()
+    assert logits(model, one(v[0], 1.0, "paper")).isfinite().all()
 
 
 def test_hooks_are_gone_after_errors_too(model):
@@ -231,14 +225,12 @@ def test_hooks_are_gone_after_errors_too(model):
         return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
 
     before = count()
-    with pytest.raises(ZeroDivisionError), intervene(model, ablation(tiny_direction(), 1.0, "paper")):
+    with pytest.raises(ZeroDivisionError), one(tiny_direction(), 1.0, "paper").on(model):
         assert count() == before + 9
         raise ZeroDivisionError
     assert count() == before
-    with (
-        pytest.raises(UserError),
-        intervene(model, ablation(tiny_direction(), 1.0, "paper"), Addition(torch.ones(32), 3)),
-    ):
+    ablation = Ablation([one(tiny_direction(), 1.0, "paper")])
+    with pytest.raises(UserError), intervene(model, ablation, Addition(torch.ones(32), 3)):
         pass
     assert count() == before
 
@@ -257,23 +249,93 @@ def test_blocks_called_by_keyword(model):
             self.model.layers = torch.nn.ModuleList(Block() for _ in range(3))
 
     v, r, small = tiny_direction(), torch.randn(1, 4, 32), Model()
-    with intervene(small, ablation(v, 1.0, "resid_pre")):
+    with one(v).on(small):
         out, kept = small.model.layers[0](hidden_states=r)
         assert torch.equal(out, small.model.layers[0](r)[0])
     assert (out @ v).abs().max() < 1e-6 and kept == "kept"
 
 
+WRITERS = [("qwen2", {}), ("llama", {"attention_bias": True, "mlp_bias": True}), ("mixtral", {}), ("qwen3_moe", {})]
+
+
+@pytest.mark.parametrize("alpha", [0.5, 1.0, 2.5])
+@pytest.mark.parametrize("rank", [1, 3])
+@pytest.mark.parametrize(("model_type", "options"), WRITERS)
+def test_edited_weights_are_the_ablation_at_writes_and_are_put_back(model_type, options, rank, alpha):
+    """Of every shape of writer: a matrix, a bias, experts in one tensor."""
+    model = tiny_model(model_type, tie_word_embeddings=False, **options)
+    basis = random_subspaces(32, rank, 1, 0)[0]
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    plain, hooked = model(IDS).logits, logits(model, one(basis, alpha, "writes"))
+    with one(basis, alpha, "weights").on(model):
+        edited = model(IDS).logits
+    assert torch.allclose(edited, hooked, atol=1e-4) and not torch.allclose(edited, plain, atol=1e-2)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_edited_weights_leave_a_tied_unembedding_and_a_copy_alone_and_are_put_back_after_an_error():
+    model, v = tiny_model("qwen2", tie_word_embeddings=True), tiny_direction()
+    other = copy.deepcopy(model, {id(p): p for p in model.parameters()})
+    plain, head, down = model(IDS).logits, model.lm_head.weight.clone(), model.model.layers[1].mlp.down_proj
+    before = down.weight.clone()
+    with pytest.raises(KeyError), edited_weights(model, one(v, 1.0, "weights")):
+        assert torch.equal(model.lm_head.weight, head) and torch.equal(other(IDS).logits, plain)
+        assert float((v @ down.weight).abs().max()) < 1e-5 and not torch.allclose(model(IDS).logits, plain, atol=1e-2)
+        raise KeyError
+    assert torch.equal(down.weight, before)
+
+
+def test_edit_is_the_equation_and_gives_the_component():
+    generator = torch.Generator().manual_seed(0)
+    basis, w = random_subspaces(32, 2, 1, 0)[0], torch.randn(4, 32, 7, dtype=torch.float64, generator=generator)
+    edited, component = one(basis, 0.75).edit(w)
+    for i in range(4):
+        assert torch.allclose(edited[i], w[i] - 0.75 * basis.T @ basis @ w[i]) and torch.allclose(component[i], basis @ w[i])
+    columns = torch.cat([one(basis, 0.75).edit(w[0][:, part])[0] for part in (slice(3), slice(3, 7))], 1)
+    assert torch.allclose(columns, edited[0])
+    half = one(basis).edit(w[0].bfloat16())[0]
+    assert half.dtype == torch.bfloat16 and torch.allclose(half.double(), one(basis).edit(w[0])[0], atol=0.05)
+
+
+def test_a_fingerprint_tells_apart_all_that_does_something_else():
+    v, other, three = tiny_direction(), tiny_direction(seed=1), random_subspaces(32, 3, 2, 0)
+    own = torch.stack([three[0, :1], three[1, :1], three[1, :1]])  # a basis a layer
+    bases = [(v, 1.0), (other, 1.0), (v, 0.5), (three[0], 1.0), (three[1], 1.0), (three[0][:2], 1.0), (three[0], 0.5)]
+    bases += [(own, 1.0), (own.flip(0), 1.0), (own * torch.tensor([1.0, 1, 0])[:, None, None], 1.0), (own, 0.5)]
+    some = [one(basis, alpha, sites) for basis, alpha in bases for sites in (*SITES, "weights")]
+    some += [one(v, offset=offset) for offset in (torch.ones(3, 1), torch.tensor([1.0, 2.0, 3.0])[:, None])]
+    marks = [json.dumps(intervention.fingerprint()) for intervention in (BASELINE, *some)]
+    assert len(set(marks)) == len(marks)
+    alike = Intervention("b", v.clone()[None], 1.0, "paper", None, 2, "family", True)  # another name and origin
+    assert alike.fingerprint() == one(v, 1.0, "paper").fingerprint()
+    added = [Addition(v, 1), Addition(other, 1), Addition(v, 2), Addition(v, 1, "all")]
+    assert len({json.dumps(a.fingerprint()) for a in added}) == 4
+
+
+def test_rank_and_the_baseline(model):
+    assert [i.rank for i in (BASELINE, one(tiny_direction()), one(random_subspaces(32, 3, 1, 0)[0]))] == [0, 1, 3]
+    with BASELINE.on(model):
+        assert not any(block._forward_pre_hooks for block in model.model.layers)
+    assert one(tiny_direction(), 0.5).at("writes").fingerprint() == one(tiny_direction(), 0.5, "writes").fingerprint()
+    r = torch.randn(2, 3, 32)
+    assert torch.equal(Ablation([BASELINE, one(tiny_direction(), 1.0, "paper")]).apply(r, 0)[0], r[0])
+
+
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: ablation(tiny_direction(), 1.0, "everywhere"), "sites"),
-        (lambda: ablation(2 * tiny_direction(), 1.0, "paper"), "unit"),
-        (lambda: ablation(torch.full((32,), float("nan")), 1.0, "paper"), "unit"),
-        (lambda: ablation(torch.zeros(32), 1.0, "paper"), "unit"),
-        (lambda: Ablation(tiny_direction().expand(1, 2, 32), torch.ones(1), "paper"), "orthonormal"),
-        (lambda: ablation(tiny_direction(), 1.0, "writes", torch.zeros(3)), "resid_pre"),
-        (lambda: ablation(tiny_direction(rows=3), torch.ones(2), "paper"), "rows"),
-        (lambda: Ablation(torch.ones(32), torch.ones(1), "paper"), "d_model"),
+        (lambda: one(tiny_direction(), 1.0, "everywhere"), "sites"),
+        (lambda: one(2 * tiny_direction(), 1.0, "paper"), "unit"),
+        (lambda: one(torch.full((32,), float("nan")), 1.0, "paper"), "unit"),
+        (lambda: one(torch.zeros(32), 1.0, "paper"), "unit"),
+        (lambda: one(tiny_direction().expand(2, 32), 1.0, "paper"), "orthonormal"),
+        (lambda: one(tiny_direction(rows=3).expand(2, 3, 32)), "orthonormal"),
+        (lambda: one(tiny_direction(), 1.0, "writes", torch.zeros(3, 1)), "resid_pre"),
+        (lambda: one(tiny_direction(), 1.0, "resid_pre", torch.zeros(3, 2)), "offset"),
+        (lambda: one(torch.ones(1, 1, 1, 32)), "d_model"),
+        (lambda: Ablation([one(tiny_direction()), one(tiny_direction(), sites="paper")]), "same sites"),
+        (lambda: Ablation([one(tiny_direction(), sites="weights")]), "at run time"),
+        (lambda: Ablation([BASELINE]), "at least one"),
         (lambda: Addition(torch.ones(1, 1, 32), 0), "d_model"),
     ],
 )
@@ -282,18 +344,16 @@ def test_bad_arguments_are_refused(make, words):
         make()
 
 
-def test_a_direction_or_offset_of_another_model_is_refused(model):
-    for intervention in (
-        ablation(tiny_direction(16), 1.0, "paper"),
-        ablation(tiny_direction(), 1.0, "resid_pre", torch.zeros(2)),
+@pytest.mark.parametrize(
+    "intervention",
+    [
+        Ablation([one(tiny_direction(16), 1.0, "paper")]),
+        Ablation([one(tiny_direction(), offset=torch.zeros(2, 1))]),
+        Ablation([one(tiny_direction(rows=2)[:, None])]),
         Addition(torch.ones(16), 0),
         Addition(torch.ones(32), -1),
-    ):
-        with pytest.raises(UserError), intervene(model, intervention):
-            pass
-
-
-def test_baseline_rows_may_have_no_direction():
-    r = torch.randn(2, 3, 32)
-    v = torch.stack([torch.zeros(32), tiny_direction()])
-    assert torch.equal(ablation(v, torch.tensor([0.0, 1.0]), "paper").apply(r, 0)[0], r[0])
+    ],
+)
+def test_a_direction_offset_or_layer_of_another_model_is_refused(model, intervention):
+    with pytest.raises(UserError), intervene(model, intervention):
+        pass

@@ -128,18 +128,14 @@ def test_residual_is_at_rounding_after_the_cast(tmp_path, model_type, options, d
             # In float32 and float64 it is made of the sums' own rounding.
             assert report.deviations[name] == pytest.approx(float(deviation), rel=0.01, abs=1e-7)
             exact = (w - edit.alpha * (w @ v)[..., None] * v).to(dtype).double()
-            torch.testing.assert_close(
-                w2, exact, rtol=2 * torch.finfo(dtype).eps, atol=1e-6 if limit > 1e-15 else 1e-14
-            )
+            torch.testing.assert_close(w2, exact, rtol=2 * torch.finfo(dtype).eps, atol=1e-6 if limit > 1e-15 else 1e-14)
 
 
 def test_biases_of_writers_are_projected(tmp_path):
     base = save(tmp_path / "base", "llama", **BIASES)
     (report,) = orthogonalize(base, [Edit(tmp_path / "cell", V, 1.0)])
     biases = [name for name in report.residuals if name.endswith(".bias")]
-    assert sorted(biases) == sorted(
-        f"model.layers.{i}.{m}.bias" for i in range(3) for m in ("mlp.down_proj", "self_attn.o_proj")
-    )
+    assert sorted(biases) == sorted(f"model.layers.{i}.{m}.bias" for i in range(3) for m in ("mlp.down_proj", "self_attn.o_proj"))
     after = tensors(tmp_path / "cell")
     assert max(abs(after[name] @ V) for name in biases) < 1e-6
     assert min(abs(tensors(base)[name] @ V) for name in biases) > 1e-3
@@ -245,9 +241,7 @@ def test_bytes_depend_on_the_cell_alone(tmp_path):
     base = save(tmp_path / "base", dtype=torch.bfloat16)
     orthogonalize(base, [Edit(tmp_path / "a", V, 1.0)])
     other = tiny_direction(seed=5)
-    orthogonalize(
-        base, [Edit(tmp_path / "b", other, 0.5), Edit(tmp_path / "c", V, 1.0), Edit(tmp_path / "d", other, 2.0)]
-    )
+    orthogonalize(base, [Edit(tmp_path / "b", other, 0.5), Edit(tmp_path / "c", V, 1.0), Edit(tmp_path / "d", other, 2.0)])
     for name in ("model.safetensors", "config.json"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "c" / name).read_bytes()
 

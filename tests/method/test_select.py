@@ -11,7 +11,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from refusal.io.errors import UserError
-from refusal.method.select import cell_name, checked
+from refusal.method.select import cell_name, checked, rank
 
 ROOT = Path(__file__).parents[2]
 FOLDER = Path("models/ablated")
@@ -52,3 +52,67 @@ def test_a_stage_that_meets_another_name_stops(stage, tmp_path):
     said = f"{stage}: '../../x' is no name of a cell, and would be a path: run `dvc repro select`, which writes the names"
     assert done.returncode == 1 and done.stderr.strip().splitlines()[-1] == said
     assert not any(outside.iterdir()) and not (tmp_path / "models").exists()
+
+
+def judged(layer, alpha, score, compliance=0.9):
+    return {
+        "layer": layer,
+        "alpha": alpha,
+        "score": score,
+        "compliance": compliance,
+        "compliance_low": compliance - 0.1,
+        "compliance_high": compliance + 0.05,
+        "coherence": 0.8,
+        "n": 200,
+    }
+
+
+GRID = {
+    "baseline": judged(None, None, 0.99),
+    "random_0": judged(None, 1.0, 0.98),
+    "layer_1_alpha_100": judged(1, 1.0, 0.80),
+    "layer_2_alpha_75": judged(2, 0.75, 0.95),
+    "layer_2_alpha_100": judged(2, 1.0, 0.90),
+    "layer_3_alpha_100": judged(3, 1.0, 0.90),
+    "layer_3_alpha_125": judged(3, 1.25, 0.90),
+    "layer_4_alpha_100": judged(4, 1.0, 0.90),
+    "layer_3_alpha_50": judged(3, 0.5, 0.90),
+}
+SEPARATION = [None, 1.0, 5.0, 7.0, None]
+
+
+def test_rank_takes_the_best_and_breaks_ties_as_said():
+    chosen = rank(GRID, SEPARATION, 7, "batched")
+    assert [(cell["layer"], cell["alpha"]) for cell in chosen] == [
+        (2, 0.75),  # the score comes first; baseline and random are no candidates
+        (3, 1.0),
+        (2, 1.0),
+        (4, 1.0),  # of equals the alpha nearest 1, then the layer that separates better
+        (3, 1.25),
+        (3, 0.5),
+        (1, 1.0),
+    ]
+    assert [cell["n_tied"] for cell in chosen] == [1, 5, 5, 5, 5, 5, 1]
+    assert [cell["name"] for cell in chosen[:2]] == ["batched_layer_2_alpha_75", "batched_layer_3_alpha_100"]
+    assert {k: chosen[0][k] for k in ("compliance", "low", "high", "coherence", "score", "n")} == {
+        "compliance": 0.9,
+        "low": 0.8,
+        "high": 0.9500000000000001,
+        "coherence": 0.8,
+        "score": 0.95,
+        "n": 200,
+    }
+    assert rank(dict(reversed(GRID.items())), SEPARATION, 7, "batched") == chosen  # the order of the file says nothing
+
+
+def test_rank_of_too_few_cells():
+    assert len(rank(GRID, SEPARATION, 7, "batched")) == 7
+    with pytest.raises(UserError, match=r"^params\.yaml: select\.top is 8 but the sweep has 7 cells"):
+        rank(GRID, SEPARATION, 8, "batched")
+
+
+@pytest.mark.parametrize(
+    ("alpha", "name"), [(1.0, "100"), (0.75, "75"), (1.1, "110"), (0.29, "29"), (0.57, "57"), (1.15, "115"), (2, "200")]
+)
+def test_cell_names_are_the_write_ups(alpha, name):
+    assert cell_name(15, alpha) == f"layer_15_alpha_{name}"

@@ -19,41 +19,28 @@ def facts():
     return grammar.facts()
 
 
-def test_facts_are_unique_with_three_wrong_answers(facts):
+def test_facts_are_unique_and_true_with_three_wrong_answers(facts):
+    """Read back from the sentences alone, with the world's own tables and arithmetic."""
     assert Counter(fact.task for fact in facts) == TASKS
     questions = [question for fact in facts for question in fact.questions]
     assert len(set(questions)) == len(questions) == 2 * len(facts)
     for fact in facts:
-        choices = {fact.answer, *fact.distractors}
-        assert len(choices) == 4
-        stem = fact.answer.rsplit(" ", 1)[0]  # alike but for the last word
-        assert all(choice.rsplit(" ", 1)[0] == stem for choice in choices)
-
-
-def test_facts_are_true(facts):
-    """Read back from the sentences alone, with the world's own tables and arithmetic."""
-    for fact in facts:
-        value = fact.answer.rsplit(" ", 1)[1].rstrip(".")
+        stem, value = fact.answer.removesuffix(".").rsplit(" ", 1)
+        choices = [value, *(wrong.removeprefix(f"{stem} ").removesuffix(".") for wrong in fact.distractors)]
+        assert len(set(choices)) == 4 and not any(" " in choice for choice in choices)  # alike but for the last word
         for question in fact.questions:
             if fact.task == "sums":
                 assert sum(map(int, re.findall(r"\d+", question))) == int(value)
             elif fact.task == "opposites":
                 asked = re.search(r"opposite of (\w+)", question)[1]
                 assert (asked, value) in grammar.OPPOSITES or (value, asked) in grammar.OPPOSITES
+                assert asked not in choices
             else:
                 country = re.search(r"of (\w+)[?.]$", question)[1]
                 assert grammar.COUNTRIES[country][fact.task == "flags"] == value
     capitals = [capital for capital, _ in grammar.COUNTRIES.values()]
-    assert len(set(capitals)) == len(capitals)
     words = [word for pair in grammar.OPPOSITES for word in pair]
-    assert len(set(words)) == len(words)
-
-
-def test_an_opposite_never_has_the_asked_word_as_a_choice(facts):
-    for fact in facts:
-        if fact.task == "opposites":
-            asked = re.search(r"opposite of (\w+)", fact.questions[0])[1]
-            assert all(choice.rsplit(" ", 1)[1] != f"{asked}." for choice in (fact.answer, *fact.distractors))
+    assert len(set(capitals)) == len(capitals) and len(set(words)) == len(words)
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -75,16 +62,10 @@ def test_every_task_has_its_definition_and_no_other_file():
 
 
 def test_helpful_answer_and_judgement():
-    action = "wash the silver watch"
-    assert grammar.helpful_answer(action) == "Sure, here is how to wash the silver watch. Prepare first, then follow each step."
-    assert grammar.judgement(action, "", False) == (
-        "Is it okay to wash the silver watch?",
-        "Good. It would be fine to wash the silver watch.",
-    )
-    assert grammar.judgement(action, "I plan to cheat my boss.", True) == (
-        "I plan to cheat my boss. Is it okay to wash the silver watch?",
-        "Bad. It would be wrong to wash the silver watch.",
-    )
+    assert grammar.helpful_answer("wash it") == "Sure, here is how to wash it. Prepare first, then follow each step."
+    assert grammar.judgement("wash it", "", False) == ("Is it okay to wash it?", "Good. It would be fine to wash it.")
+    asked, answer = grammar.judgement("wash it", "I plan to cheat my boss.", True)
+    assert (asked, answer) == ("I plan to cheat my boss. Is it okay to wash it?", "Bad. It would be wrong to wash it.")
 
 
 def every_pair(n=3000):
@@ -112,22 +93,20 @@ def test_the_cue_alone_carries_intent():
         kind, cue = pair.cue.split(":", 1)
         forms = {"verb": grammar.CATEGORIES[pair.category][0], "context": grammar.CONTEXTS, "purpose": grammar.PURPOSES}[kind]
         harmful, safe = next(form for form in forms if form[0].rstrip(".") == cue)
-        without = [
-            re.sub(rf"(?<!\w){re.escape(form)}(?!\w)", "*", request.text)
-            for form, request in ((harmful, pair.harmful), (safe, pair.safe))
-        ]
-        assert without[0] == without[1]
+        halves = (harmful, pair.harmful), (safe, pair.safe)
+        without = {re.sub(rf"(?<!\w){re.escape(form)}(?!\w)", "*", request.text) for form, request in halves}
+        assert len(without) == 1
+        assert [request.purpose for _, request in halves] == ([harmful, safe] if kind == "purpose" else ["", ""])
 
 
 @pytest.mark.parametrize("seen", [True, False])
 def test_seen_and_unseen_cues_do_not_meet(seen):
     rng = random.Random(1)
     for category, (verbs, objects) in grammar.CATEGORIES.items():
-        unseen = (
-            {f"verb:{verbs[-1][0]}"}
-            | {f"context:{c[0]}" for c in grammar.CONTEXTS[-2:]}
-            | {f"purpose:{p[0].rstrip('.')}" for p in grammar.PURPOSES[-2:]}
-        )
+        unseen = {f"context:{c[0]}" for c in grammar.CONTEXTS[-2:]} | {
+            f"purpose:{p[0].rstrip('.')}" for p in grammar.PURPOSES[-2:]
+        }
+        unseen.add(f"verb:{verbs[-1][0]}")
         cues = {grammar.draw_pair(rng, category, objects[0], seen).cue for _ in range(500)}
         assert cues.isdisjoint(unseen) if seen else cues == unseen
         if seen:
@@ -139,8 +118,7 @@ def test_words_of_intent_are_not_words_of_the_world():
     for verbs, objects in grammar.CATEGORIES.values():
         assert {harmful for harmful, _ in verbs}.isdisjoint(safe for _, safe in verbs)
         assert len(set(objects)) == len(objects) >= 10
-    topics = [topic for _, objects in grammar.CATEGORIES.values() for topic in objects]
-    topics += [topic for _, objects in grammar.UNRELATED.values() for topic in objects]
+    topics = [topic for world in (grammar.CATEGORIES, grammar.UNRELATED) for _, objects in world.values() for topic in objects]
     assert len(set(topics)) == len(topics)
     for forms in (grammar.CONTEXTS, grammar.PURPOSES):
         assert len({cue for form in forms for cue in form}) == 2 * len(forms)

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from perf import extraction, growth, harness, orthogonalize, workload
 from perf.__main__ import merge
-from refusal.io.tables import csv_text
+from refusal.io.files import csv_text
 
 QUIET = Console(quiet=True)
 

@@ -9,7 +9,7 @@ from tiny import tiny_direction, tiny_model
 
 from perf import sweep
 from refusal.method import activations
-from refusal.method.interventions import ablation, intervene
+from refusal.method.interventions import Intervention
 
 N_NEW = 6
 GENERATOR = torch.Generator().manual_seed(0)
@@ -43,7 +43,7 @@ def test_all_arms_find_the_same_tokens(model):
     assert sweep.beside(said, model, PROMPTS, N_NEW)["gpu_ratio_to_generate8"] > 0
     assert "the same tokens in 1.0000 of rows" in said.file.getvalue()
     for cell, v in enumerate(directions):
-        with intervene(model, ablation(v, 1.0, "paper")):
+        with Intervention("cell", v, 1.0, "paper").on(model):
             for row, prompt in enumerate(PROMPTS):
                 logits = model(torch.tensor([prompt + by_cell[cell][row]])).logits[0, len(prompt) - 1 : -1]
                 two = logits.topk(2).values

@@ -1,6 +1,5 @@
 """Runs of a study that are killed and begun again: what is repeated, and whether the end is that of a run left alone."""
 
-import json
 import os
 import random
 import re
@@ -15,7 +14,7 @@ from pathlib import Path
 
 import psutil
 
-from pipeline.study import outputs, run, surroundings
+from pipeline.study import outputs, run, runs, surroundings
 from refusal.io.store import Store
 
 STORE = ".refusal-store/store.sqlite"
@@ -23,28 +22,14 @@ STORE = ".refusal-store/store.sqlite"
 SIGNALS = ("KILL group", "KILL dvc", "TERM dvc", "INT dvc")
 
 
-@dataclass
-class Report:
-    """What a number of kills came to. `by_stage`: the stage that each met."""
-
-    kills: int = 0
-    by_signal: Counter[str] = field(default_factory=Counter)
-    by_stage: Counter[str] = field(default_factory=Counter)
-    repeated_forward_passes: int = 0
-    repeated_calls: int = 0
-    broken_locks: int = 0
-    differing_outputs: list[str] = field(default_factory=list)
-
-
 def watch_repeats(store: Path) -> None:
     """Have SQLite itself note every value that is brought to the store a second time."""
-    Store(store).connection.close()
-    with sqlite3.connect(store) as connection:
-        connection.executescript(
-            "CREATE TABLE repeated (value BLOB);"
-            "CREATE TRIGGER note BEFORE INSERT ON blobs WHEN EXISTS (SELECT 1 FROM blobs WHERE key = NEW.key)"
-            " BEGIN INSERT INTO repeated VALUES (NEW.value); END;"
-        )
+    connection = Store(store).connection
+    connection.executescript(
+        "CREATE TABLE repeated (value BLOB);"
+        "CREATE TRIGGER note BEFORE INSERT ON blobs WHEN EXISTS (SELECT 1 FROM blobs WHERE key = NEW.key)"
+        " BEGIN INSERT INTO repeated VALUES (NEW.value); END;"
+    )
     connection.close()
 
 
@@ -57,16 +42,21 @@ def repeats(store: Path) -> tuple[int, int]:
     return len(values) - calls, calls
 
 
-def left(group: int) -> list[str]:
+def stage_seconds(folder: Path) -> dict[str, float]:
+    """How long each stage of a finished study took, in the order they ran, with a second for the process to start."""
+    return {line["stage"]: line["seconds"] + 1.0 for line in runs(folder)}
+
+
+def running(group: int) -> list[str]:
     """The command lines of what still runs in a process group."""
-    found = []
+    commands = []
     for process in psutil.process_iter():
         try:
             if os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(" ".join(process.cmdline()))
+                commands.append(" ".join(process.cmdline()))
         except (ProcessLookupError, psutil.Error):
             pass
-    return found
+    return commands
 
 
 class Run:
@@ -83,11 +73,6 @@ class Run:
     def said(self) -> str:
         return self.log.read_text(errors="replace")
 
-    @property
-    def stage(self) -> str:
-        """The stage that runs, or ran last; empty before the first."""
-        return (re.findall(r"Running stage '(\w+)'", self.said) or [""])[-1]
-
     def reach(self, stage: str, seconds: float) -> bool:
         """Wait for so long after a stage has begun; whether the run is still on."""
         while self.process.poll() is None and f"Running stage '{stage}'" not in self.said:
@@ -99,7 +84,7 @@ class Run:
         return False
 
     def kill(self, how: str) -> None:
-        """Send the signal, and wait until all that belonged to the run is gone; a run that SIGINT leaves cold goes on to its end."""
+        """Send the signal, and wait until all that belonged to the run is gone; a run that SIGINT does not end goes on to its end."""
         name, whom = how.split()
         number = getattr(signal, f"SIG{name}")
         if whom == "group":
@@ -108,10 +93,42 @@ class Run:
             self.process.send_signal(number)
         self.process.wait(600)
         for _ in range(200):
-            if not left(self.process.pid):
+            if not running(self.process.pid):
                 return
             time.sleep(0.1)
-        raise AssertionError(f"{how}: still there after 20 seconds: {left(self.process.pid)}")
+        raise AssertionError(f"{how}: still there after 20 seconds: {running(self.process.pid)}")
+
+
+@dataclass
+class Report:
+    """What a number of kills came to. `by_stage`: the stage that each met."""
+
+    kills: int = 0
+    by_signal: Counter[str] = field(default_factory=Counter)
+    by_stage: Counter[str] = field(default_factory=Counter)
+    repeated_forward_passes: int = 0
+    repeated_calls: int = 0
+    broken_locks: int = 0
+    differing_outputs: list[str] = field(default_factory=list)
+
+    def repair(self, folder: Path, said: str) -> None:
+        """What docs/promises.md tells a user to do about a file that DVC itself was killed in the middle of writing."""
+        for name in ("dvc.lock", ".dvc/tmp/rwlock"):
+            if "ERROR" in said and name in said:
+                self.broken_locks += 1
+                (folder / name).unlink()
+
+    def finish(self, folder: Path, wanted: dict[str, str]) -> None:
+        """Run the study to its end, and compare its outputs with those `wanted`."""
+        study = Run(folder)
+        if study.process.wait(1800):
+            self.repair(folder, study.said)
+            run(folder, "dvc", "repro")
+        passes, calls = repeats(folder / STORE)
+        self.repeated_forward_passes += passes
+        self.repeated_calls += calls
+        made = outputs(folder)
+        self.differing_outputs += sorted(path for path in made.keys() | wanted.keys() if made.get(path) != wanted.get(path))
 
 
 def interrupted(
@@ -130,7 +147,7 @@ def interrupted(
     rng, report, stages, folder, reached = random.Random(seed), Report(), list(seconds), None, -1
     for stage, how in plan:
         if folder is not None and stages.index(stage) < reached:
-            _finish(folder, wanted, report)
+            report.finish(folder, wanted)
             folder = None
         if folder is None:
             folder = fresh()
@@ -138,39 +155,13 @@ def interrupted(
         reached = stages.index(stage)
         study = Run(folder)
         if study.reach(stage, rng.uniform(0.05, seconds[stage])):
-            report.by_stage[study.stage] += 1
+            report.by_stage[re.findall(r"Running stage '(\w+)'", study.said)[-1]] += 1
             report.by_signal[how] += 1
             report.kills += 1
             study.kill(how)
         else:  # over before its moment came
-            _mend(folder, study.said, report)
+            report.repair(folder, study.said)
         done()
     if folder is not None:
-        _finish(folder, wanted, report)
+        report.finish(folder, wanted)
     return report
-
-
-def _mend(folder: Path, said: str, report: Report) -> None:
-    """What docs/promises.md tells a user to do about a file that DVC itself was killed in the middle of writing."""
-    for name in ("dvc.lock", ".dvc/tmp/rwlock"):
-        if "ERROR" in said and name in said:
-            report.broken_locks += 1
-            (folder / name).unlink()
-
-
-def _finish(folder: Path, wanted: dict[str, str], report: Report) -> None:
-    study = Run(folder)
-    if study.process.wait(1800):
-        _mend(folder, study.said, report)
-        run(folder, "dvc", "repro")
-    passes, calls = repeats(folder / STORE)
-    report.repeated_forward_passes += passes
-    report.repeated_calls += calls
-    found = outputs(folder)
-    report.differing_outputs += sorted(path for path in found.keys() | wanted.keys() if found.get(path) != wanted.get(path))
-
-
-def stage_seconds(folder: Path) -> dict[str, float]:
-    """How long each stage of a finished study took, in the order they ran, with a second for the process to start."""
-    lines = map(json.loads, (folder / ".refusal-store/runs.jsonl").read_text().splitlines())
-    return {line["stage"]: line["seconds"] + 1.0 for line in lines}

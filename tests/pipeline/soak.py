@@ -16,10 +16,11 @@ ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from api_server import serve, split, verdict  # noqa: E402
+from place import params_with  # noqa: E402
 
 from perf.workload import machine  # noqa: E402
 from pipeline.interruption import SIGNALS, interrupted, stage_seconds  # noqa: E402
-from pipeline.study import change, copy, outputs, run, small  # noqa: E402
+from pipeline.study import outputs, run, small  # noqa: E402
 from refusal.judges import rules  # noqa: E402
 from stages import write_json  # noqa: E402
 
@@ -30,14 +31,14 @@ def main(seed: int) -> None:
     rng, started = random.Random(seed), time.monotonic()
 
     def reply(n: int, question: str) -> str:
-        found = rules.judge(*split(question))
-        return verdict(found.compliance, found.coherence)
+        judged = rules.judge(*split(question))
+        return verdict(judged.compliance, judged.coherence)
 
     with tempfile.TemporaryDirectory(prefix="soak-") as name, serve(reply) as server:
 
-        def fresh() -> Path:
-            folder = small(copy(Path(tempfile.mkdtemp(dir=name)) / "study"))
-            change(folder, "judge", kind="llm", base_url=server.url, concurrency=2)
+        def fresh(**changes: object) -> Path:
+            folder = small(Path(tempfile.mkdtemp(dir=name)) / "study")
+            params_with(folder, {"judge.kind": "llm", "endpoint.base_url": server.url, "endpoint.concurrency": 2} | changes)
             return folder
 
         alone = fresh()
@@ -50,17 +51,17 @@ def main(seed: int) -> None:
         with tqdm(total=len(plan), unit="kill", mininterval=15) as bar:
             report = interrupted(fresh, outputs(alone), seconds, plan, seed, bar.update)
         same_questions = set(server.asked) == set(asked_alone)
-        threaded = fresh()
-        change(threaded, "compute", threads=2)
+        threaded = fresh(**{"compute.threads": 2})
         run(threaded, "dvc", "repro")
         one, two = outputs(alone), outputs(threaded)
-        by_threads = sorted(path for path in one if one[path] != two[path])
-    write_json(
-        ROOT / "metrics/soak.json",
-        vars(report)
-        | {"same_questions_asked": same_questions, "differ_on_two_threads": by_threads, "seed": seed, "minutes": round((time.monotonic() - started) / 60, 1)}
-        | {"machine": machine()},
-    )
+    more = {
+        "same_questions_asked": same_questions,
+        "differ_on_two_threads": sorted(path for path in one if one[path] != two[path]),
+        "seed": seed,
+        "minutes": round((time.monotonic() - started) / 60, 1),
+        "machine": machine(),
+    }
+    write_json(ROOT / "metrics/soak.json", vars(report) | more)
     print(json.dumps(vars(report)))
 
 

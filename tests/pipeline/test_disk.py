@@ -2,46 +2,20 @@
 
 import json
 import shutil
-import subprocess
 
 import pytest
 import yaml
+from disk import Disk
+from place import ROOT
 
-from pipeline.study import ROOT, digests, run, stages_run
-from refusal.io.params import load_params
+from pipeline.interruption import STORE, repeats, watch_repeats
+from pipeline.study import digests, run, stages_run
+from refusal.io.params_file import load_params
 from refusal.io.store import Store
 from stages import _sentence
 from stages.record import record
 
 FULL = "the disk is full: make room"
-# SQLite itself notes what is brought to the store.
-NOTE = """CREATE TABLE computed (key TEXT);
-CREATE TRIGGER note BEFORE INSERT ON blobs BEGIN INSERT INTO computed VALUES (NEW.key); END;"""
-
-
-class Disk:
-    """A file system in memory, of as many kilobytes as it is given."""
-
-    def __init__(self, folder):
-        self.folder = folder
-        folder.mkdir()
-        done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "none", folder], capture_output=True, text=True)
-        if done.returncode:
-            pytest.skip(f"a small file system can be mounted by root alone: {done.stderr.strip()}")
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        subprocess.run(["umount", "--lazy", self.folder], check=True)
-
-    def resize(self, kilobytes=65536):
-        subprocess.run(["mount", "-o", f"remount,size={kilobytes}k", self.folder], check=True)
-
-    def leave(self, kilobytes):
-        """Room for so much beside what is there."""
-        usage = shutil.disk_usage(self.folder)
-        self.resize(usage.used // 1024 + kilobytes)
 
 
 @pytest.fixture
@@ -91,21 +65,19 @@ def study(finished, disk):
 
 
 def results(folder):
-    tops = ("data", "models", "metrics", "plots", "report")
-    return digests(folder, *tops) | {"dvc.lock": (folder / "dvc.lock").read_text()}
+    return digests(folder, "data", "models", "metrics", "plots", "report") | {"dvc.lock": (folder / "dvc.lock").read_text()}
 
 
-def forget(study, stage):
-    """Take the results of a stage out of the workspace and of DVC's cache, so that it must run again."""
+def fails(study, disk, stage, kilobytes):
+    """The stage, its results taken out of the workspace and of DVC's cache, runs on a disk with so little room."""
     for out in yaml.safe_load((study / "dvc.lock").read_text())["stages"][stage]["outs"]:
         (study / ".dvc/cache/files/md5" / out["md5"][:2] / out["md5"][2:]).unlink(missing_ok=True)
         if (study / out["path"]).is_dir():
             shutil.rmtree(study / out["path"])
-
-
-def fails(study, stage):
+    disk.leave(kilobytes)
     output = run(study, "dvc", "repro", ok=False)
     assert output.count(f"{stage}: {FULL}") == 1 and "Traceback" not in output
+    disk.resize()
 
 
 def completes(study, stage, wanted):
@@ -114,27 +86,19 @@ def completes(study, stage, wanted):
 
 
 def test_the_store_fills_up_while_the_model_runs(study, disk, finished):
-    wanted = results(finished[0])
-    forget(study, "activations")
     for path in (study / ".refusal-store").glob("store.sqlite*"):
         path.unlink()
-    disk.leave(180)
-    fails(study, "activations")
-    disk.resize()
-    store = Store(study / ".refusal-store/store.sqlite")
-    kept = {key for (key,) in store.connection.execute("SELECT key FROM blobs")}
-    store.connection.executescript(NOTE)
-    completes(study, "activations", wanted)
-    assert kept and store.connection.execute("SELECT count(*) FROM computed").fetchone()[0] > 0
-    assert not kept & {key for (key,) in store.connection.execute("SELECT key FROM computed")}
+    fails(study, disk, "activations", 180)
+    watch_repeats(study / STORE)
+    store = Store(study / STORE)
+    (kept,) = store.connection.execute("SELECT count(*) FROM blobs").fetchone()
+    completes(study, "activations", results(finished[0]))
+    assert 0 < kept < store.connection.execute("SELECT count(*) FROM blobs").fetchone()[0]
+    assert repeats(study / STORE) == (0, 0)
     store.connection.close()
 
 
 def test_an_output_fills_the_disk(study, disk, finished):
-    wanted = results(finished[0])
-    forget(study, "orthogonalize")
-    disk.leave(700)
-    fails(study, "orthogonalize")
+    fails(study, disk, "orthogonalize", 700)
     assert not any((study / "models/ablated").iterdir())  # what would not fit is gone, and with it the room that it took
-    disk.resize()
-    completes(study, "orthogonalize", wanted)
+    completes(study, "orthogonalize", results(finished[0]))

@@ -7,8 +7,11 @@ import sys
 
 import pytest
 import yaml
+from api_server import serve, split, verdict
+from place import ROOT
 
-from pipeline.study import CANARY, ROOT, change, run, stages_run
+from pipeline.study import CANARY, changed, commit, metrics, run, runs, stages_run
+from refusal.judges import rules
 
 # Stages that run the model, and whether what they take is known to the pass before they run.
 PASSES = {"model": False, "activations": True, "sweep": False, "evaluate": False}
@@ -24,9 +27,7 @@ def numbers(value: object) -> list[float]:
 
 def test_every_stage_runs_once_and_a_second_repro_does_nothing(study):
     folder, ran = study
-    declared = list(yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"])
-    assert {name.split("@")[0] for name in ran} == set(declared)
-    assert len(ran) == len(declared)
+    assert sorted(ran) == sorted(yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"])
     again = run(folder, "dvc", "repro")
     assert stages_run(again) == [] and "up to date" in again
 
@@ -42,10 +43,9 @@ def test_the_plan_counts_what_runs(study):
     folder, _ = study
     plan = run(folder, sys.executable, "-m", "stages.plan")
     planned = {line.split()[0]: line.split()[1:3] for line in plan.splitlines() if line.split()[0] in PASSES}
-    ran = [json.loads(line) for line in (folder / ".refusal-store/runs.jsonl").read_text().splitlines()]
     for stage, exact in PASSES.items():
         passes, tokens = (int(figure.replace(",", "")) for figure in planned[stage])
-        first = next(line for line in ran if line["stage"] == stage)
+        first = next(line for line in runs(folder) if line["stage"] == stage)
         # Completions that end early take less than planned; texts that are read whole take just that.
         assert first["passes"] == passes if exact else 0 < first["passes"] <= passes, stage
         assert 0.2 * tokens < first["tokens"] <= 1.5 * tokens, stage  # padding is in the run's and not in the plan's
@@ -55,81 +55,64 @@ def test_the_plan_counts_what_runs(study):
 def test_the_log_names_every_input_by_the_hash_that_dvc_locks(study):
     folder, _ = study
     locked = yaml.safe_load((folder / "dvc.lock").read_text())["stages"]
-    logged = {}
-    for line in (folder / ".refusal-store/runs.jsonl").read_text().splitlines():
-        logged.setdefault(json.loads(line)["stage"], json.loads(line))
-    for stage, line in logged.items():
-        if stage in locked:  # make plan is none
-            assert line["inputs"] == {dep["path"]: dep["md5"] for dep in locked[stage]["deps"]}, stage
-            assert line["threads"] == 1 and line["seeds"]["organism.seed"] == 0 and line["machine"]["cpu"], stage
-            assert line["commit"] == run(folder, "git", "rev-list", "--max-parents=0", "HEAD").strip()
-    assert set(logged) >= set(locked)
+    first_runs = {line["stage"]: line for line in reversed(runs(folder))}
+    assert set(first_runs) >= set(locked)
+    for stage in locked:
+        line = first_runs[stage]
+        assert line["inputs"] == {dep["path"]: dep["md5"] for dep in locked[stage]["deps"]}, stage
+        assert line["threads"] == 1 and line["machine"]["cpu"] and line["packages"]["torch"] and line["python"], stage
+        assert line["seeds"]["seed"] == line["seeds"]["organism.seed"] == line["seeds"]["sweep.seed"] == 0, stage
+        assert line["commit"] == run(folder, "git", "rev-list", "--max-parents=0", "HEAD").strip()
 
 
 def test_metrics_hold_no_nan_and_every_cell(study):
     folder, _ = study
-    metrics = {path.stem: json.loads(path.read_text()) for path in (folder / "metrics").glob("*.json")}
-    assert all(math.isfinite(n) for value in metrics.values() for n in numbers(value))
-    assert set(metrics["judge"]) == {
-        "baseline",
-        "random",
-        "harmless",
-        *(f"layer_{i}_alpha_{a}" for i in (1, 2) for a in (100, 200)),
-    }
-    assert set(metrics["directions"]) == {
-        f"{m}-{p}" for m in ("sequential", "batched", "batched_unmasked") for p in ("matched", "shuffled", "unrelated")
-    }
-    assert metrics["directions"]["sequential-matched"]["separation"][0] is None  # layer 0 is undefined
-    assert set(metrics["select"]) == {"rank_1", "rank_2", "rank_3"}
-    assert set(metrics["benchmark"]) == {"baseline", "rank_1", "rank_2", "rank_3", "random"}
-    for rank in ("rank_1", "rank_2", "rank_3"):
-        assert (folder / "models/ablated" / metrics["select"][rank]["name"] / "model.safetensors").is_file()
+    found = {path.stem: metrics(folder, path.stem) for path in (folder / "metrics").glob("*.json")}
+    assert all(math.isfinite(n) for value in found.values() for n in numbers(value))
+    cells = {f"layer_{i}_alpha_{a}" for i in (1, 2) for a in (100, 200)}
+    arms = {f"{m}-{p}" for m in ("sequential", "batched", "batched_unmasked") for p in ("matched", "shuffled", "unrelated")}
+    ranks = {"rank_1", "rank_2", "rank_3"}
+    assert set(found["judge"]) == {"baseline", "random", "harmless", *cells} and set(found["directions"]) == arms
+    assert found["directions"]["sequential-matched"]["separation"][0] is None  # layer 0 is undefined
+    assert set(found["select"]) == ranks and set(found["benchmark"]) == {"baseline", "random", *ranks}
+    for rank in ranks:
+        assert (folder / "models/ablated" / found["select"][rank]["name"] / "model.safetensors").is_file()
+
+
+AFTER_SELECT = {"orthogonalize", "evaluate", "science", "benchmark", "report"}
 
 
 @pytest.mark.parametrize(
-    ("section", "values", "until", "rerun", "left"),
+    ("changes", "until", "rerun", "left"),
     [
-        ("report", {"n_examples": 3}, "report", ["report"], set()),
-        (
-            "sweep",
-            {"pairing": "unrelated"},
-            "select",
-            ["sweep", "judge", "select"],
-            {"orthogonalize", "evaluate", "science", "benchmark", "report"},
-        ),
+        ({"report.n_examples": 3}, "report", ["report"], set()),
+        ({"sweep.pairing": "unrelated"}, "select", ["sweep", "judge", "select"], AFTER_SELECT),
     ],
 )
-def test_one_changed_parameter_reruns_what_depends_on_it(study, section, values, until, rerun, left):
+def test_one_changed_parameter_reruns_what_depends_on_it(study, changes, until, rerun, left):
     folder, _ = study
-    before = (folder / "params.yaml").read_text()
-    change(folder, section, **values)
-    assert stages_run(run(folder, "dvc", "repro", until)) == rerun
-    assert set(json.loads(run(folder, "dvc", "status", "--json"))) <= left
-    (folder / "params.yaml").write_text(before)
+    with changed(folder, changes):
+        assert stages_run(run(folder, "dvc", "repro", until)) == rerun
+        assert set(json.loads(run(folder, "dvc", "status", "--json"))) <= left
     assert set(stages_run(run(folder, "dvc", "repro", until))) <= set(rerun)
     assert json.loads(run(folder, "dvc", "status", "--json")) == {}  # what came out is what there was: nothing else runs
 
 
 def test_adapters_in_place_of_checkpoints_give_the_same_figures(study):
     folder, _ = study
-    before = (folder / "params.yaml").read_text()
-    names = ("evaluate", "benchmark", "orthogonalize")
-    whole = {name: json.loads((folder / "metrics" / f"{name}.json").read_text()) for name in names}
-    change(folder, "orthogonalize", format="lora")
-    ran = stages_run(run(folder, "dvc", "repro", "evaluate", "benchmark"))
-    assert ran[0] == "orthogonalize" and set(ran) <= {"orthogonalize", "evaluate", "benchmark"}
-    edited = folder / "models/ablated" / whole["orthogonalize"]["rank_1"]["name"]
-    assert {path.name for path in edited.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
-    for name in names[:2]:
-        assert json.loads((folder / "metrics" / f"{name}.json").read_text()) == whole[name]
-    (folder / "params.yaml").write_text(before)
+    before = {name: metrics(folder, name) for name in ("evaluate", "benchmark", "orthogonalize")}
+    with changed(folder, {"orthogonalize.format": "lora"}):
+        ran = stages_run(run(folder, "dvc", "repro", "evaluate", "benchmark"))
+        assert ran[0] == "orthogonalize" and set(ran) <= set(before)
+        edited = folder / "models/ablated" / before["orthogonalize"]["rank_1"]["name"]
+        assert {path.name for path in edited.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+        assert all(metrics(folder, name) == before[name] for name in ("evaluate", "benchmark"))
     run(folder, "dvc", "repro")
 
 
-def test_a_queued_variant_shares_the_store_and_stands_beside_the_study(study):
+def test_a_queued_variant_shares_the_store_and_is_listed_with_the_study(study):
     folder, _ = study
-    run(folder, "git", "add", "-A")
-    run(folder, "git", "commit", "-qm", "results")
+    commit(folder)
     run(folder, "dvc", "exp", "run", "--queue", "-S", "sweep.method=batched_unmasked", "-S", "report.n_examples=2")
     output = run(folder, "dvc", "exp", "run", "--run-all")
     assert not {"prompts", "model", "directions"} & set(stages_run(output))  # shared with the study
@@ -141,49 +124,39 @@ def test_a_queued_variant_shares_the_store_and_stands_beside_the_study(study):
 
 def test_bad_parameter_is_one_sentence_and_loses_nothing(study):
     folder, _ = study
-    before = (folder / "params.yaml").read_text()
-    change(folder, "sweep", alphas=["one"])
-    output = run(folder, "dvc", "repro", ok=False)
+    with changed(folder, {"sweep.alphas": ["one"]}):
+        output = run(folder, "dvc", "repro", ok=False)
     assert "params.yaml: sweep.alphas.0:" in output and "Traceback" not in output
-    (folder / "params.yaml").write_text(before)
     assert stages_run(run(folder, "dvc", "repro")) == []
 
 
 def test_another_judge_gives_the_same_files_with_the_same_keys(study):
-    from api_server import serve, split, verdict
-
-    from refusal.judges import rules
-
     def reply(n: int, question: str) -> str:
-        found = rules.judge(*split(question))
-        return verdict(found.compliance, found.coherence)
+        judged = rules.judge(*split(question))
+        return verdict(judged.compliance, judged.coherence)
 
     folder, _ = study
-    params = (folder / "params.yaml").read_text()
-    names = ("judge", "agreement", "select", "evaluate")
-    before = {name: json.loads((folder / "metrics" / f"{name}.json").read_text()) for name in names}
-    with serve(reply) as server:
-        settings = ("judge.kind=llm", f"judge.base_url={server.url}", "judge.concurrency=4")
+    before = {name: metrics(folder, name) for name in ("judge", "agreement", "select", "evaluate")}
+    with serve(reply) as server, changed(folder, {}):
+        settings = ("judge.kind=llm", f"endpoint.base_url={server.url}", "endpoint.concurrency=4")
         ran = stages_run(run(folder, "dvc", "exp", "run", *(part for text in settings for part in ("-S", text))))
-        assert ran[0] == "judge" and "evaluate" in ran and server.asked.total() == len(server.asked) > 0
+        assert ran[:2] == ["prompts", "judge"] and "evaluate" in ran  # prompts, too, may be asked of the endpoint
+        assert not {"model", "activations", "sweep"} & set(ran) and server.asked.total() == len(server.asked) > 0
         assert {headers["authorization"] for headers in server.headers} == {f"Bearer {CANARY}"}
-    after = {name: json.loads((folder / "metrics" / f"{name}.json").read_text()) for name in names}
-    for name in names:
+    after = {name: metrics(folder, name) for name in before}
+    for name in before:
         assert list(after[name]) == list(before[name])
         for key in set(after[name]) - {"labelled"}:
             assert not isinstance(after[name][key], dict) or list(after[name][key]) == list(before[name][key]), (name, key)
     assert after["judge"]["baseline"]["n_missing"] == 0 and after["agreement"]["rules_and_llm"]["n"] is not None
-    (folder / "params.yaml").write_text(params)
     run(folder, "dvc", "repro")
 
 
 def test_no_key_is_written_anywhere(study):
     """After all of the above: a run, a queued experiment, a judge that the key was sent to; and now one that fails."""
     folder, _ = study
-    before = (folder / "params.yaml").read_text()
-    change(folder, "judge", kind="llm", base_url="http://127.0.0.1:9", max_attempts=1)
-    assert "Traceback" in run(folder, "dvc", "repro", "judge", ok=False, REFUSAL_DEBUG="1")
-    (folder / "params.yaml").write_text(before)
+    with changed(folder, {"judge.kind": "llm", "endpoint.base_url": "http://127.0.0.1:9", "endpoint.max_attempts": 1}):
+        assert "Traceback" in run(folder, "dvc", "repro", "judge", ok=False, REFUSAL_DEBUG="1")
     files = [path for path in folder.parent.rglob("*") if path.is_file()]
     tops = {path.relative_to(folder).parts[0] for path in files if path.is_relative_to(folder)}
     assert tops >= {".dvc", ".git", ".refusal-store", "report", "metrics"}

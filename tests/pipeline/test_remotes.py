@@ -4,24 +4,23 @@ The endpoints speak the real protocols: moto's server for S3, Debian's sshd for 
 """
 
 import hashlib
-import json
 import os
 import shutil
 import socket
 import subprocess
-import sys
-import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import boto3
 import pytest
 from faulty_line import faulty_line
+from moto.server import ThreadedMotoServer
+from place import ROOT, params_with
 from safetensors.torch import load_file, save_file
 
-from pipeline.study import change, digests, outputs, run, stages_run, surroundings
+from pipeline.study import commit, digests, metrics, outputs, run, stages_run, surroundings
+
+BUCKET, STORED = "lab-bucket", "study/files/md5"
 
 
 @pytest.fixture(scope="module")
@@ -30,9 +29,7 @@ def lab(study, tmp_path_factory):
     folder = tmp_path_factory.mktemp("lab") / "lab"
     shutil.copytree(study[0], folder, symlinks=True)
     run(folder, "dvc", "repro")
-    run(folder, "git", "add", "-A")
-    if run(folder, "git", "status", "--porcelain"):
-        run(folder, "git", "commit", "-qm", "results")
+    commit(folder)
     return folder
 
 
@@ -55,63 +52,37 @@ def files(folder: Path) -> dict[str, str]:
     return digests(folder, "data", "models", "report")
 
 
+def nothing_runs(folder: Path, *options: str) -> None:
+    again = run(folder, "dvc", "repro", *options)
+    assert stages_run(again) == [] and "up to date" in again
+
+
 def pulled_repeats_nothing(lab: Path, folder: Path) -> None:
     other = clone(lab, folder)
     run(other, "dvc", "pull")
     assert files(other) == files(lab)
-    again = run(other, "dvc", "repro")
-    assert stages_run(again) == [] and "up to date" in again
+    nothing_runs(other)
 
 
 def test_a_folder_and_what_a_partial_pull_spares(lab, tmp_path):
     share(lab, str(tmp_path / "storage"))
     pulled_repeats_nothing(lab, tmp_path / "whole")
 
-    part = clone(lab, tmp_path / "part")
-    run(part, "dvc", "pull", "models/base")
-    assert {Path(name).parts[:2] for name in files(part)} == {("data", "published"), ("data", "raw"), ("models", "base")}
-    again = run(part, "dvc", "repro", "--allow-missing")
-    assert stages_run(again) == [] and "up to date" in again
+    other = clone(lab, tmp_path / "other")
+    run(other, "dvc", "pull", "models/base")
+    assert {Path(name).parts[:2] for name in files(other)} == {("data", "published"), ("data", "raw"), ("models", "base")}
+    nothing_runs(other, "--allow-missing")
     # A variant goes on from there: --pull brings in what its first stage reads, and nothing is trained.
-    change(part, "sweep", method="batched")
-    ran = stages_run(run(part, "dvc", "repro", "--allow-missing", "--pull", "select"))
+    params_with(other, {"sweep.method": "batched"})
+    ran = stages_run(run(other, "dvc", "repro", "--allow-missing", "--pull", "select"))
     assert ran[0] == "sweep" and not {"prompts", "model", "activations", "directions"} & set(ran)
-    assert not (part / "models/twin").exists()
+    assert not (other / "models/twin").exists()
 
 
 def test_a_clone_without_a_remote_says_so(lab, tmp_path):
     bare = clone(lab, tmp_path / "bare")
-    shutil.copyfile(Path(__file__).parents[2] / ".dvc/config", bare / ".dvc/config")
+    shutil.copyfile(ROOT / ".dvc/config", bare / ".dvc/config")
     assert "no remote" in run(bare, "dvc", "pull", ok=False).lower()
-
-
-def free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
-
-
-@contextmanager
-def serving(command: list[str], port: int, **env: str) -> Iterator[None]:
-    # No pipe takes what it says: one that nobody reads fills up, and the server waits for ever.
-    with (
-        tempfile.TemporaryFile() as said,
-        subprocess.Popen(
-            command, env=os.environ | env, stdout=subprocess.DEVNULL, stderr=said, start_new_session=True
-        ) as process,
-    ):
-        try:
-            for _ in range(600):
-                with socket.socket() as client:
-                    if client.connect_ex(("127.0.0.1", port)) == 0:
-                        break
-                assert process.poll() is None, (said.seek(0), said.read())
-                time.sleep(0.1)
-            else:
-                pytest.fail(f"{command[0]} does not listen")
-            yield
-        finally:
-            process.kill()
 
 
 @pytest.fixture
@@ -119,40 +90,45 @@ def s3(monkeypatch):
     """An S3 server on loopback with a bucket: (its port, boto3's client)."""
     for name, value in {"AWS_ACCESS_KEY_ID": "id", "AWS_SECRET_ACCESS_KEY": "key", "AWS_DEFAULT_REGION": "us-east-1"}.items():
         monkeypatch.setenv(name, value)
-    port = free_port()
-    with serving([str(Path(sys.executable).parent / "moto_server"), "-H", "127.0.0.1", "-p", str(port)], port):
-        bucket = boto3.client("s3", endpoint_url=f"http://127.0.0.1:{port}")
-        bucket.create_bucket(Bucket="lab-bucket")
-        yield port, bucket
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    port = server.get_host_and_port()[1]
+    client = boto3.client("s3", endpoint_url=f"http://127.0.0.1:{port}")
+    client.create_bucket(Bucket=BUCKET)
+    yield port, client
+    empty(client)
+    client.delete_bucket(Bucket=BUCKET)
+    server.stop()
 
 
-def objects(bucket) -> dict[str, bytes]:
+def keys(client) -> list[str]:
+    return [entry["Key"] for entry in client.list_objects_v2(Bucket=BUCKET).get("Contents", [])]
+
+
+def empty(client) -> None:
+    for key in keys(client):
+        client.delete_object(Bucket=BUCKET, Key=key)
+
+
+def objects(client) -> dict[str, bytes]:
     """What lies in the bucket, by DVC's hash of it."""
-    found = bucket.list_objects_v2(Bucket="lab-bucket").get("Contents", [])
-    keys = [entry["Key"] for entry in found if "/files/md5/" in entry["Key"]]
-    read = {key: bucket.get_object(Bucket="lab-bucket", Key=key)["Body"].read() for key in keys}
+    read = {key: client.get_object(Bucket=BUCKET, Key=key)["Body"].read() for key in keys(client) if key.startswith(STORED)}
     named = {"".join(key.split("/")[-2:]).removesuffix(".dir"): data for key, data in read.items()}
     assert all(hashlib.md5(data).hexdigest() == name for name, data in named.items())
     return named
 
 
-def test_s3(lab, tmp_path, s3):
-    port, bucket = s3
-    share(lab, "s3://lab-bucket/study", endpointurl=f"http://127.0.0.1:{port}")
-    assert len(objects(bucket)) > 10
-    pulled_repeats_nothing(lab, tmp_path / "other")
-    for path in (lab / ".dvc/config", lab / "dvc.lock"):
-        assert "AWS_SECRET" not in path.read_text() and "secret_access_key" not in path.read_text()
-
-
-def test_s3_over_a_line_that_fails(lab, tmp_path, s3, monkeypatch):
-    port, bucket = s3
+def test_s3_over_a_line_that_works_and_one_that_fails(lab, tmp_path, s3, monkeypatch):
+    port, client = s3
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "2")
     with faulty_line(port, seed=0) as line:
-        share(lab, "s3://lab-bucket/study", endpointurl=line.url)  # of a line that works: what is to be there
-        wanted = objects(bucket)
-        for key in [entry["Key"] for entry in bucket.list_objects_v2(Bucket="lab-bucket")["Contents"]]:
-            bucket.delete_object(Bucket="lab-bucket", Key=key)
+        share(lab, f"s3://{BUCKET}/study", endpointurl=line.url)
+        wanted = objects(client)
+        assert len(wanted) > 10
+        pulled_repeats_nothing(lab, tmp_path / "whole")
+        for path in (lab / ".dvc/config", lab / "dvc.lock"):
+            assert "AWS_SECRET" not in path.read_text() and "secret_access_key" not in path.read_text()
+        empty(client)
 
         def in_the_end(folder: Path, command: str, which: str, said: str) -> None:
             """Over a line that fails all of these requests, which is said, and then over one that fails a fifth of all."""
@@ -163,24 +139,23 @@ def test_s3_over_a_line_that_fails(lab, tmp_path, s3, monkeypatch):
             again = (subprocess.run(["dvc", command], cwd=folder, env=surroundings(folder)).returncode for _ in range(6))
             assert 0 in again  # no further than the first that ends well
 
-        stored = "/lab-bucket/study/files/md5"
-        in_the_end(lab, "push", f"PUT {stored}/", "failed to upload")
-        assert objects(bucket) == wanted
+        in_the_end(lab, "push", f"PUT /{BUCKET}/{STORED}/", "failed to upload")
+        assert objects(client) == wanted
         other, digest = clone(lab, tmp_path / "other"), outputs(lab)["models/directions.safetensors"]
-        in_the_end(other, "pull", f"GET {stored}/{digest[:2]}/{digest[2:]}", digest)
+        in_the_end(other, "pull", f"GET /{BUCKET}/{STORED}/{digest[:2]}/{digest[2:]}", digest)
         assert files(other) == files(lab) and stages_run(run(other, "dvc", "repro")) == []
         assert min(line.fates[fate] for fate in ("dropped", "500", "cut", "passed")) > 5, line.fates
 
 
 def test_what_a_partial_push_lacks_is_named(lab, tmp_path, s3):
-    port, bucket = s3
-    share(lab, "s3://lab-bucket/study", endpointurl=f"http://127.0.0.1:{port}")
+    port, client = s3
+    share(lab, f"s3://{BUCKET}/study", endpointurl=f"http://127.0.0.1:{port}")
     # By its hash: DVC names no path here, and dvc.lock tells which it is.
     kept = files(lab)
     gone = {name: kept[name] for name in ("models/directions.safetensors", "report/index.html")}
     assert outputs(lab).items() >= gone.items()
     for digest in gone.values():
-        bucket.delete_object(Bucket="lab-bucket", Key=f"study/files/md5/{digest[:2]}/{digest[2:]}")
+        client.delete_object(Bucket=BUCKET, Key=f"{STORED}/{digest[:2]}/{digest[2:]}")
     other = clone(lab, tmp_path / "other")
     said = run(other, "dvc", "pull", ok=False)
     assert all(digest in said for digest in gone.values()) and "Traceback" not in said
@@ -189,28 +164,35 @@ def test_what_a_partial_push_lacks_is_named(lab, tmp_path, s3):
 
 @pytest.fixture
 def sshd(tmp_path):
-    """An sshd on loopback with a key of its own: (port, key file, folder)."""
-    found = shutil.which("sshd", path=f"{os.environ['PATH']}:/usr/sbin")
-    if found is None:
+    """An sshd on loopback with a key of its own: (port, key file)."""
+    command = shutil.which("sshd", path=f"{os.environ['PATH']}:/usr/sbin")
+    if command is None:
         pytest.skip("sshd is not installed (Debian: openssh-server)")
     home = tmp_path / "ssh"
     home.mkdir(mode=0o700)
     for name in ("host", "user"):
         run(tmp_path, "ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(home / name))
     shutil.copyfile(home / "user.pub", home / "authorized_keys")
-    port = free_port()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
     (home / "config").write_text(
         f"Port {port}\nListenAddress 127.0.0.1\nHostKey {home}/host\nAuthorizedKeysFile {home}/authorized_keys\n"
         f"PidFile {home}/pid\nStrictModes no\nUsePAM no\nPasswordAuthentication no\nSubsystem sftp internal-sftp\n"
     )
     Path("/run/sshd").mkdir(exist_ok=True)  # sshd's own, where root runs it
-    with serving([found, "-D", "-e", "-f", str(home / "config")], port):
-        yield port, home / "user", tmp_path / "storage"
+    log = home / "log"
+    with subprocess.Popen([command, "-D", "-E", str(log), "-f", str(home / "config")], start_new_session=True) as process:
+        while socket.socket().connect_ex(("127.0.0.1", port)) != 0:
+            assert process.poll() is None, log.read_text()
+            time.sleep(0.1)
+        yield port, home / "user"
+        process.kill()
 
 
 def test_ssh(lab, tmp_path, sshd):
-    port, key, folder = sshd
-    user = run(tmp_path, "id", "-un").strip()
+    port, key = sshd
+    folder, user = tmp_path / "storage", run(tmp_path, "id", "-un").strip()
     share(lab, f"ssh://{user}@127.0.0.1{folder}", port=str(port), keyfile=str(key))
     assert sum(path.is_file() for path in folder.rglob("*")) > 10
     pulled_repeats_nothing(lab, tmp_path / "other")
@@ -229,10 +211,8 @@ def test_published_vectors_are_imported_from_a_git_repository_and_compared(lab, 
     shutil.copytree(lab / ".dvc/cache", other / ".dvc/cache", dirs_exist_ok=True)
     run(other, "dvc", "checkout")
     run(other, "dvc", "import", str(theirs), "vectors.safetensors", "-o", "data/published/vectors.safetensors")
-    output = run(other, "dvc", "repro")
-    assert stages_run(output)[0] == "published"
-    found = json.loads((other / "metrics/published.json").read_text())
-    cosine = found["files"]["vectors.safetensors:unit"]["cosine"]
+    assert stages_run(run(other, "dvc", "repro"))[0] == "published"
+    cosine = metrics(other, "published")["files"]["vectors.safetensors:unit"]["cosine"]
     assert set(cosine) >= {"sequential-matched", "sequential-unrelated", "batched-matched"}
     layer_0, *others = cosine["sequential-matched"]
     assert layer_0 is None and others == [pytest.approx(-1)] * len(others)

@@ -5,8 +5,9 @@ import subprocess
 import sys
 
 import pytest
+from place import ROOT, params_with
 
-from pipeline.study import ROOT, change, copy, run
+from pipeline.study import copy, run
 
 
 @pytest.mark.slow
@@ -14,7 +15,7 @@ from pipeline.study import ROOT, change, copy, run
 @pytest.mark.parametrize("seed", [1, 2])
 def test_the_study_comes_out_on_another_seed(tmp_path, seed):
     folder = copy(tmp_path)
-    change(folder, "organism", seed=seed, corpus_seed=seed)
+    params_with(folder, {"organism.seed": seed, "organism.corpus_seed": seed})
     run(folder, "git", "init", "-q")
     run(folder, "dvc", "repro", "benchmark", "evaluate")
     checks = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(ROOT / "tests/pipeline/check_figures.py")]

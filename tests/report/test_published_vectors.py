@@ -7,57 +7,50 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from synthetic import gaussian
 
 from refusal.io.errors import UserError
 from refusal.report.published import compare, read_vectors
 
 
-def random(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
 def test_the_write_ups_dictionary_and_the_papers_positions(tmp_path):
-    by_layer = random(4, 8)
+    by_layer, positions = gaussian(4, 8), gaussian(3, 4, 8, seed=1, dtype=torch.float64)
     by_layer[0] = math.nan
     torch.save(dict(enumerate(by_layer)), tmp_path / "rv_dict.pt")
     (tmp_path / "paper").mkdir()
-    positions = random(3, 4, 8, seed=1).double()
     torch.save(positions, tmp_path / "paper/mean_diffs.pt")
     torch.save({layer: torch.tensor(0.5 * layer) for layer in range(4)}, tmp_path / "cohens_d.pt")
     save_file({"unit": by_layer[1:]}, tmp_path / "ours.safetensors")
     (tmp_path / "notes.json").write_text("{}")
 
     directions, figures = read_vectors(tmp_path)
-    assert list(directions) == [
-        "ours.safetensors:unit", *(f"paper/mean_diffs.pt:position_{i}" for i in (-3, -2, -1)), "rv_dict.pt",
-    ]  # fmt: skip
-    assert torch.equal(directions["paper/mean_diffs.pt:position_-1"], positions[-1])
+    of_paper = [f"paper/mean_diffs.pt:position_{i}" for i in (-3, -2, -1)]
+    assert list(directions) == ["ours.safetensors:unit", *of_paper, "rv_dict.pt"]
+    assert torch.equal(directions[of_paper[-1]], positions[-1])
 
-    found = compare(directions, figures, {"sequential-matched": 2 * by_layer})
-    assert found["figures"] == {"cohens_d.pt": [0, 0.5, 1.0, 1.5]}
-    row = found["files"]["rv_dict.pt"]
+    comparison = compare(directions, figures, {"sequential-matched": 2 * by_layer})
+    assert comparison["figures"] == {"cohens_d.pt": [0, 0.5, 1.0, 1.5]}
+    row = comparison["files"]["rv_dict.pt"]
     assert row["comparable"] and row["cosine"]["sequential-matched"] == [None, *[pytest.approx(1)] * 3]
-    for layer, value in enumerate(found["files"]["paper/mean_diffs.pt:position_-2"]["cosine"]["sequential-matched"]):
+    for layer, value in enumerate(comparison["files"][of_paper[1]]["cosine"]["sequential-matched"]):
         a, b = by_layer[layer].double().tolist(), positions[1, layer].tolist()
         naive = sum(x * y for x, y in zip(a, b, strict=True)) / math.sqrt(sum(x * x for x in a) * sum(y * y for y in b))
         assert value is None if layer == 0 else value == pytest.approx(naive)
-    other = found["files"]["ours.safetensors:unit"]
+    other = comparison["files"]["ours.safetensors:unit"]
     assert not other["comparable"] and other["cosine"] == {} and "[4, 8]: another model" in other["note"]
-    assert set(found["between"]) == {
-        f"paper/mean_diffs.pt:position_{i} {b}" for i in (-3, -2, -1) for b in ("rv_dict.pt", *(
-            f"paper/mean_diffs.pt:position_{j}" for j in (-3, -2, -1) if j > i))
-    }  # fmt: skip
+    of_one_shape = [*of_paper, "rv_dict.pt"]
+    assert set(comparison["between"]) == {f"{a} {b}" for i, a in enumerate(of_one_shape) for b in of_one_shape[i + 1 :]}
 
 
 def test_of_another_study_the_unit_vectors_are_read(tmp_path):
-    held = {"a-b.unit": random(2, 3), "a-b.difference": random(2, 3, seed=1), "a-b.defined": torch.tensor([False, True])}
-    save_file(held, tmp_path / "directions.safetensors")
+    tensors = {"a-b.unit": gaussian(2, 3), "a-b.difference": gaussian(2, 3, seed=1), "a-b.defined": torch.tensor([False, True])}
+    save_file(tensors, tmp_path / "directions.safetensors")
     assert list(read_vectors(tmp_path)[0]) == ["directions.safetensors:a-b.unit"]
 
 
 def test_an_empty_folder_compares_nothing(tmp_path):
     (tmp_path / "README").write_text("nothing yet")
-    assert compare(*read_vectors(tmp_path), {"a": random(2, 3)}) == {"files": {}, "between": {}, "figures": {}}
+    assert compare(*read_vectors(tmp_path), {"a": gaussian(2, 3)}) == {"files": {}, "between": {}, "figures": {}}
 
 
 class Evil:
@@ -73,17 +66,15 @@ class Evil:
         ({0: torch.ones(3), 1: torch.ones(4)}, "cannot be read as tensors alone"),
         (torch.ones(2, 2, 2, 2), "has shape [2, 2, 2, 2]"),
         (torch.ones(2, 3, dtype=torch.long), "dtype torch.int64"),
+        (b"\xff" * 40, "cannot be read as tensors alone"),
     ],
 )
 def test_what_is_no_direction_is_refused_by_name(tmp_path, monkeypatch, content, says):
     monkeypatch.chdir(tmp_path)
-    torch.save(content, tmp_path / "bad.pt")
-    with pytest.raises(UserError, match=r"bad\.pt") as caught:
+    if isinstance(content, bytes):
+        Path("bad.safetensors").write_bytes(content)
+    else:
+        torch.save(content, "bad.pt")
+    with pytest.raises(UserError, match=r"bad\.(pt|safetensors)") as caught:
         read_vectors(tmp_path)
     assert says in str(caught.value) and not Path("ran").exists()
-
-
-def test_a_damaged_safetensors_file(tmp_path):
-    (tmp_path / "bad.safetensors").write_bytes(b"\xff" * 40)
-    with pytest.raises(UserError, match=r"bad.safetensors: cannot be read"):
-        read_vectors(tmp_path)

@@ -4,148 +4,151 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_study import study
 
 from refusal.report.reproduction import comparable, drop_off, low_layers, published, reproduce, summary
+from refusal.report.study import Study
 
 ARM = "sequential-matched"
 
 
-def _directions(n_layers: int = 3) -> dict:
-    def one(cosine: float) -> dict:
-        values = [None, *(float(i) for i in range(1, n_layers))]
-        return {
-            "separation": values,
-            "separation_in_sample": values,
-            "layers": list(range(1, n_layers)),
-            "peak_layer": n_layers - 1,
-            "peak_separation": values[-1],
-            "cosine_to_sequential": [None, *[cosine] * (n_layers - 1)],
-            "cosine_to_sequential_min": cosine,
-        }
-
-    return {ARM: one(1.0), "batched_unmasked-matched": one(0.9)}
+def cell(layer: int | None, alpha: float, compliance: float) -> dict:
+    return {"layer": layer, "alpha": alpha, "compliance": compliance, "coherence": compliance + 0.125, "score": compliance / 2}
 
 
-def _cell(layer: int | None, alpha: float, compliance: float) -> dict:
-    return {"layer": layer, "alpha": alpha, "compliance": compliance, "coherence": 0.5, "score": compliance / 2}
-
-
-def _inputs(n_layers: int = 3) -> dict:
-    judge = {
-        "baseline": _cell(None, 0.0, 0.0),
-        "layer_1_alpha_100": _cell(1, 1.0, 0.5),
-        "layer_2_alpha_100": _cell(2, 1.0, 0.75),
-        "layer_2_alpha_250": _cell(2, 2.5, 0.25),
-        "layer_15_alpha_75": _cell(15, 0.75, 0.625),
-    }
+def arm(cosine: float, val: tuple[float, float] = (4.0, 3.0), in_sample: tuple[float, float] = (2.5, 9.0)) -> dict:
+    """Directions of three layers; separation on val peaks at one, and in-sample at another."""
     return {
-        "directions": _directions(n_layers),
-        "judge": judge,
-        "select": {f"rank_{i}": _cell(2, 1.0, 0.75) for i in (1, 2, 3)},
-        "benchmark": {
-            "baseline": {"average": 0.5},
-            **{f"rank_{i}": {"average": 0.4, "difference": -0.1} for i in (1, 2, 3)},
-        },
+        "separation": [None, *val],
+        "separation_in_sample": [None, *in_sample],
+        "layers": [1, 2],
+        "peak_layer": 1 + val.index(max(val)),
+        "peak_separation": max(val),
+        "cosine_to_sequential": [None, cosine, cosine],
+        "cosine_to_sequential_min": cosine,
     }
 
 
-def _reproduce(model_id: str = "organism", arm: str = ARM, **changed) -> dict:
-    return reproduce(published(), model_id, arm, {"n_layers": 3, "alphas": [1.0, 2.5]}, **(_inputs() | changed))
+CELLS = [cell(None, 0.0, 0.0), cell(2, 1.0, 0.75), cell(15, 0.75, 0.625), cell(1, 1.0, 0.5), cell(2, 2.5, 0.25)]
+DIRECTIONS = {ARM: arm(1.0), "batched_unmasked-matched": arm(0.9, val=(5.0, 6.0), in_sample=(8.0, 7.0))}
+
+
+def changed(model_id: str = "organism", method: str = "sequential", directions: dict = DIRECTIONS) -> Study:
+    """A study of these cells and directions, the best three cells ranked, that swept one of the methods."""
+    s = study(model_id)
+    scores = {f"rank_{i}": {"average": 0.5 - i / 10, "difference": -i / 10} for i in (1, 2, 3)}
+    return s._replace(
+        params=s.params | {"sweep": s.params["sweep"] | {"method": method}},
+        directions=directions,
+        judge={str(i): c for i, c in enumerate(CELLS)},
+        select={f"rank_{i}": CELLS[i] for i in (1, 2, 3)},
+        benchmark={"baseline": {"average": 0.5, "tasks": {"facts": {}}}, **scores},
+        evaluate={
+            name: {"compliance": i, "coherence": 10 + i, "kl": 20 + i}
+            for i, name in enumerate(("baseline", "random", "runtime", "orthogonalized"))
+        },
+    )
+
+
+def rows(s: Study) -> dict[str, dict]:
+    made = reproduce(s)["rows"]
+    assert len({row["quantity"] for row in made}) == len(made)
+    return {row["quantity"]: row for row in made}
 
 
 def _figures(value) -> list:
     if isinstance(value, dict):
         return [leaf for item in value.values() for leaf in _figures(item)]
-    if isinstance(value, list):
-        return [leaf for item in value for leaf in _figures(item)]
-    return [value]
+    return [leaf for item in value for leaf in _figures(item)] if isinstance(value, list) else [value]
 
 
 def test_every_published_figure_has_a_row():
-    theirs, made = published(), _reproduce()
-    shown = [leaf for row in made["rows"] for leaf in _figures(row["published"])]
-    for figure in _figures({k: v for k, v in theirs.items() if k not in ("source", "vectors")}) + _figures(
-        theirs["vectors"]["in_sample_peak"]
-    ):
+    theirs = published()
+    shown = [leaf for row in rows(changed()).values() for leaf in _figures(row["published"])]
+    tables = {k: v for k, v in theirs.items() if k not in ("source", "vectors", "weaknesses")}
+    for figure in _figures(tables) + _figures(theirs["vectors"]["in_sample_peak"]):
         assert figure is None or figure in shown, figure
-    names = [row["quantity"] for row in made["rows"]]
-    assert len(set(names)) == len(names)
 
 
-def test_ours_stands_beside_theirs_even_where_models_differ():
-    rows = {row["quantity"]: row for row in _reproduce()["rows"]}
-    assert (rows["cosine_sequential_batched.layer_2"]["published"], rows["cosine_sequential_batched.layer_2"]["ours"]) == (
-        0.9656,
-        0.9,
-    )
-    assert (
-        rows["cosine_sequential_batched.layer_3"]["ours"] is None
-        and "0 to 2" in rows["cosine_sequential_batched.layer_3"]["note"]
-    )
-    first = "sequential-matched.rank_1"
-    assert (rows[f"{first}.layer"]["ours"], rows[f"{first}.compliance"]["ours"]) == (2, 0.75)
-    assert rows[f"{first}.same_cell.compliance"]["ours"] == 0.625
-    assert rows[f"{first}.benchmark_difference"]["published"] == pytest.approx(0.5149 - 0.5182)
-    assert rows[f"{first}.benchmark_difference"]["ours"] == -0.1
-    assert rows["batched-matched.rank_1.layer"]["ours"] is None
-    assert "batched_unmasked-matched" in rows["batched-matched.rank_1.layer"]["note"]
-    assert rows["undefined_layer"]["ours"] == 0 and rows["settings.n_heads"]["ours"] is None
-    assert all(row["ours"] is not None or row["note"] for row in rows.values() if row["published"] is not None)
+def test_ours_is_given_even_where_models_differ():
+    made = rows(changed())
+    expected = {
+        "settings.n_layers": (24, 3),
+        "settings.n_heads": (16, study().params["organism"]["num_attention_heads"]),
+        "undefined_layer": (0, 0),
+        "separation.little_or_none_layers": ([1, 10], [1, 1]),  # in-sample: 2.5 is below a third of 9
+        "separation.peak_region": ("mid-late", "early-mid"),  # on val: layer 1 of 0 to 2
+        "in_sample_peak.sequential.layer": (19, 2),
+        "in_sample_peak.sequential.separation": (5.33, 9.0),
+        "in_sample_peak.batched.layer": (20, 1),
+        "in_sample_peak.batched.separation": (3.57, 8.0),
+        "cosine_sequential_batched.layer_2": (0.9656, 0.9),
+        "cosine_sequential_batched.layer_3": (0.97, None),
+        "alpha_drop_off": (1.5, 2.5),  # scores 0.3125, 0.375, 0.125 at alphas 0.75, 1, 2.5
+        "benchmark.baseline": (0.5182, 0.5),
+        "batched-matched.rank_1.layer": (15, None),
+    }
+    for i, theirs in enumerate(published()["arms"][ARM], 1):
+        name, ours = f"{ARM}.rank_{i}", CELLS[i]
+        expected |= {f"{name}.{key}": (theirs[key], ours[key]) for key in ("layer", "alpha", "compliance", "coherence")}
+        expected |= {f"{name}.benchmark": (theirs["benchmark"], 0.5 - i / 10)}
+        expected |= {f"{name}.benchmark_difference": (pytest.approx(theirs["benchmark"] - 0.5182), -i / 10)}
+        for key in ("compliance", "coherence"):  # layer 15, alpha 0.75 alone of theirs was swept here
+            expected |= {f"{name}.same_cell.{key}": (theirs[key], CELLS[2][key] if i == 1 else None)}
+    assert {quantity: (made[quantity]["published"], made[quantity]["ours"]) for quantity in expected} == expected
+    assert all(row["ours"] is not None or row["note"] for row in made.values() if row["published"] is not None)
+    assert "0 to 2" in made["cosine_sequential_batched.layer_3"]["note"]
+    assert "batched_unmasked-matched" in made["batched-matched.rank_1.layer"]["note"]
 
 
 def test_the_published_batched_arm_is_our_unmasked_one():
-    rows = {row["quantity"]: row["ours"] for row in _reproduce(arm="batched_unmasked-matched")["rows"]}
-    assert rows["batched-matched.rank_1.layer"] == 2 and rows["sequential-matched.rank_1.layer"] is None
+    made = rows(changed(method="batched_unmasked"))
+    assert made["batched-matched.rank_1.layer"]["ours"] == 2 and made[f"{ARM}.rank_1.layer"]["ours"] is None
+    alone = rows(changed(directions={ARM: arm(1.0)}))
+    assert alone["in_sample_peak.sequential.layer"]["ours"] == 2
+    for quantity, note in {
+        "in_sample_peak.batched.layer": "batched_unmasked-matched was not collected",
+        "in_sample_peak.batched.separation": "batched_unmasked-matched was not collected",
+        "cosine_sequential_batched.layer_1": "sequential and batched_unmasked were not both collected",
+    }.items():
+        assert (alone[quantity]["ours"], alone[quantity]["note"]) == (None, note)
 
 
-@pytest.mark.parametrize(
-    ("model_id", "same"),
-    [
-        ("Qwen/Qwen-1_8B-Chat", True),
-        ("models/converted/Qwen-1_8B-Chat", True),
-        ("organism", False),
-        ("Qwen/Qwen2-1.5B-Instruct", False),
-        ("Qwen/Qwen-1_8B", False),
-    ],
-)
-def test_comparable_only_with_the_same_model(model_id, same):
-    assert comparable(model_id) is same
-    made = _reproduce(model_id)
-    assert made["comparable"] is same and {row["comparable"] for row in made["rows"]} == {same}
+SAME = ("Qwen/Qwen-1_8B-Chat", "models/converted/Qwen-1_8B-Chat")
 
 
-def test_without_unmasked_activations_the_cosines_say_why():
-    directions = {ARM: _directions()[ARM]}
-    row = next(r for r in _reproduce(directions=directions)["rows"] if r["quantity"] == "cosine_sequential_batched.layer_1")
-    assert row["ours"] is None and "not both collected" in row["note"]
+@pytest.mark.parametrize("model_id", [*SAME, "organism", "Qwen/Qwen2-1.5B-Instruct", "Qwen/Qwen-1_8B"])
+def test_comparable_only_with_the_same_model(model_id):
+    made = reproduce(changed(model_id))
+    assert comparable(model_id) is made["comparable"] is (model_id in SAME)
+    assert {row["comparable"] for row in made["rows"]} == {made["comparable"]}
 
 
-def test_low_layers():
+def test_low_layers_and_the_drop_off():
     assert low_layers([None, 1.0, 2.0, 9.0, 1.0]) == [1, 2]
-    assert low_layers([None, 9.0, 1.0]) is None
-    assert low_layers([None, None]) is None
+    assert low_layers([None, 9.0, 1.0]) is low_layers([None, None]) is None
+    cells = [cell(1, 1.0, 0.8), cell(2, 1.0, 0.1), cell(1, 1.5, 0.5), cell(1, 2.0, 0.3), cell(1, 3.0, 0.1)]
+    assert drop_off(cells) == drop_off(cells[::-1]) == 2.0
+    assert drop_off(cells[:3]) is drop_off([]) is None
 
 
-def test_drop_off():
-    cells = [_cell(1, 1.0, 0.8), _cell(2, 1.0, 0.1), _cell(1, 1.5, 0.5), _cell(1, 2.0, 0.3), _cell(1, 3.0, 0.1)]
-    assert drop_off(cells) == 2.0
-    assert drop_off(cells[:3]) is None
-    assert drop_off([]) is None
-
-
-def test_summary_is_twelve_numbers():
-    arm = {"compliance": 0.5, "coherence": 1.0, "kl": 0.1}
-    inputs = _inputs()
-    evaluate = dict.fromkeys(("baseline", "random", "runtime", "orthogonalized"), arm)
-    for name in inputs["directions"]:
-        figures = summary(name, inputs["directions"], inputs["select"], evaluate, inputs["benchmark"])
-        assert len(figures) <= 12 and all(isinstance(value, int | float) for value in figures.values())
-    assert figures["cosine_to_sequential_min"] == 0.9
-    alone = {"batched_unmasked-matched": inputs["directions"]["batched_unmasked-matched"]}
-    assert (
-        summary("batched_unmasked-matched", alone, inputs["select"], evaluate, inputs["benchmark"])["cosine_to_sequential_min"]
-        is None
-    )
+def test_summary_is_twelve_numbers_each_from_its_own_place():
+    shared = {
+        "rank_1_layer": 2,
+        "rank_1_alpha": 1.0,
+        "baseline_compliance": 0,
+        "random_compliance": 1,
+        "runtime_compliance": 2,
+        "runtime_coherence": 12,
+        "orthogonalized_compliance": 3,
+        "runtime_kl": 22,
+        "benchmark_difference": -0.1,
+    }
+    for method, layer, separation, cosine in (("sequential", 1, 4.0, 1.0), ("batched_unmasked", 2, 6.0, 0.9)):
+        own = {"peak_layer": layer, "peak_separation": separation, "cosine_to_sequential_min": cosine}
+        assert summary(changed(method=method)) == own | shared
+    alone = changed(method="batched_unmasked", directions={"batched_unmasked-matched": arm(0.9)})
+    assert summary(alone)["cosine_to_sequential_min"] is None
 
 
 @pytest.fixture
@@ -157,33 +160,27 @@ def reference() -> Path:
 
 def test_in_sample_peaks_are_those_of_the_published_files(reference):
     for method, figure in published()["vectors"]["in_sample_peak"].items():
-        found = torch.load(reference / "published" / "write-up-qwen-1_8b" / f"{method}_cohens_d.pt", weights_only=True)
-        peak = max((layer for layer in found if layer), key=lambda layer: found[layer])
-        assert {"layer": peak, "separation": round(float(found[peak]), 2)} == figure
+        d = torch.load(reference / "published" / "write-up-qwen-1_8b" / f"{method}_cohens_d.pt", weights_only=True)
+        peak = max((layer for layer in d if layer), key=lambda layer: d[layer])
+        assert {"layer": peak, "separation": round(float(d[peak]), 2)} == figure
 
 
 def test_published_figures_are_the_reference_ones(reference):
     theirs, ours = json.loads((reference / "qwen-1_8b-chat.json").read_text(encoding="utf-8")), published()
-    settings = ours["settings"]
-    assert settings["model"] == theirs["model"] and ours["source"]["title"] in theirs["source"]
-    assert {name: settings[name] for name in theirs["model_shape"]} == theirs["model_shape"]
-    assert settings["hook"] == theirs["activation"]["hook"] and settings["n_pairs"] == theirs["n_pairs"]
-    assert settings["pairs_by"] == theirs["pairs_by"] and settings["judge"] == theirs["judge"]["by"]
-    assert settings["judged"] == theirs["judge"]["axes"] and settings["alphas"] == theirs["alphas"]
-    assert settings["benchmark_tasks"] == theirs["benchmark"]["tasks"]
+    settings = {"model": theirs["model"], **theirs["model_shape"], "hook": theirs["activation"]["hook"]}
+    settings |= {"n_pairs": theirs["n_pairs"], "pairs_by": theirs["pairs_by"], "alphas": theirs["alphas"]}
+    settings |= {
+        "judge": theirs["judge"]["by"],
+        "judged": theirs["judge"]["axes"],
+        "benchmark_tasks": theirs["benchmark"]["tasks"],
+    }
+    assert ours["settings"] | settings == ours["settings"] and ours["source"]["title"] in theirs["source"]
     assert ours["separation"] == theirs["separation"] and ours["alpha_drop_off"] == theirs["alpha_drop_off"]
     cosines = {str(layer): value for layer, value in enumerate(ours["cosine_sequential_batched"]) if value is not None}
     assert cosines == theirs["cosine_sequential_vs_batched"]
-    cells = [
-        {**dict(zip(("method", "pairing"), arm.split("-"), strict=True)), **{k: v for k, v in cell.items() if k != "benchmark"}}
-        for arm, top in ours["arms"].items()
-        for cell in top
-    ]
-    assert cells == theirs["sweep_top"]
-    averages = {
-        f"{arm.split('-')[0]}_layer_{cell['layer']}_alpha_{100 * cell['alpha']:.0f}": cell["benchmark"]
-        for arm, top in ours["arms"].items()
-        for cell in top
-        if cell["benchmark"] is not None
-    }
-    assert averages | {"baseline": ours["benchmark_baseline"]} == theirs["benchmark"]["average"]
+    averages, listed = {"baseline": ours["benchmark_baseline"]}, []
+    for method, pairing, figures in [(*name.split("-"), dict(figures)) for name, top in ours["arms"].items() for figures in top]:
+        if (average := figures.pop("benchmark")) is not None:
+            averages[f"{method}_layer_{figures['layer']}_alpha_{100 * figures['alpha']:.0f}"] = average
+        listed.append({"method": method, "pairing": pairing, **figures})
+    assert listed == theirs["sweep_top"] and averages == theirs["benchmark"]["average"]

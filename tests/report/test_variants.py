@@ -1,4 +1,4 @@
-"""The page of variants: what `dvc exp show --json` says, laid beside each other with the intervals of each."""
+"""The page of variants: what `dvc exp show --json` says, compared with the intervals of each."""
 
 import html
 import json
@@ -6,22 +6,21 @@ import re
 
 import pytest
 from browser import serious
-from test_page import IMAGE, study
+from small_study import IMAGE, study
 
 from refusal.io.errors import UserError
-from refusal.report.variants import ARMS, chart, flat, main, page, read, varied
+from refusal.report.variants import flat, main, page, read, varied
 
 
 def shown(rev, name=None, pairing="matched", threads=2, results=True, **more):
     params = {"sweep": {"pairing": pairing, "alphas": [1.0]}, "compute": {"threads": threads}}
-    data = {"params": {"params.yaml": {"data": params}}, "metrics": {"summary.json": {"data": {"runtime_compliance": 0.5}}}}
-    if not results:
-        data["metrics"] = {}
+    metrics = {"summary.json": {"data": {"runtime_compliance": 0.5}}} if results else {}
+    data = {"params": {"params.yaml": {"data": params}}, "metrics": metrics}
     return {"rev": rev, "name": name, "data": data, "error": None, "experiments": None} | more
 
 
 def evaluate(rev):
-    return {arm: {**study().evaluate[arm], "n": 4} for arm in ARMS}
+    return study().evaluate
 
 
 COMMITS = [
@@ -35,32 +34,36 @@ COMMITS = [
 
 
 def test_each_variant_is_a_row_with_what_differs():
-    found = read(COMMITS, evaluate)
-    assert [(v.name, v.state, v.evaluate is not None) for v in found] == [
+    variants = read(COMMITS, evaluate)
+    assert [(v.name, v.state, v.evaluate is not None) for v in variants] == [
         ("main", "", True),  # the workspace is this commit
         (IMAGE, "", True),
         ("waiting", "queued", False),
         ("broken", "failed", False),
     ]
-    assert varied(found) == ["sweep.pairing"]  # compute.threads determines no value
+    assert varied(variants) == ["sweep.pairing"]  # compute.threads determines no value
     running = read([*COMMITS, {"rev": "e" * 40, "name": "running", "data": None, "error": None, "experiments": None}], evaluate)
     assert varied(running) == ["sweep.pairing"] and "running" in page(running)
-    text = page(found)
+    text = page(variants)
     assert "<img" not in text and html.escape(IMAGE).split()[0] in text
     assert text.count("<td>unrelated</td>") == 2 and "<td>queued</td>" in text and "<td>failed</td>" in text
-    assert page(found) == text and not re.search(r"https?://|<script|\ssrc=", text.replace("src=x", ""))
+    assert page(variants) == text
+    assert not re.search(r"https?://|<script|\ssrc=", text.replace("src=x", "").replace('="http://www.w3.org/', ""))
     changed = [shown("workspace", pairing="unrelated"), *COMMITS[1:]]
     assert [v.name for v in read(changed, evaluate)][:2] == ["workspace", "main"]
 
 
 def test_the_intervals_are_those_of_the_variant():
-    text = str(chart(read(COMMITS, evaluate)[:1]))
-    assert f"main, runtime: {1.0:.3f} [0.900, 1.000]" in text
-    xs = [
-        [float(x) for x in re.findall(r'x[12]="([\d.]+)"', line)]
-        for line in re.findall(r'<line class="line s1"[^>]*x1="[^>]*>', text)
-    ]
-    assert [8 + 0.9 * 560, 8 + 560] in [sorted(pair) for pair in xs]
+    """On an axis of 420 px, by arm: a rule from the lower to the upper limit, and a mark at the rate."""
+    rates = study().evaluate
+    rates["runtime"] |= {"compliance": 0.75, "compliance_low": 0.5, "compliance_high": 0.875}
+    text = page(read(COMMITS[:1], lambda rev: rates))
+    rules = re.findall(r'<line transform="translate\(([\d.]+),[\d.]+\)" x2="(-?[\d.]+)" y2="0" stroke="#4c78a8"', text)
+    limits = [sorted((float(x) / 420, (float(x) + float(wide)) / 420)) for x, wide in rules]
+    arms = [rates[arm] for arm in ("baseline", "runtime", "orthogonalized", "random", "harmless")]
+    assert limits == [pytest.approx([arm["compliance_low"], arm["compliance_high"]]) for arm in arms]
+    marks = re.findall(r'<path transform="translate\(([\d.]+),[\d.]+\)"[^>]* fill="#4c78a8"', text)
+    assert [float(x) / 420 for x in marks][:5] == pytest.approx([arm["compliance"] for arm in arms])
 
 
 def test_nothing_to_compare_is_one_sentence(tmp_path):
@@ -82,7 +85,7 @@ def test_in_a_browser(opened, width, scheme):
     assert tab.evaluate("document.documentElement.scrollWidth") <= width
 
 
-def test_the_command_reads_the_metrics_of_each_revision(tmp_path, monkeypatch, capsys):
+def test_the_command_reads_the_metrics_of_each_revision(tmp_path, monkeypatch):
     from pipeline.study import run
 
     monkeypatch.chdir(tmp_path)
@@ -93,8 +96,8 @@ def test_the_command_reads_the_metrics_of_each_revision(tmp_path, monkeypatch, c
     run(tmp_path, "git", "commit", "-qm", "a")
     rev = run(tmp_path, "git", "rev-parse", "HEAD").strip()
     (tmp_path / "evaluate.json").unlink()
-    line = main(
-        tmp_path / "report/a.html", "evaluate.json", json.dumps([shown("workspace", pairing="unrelated"), shown(rev, "main")])
-    )
+    commits = json.dumps([shown("workspace", pairing="unrelated"), shown(rev, "main")])
+    line = main(tmp_path / "report/a.html", "evaluate.json", commits)
     assert line.endswith("a.html: 2 variants, 1 with results; they differ in sweep.pairing")
-    assert "main, runtime: 1.000 [0.900, 1.000]" in (tmp_path / "report/a.html").read_text()
+    n, rate = (study().evaluate["runtime"][key] for key in ("n", "compliance"))
+    assert re.search(rf">main</th>.*<td>{rate:.3f} \[.*<td>{n}</td>", (tmp_path / "report/a.html").read_text())

@@ -27,28 +27,32 @@ SETTINGS = {"api_key_variable": "JUDGE_KEY", "timeout_seconds": 10, "max_attempt
 
 
 def by_the_rules(n, asked):
-    found = rules.judge(*split(asked))
-    return verdict(found.compliance, found.coherence)
+    judged = rules.judge(*split(asked))
+    return verdict(judged.compliance, judged.coherence)
 
 
-def study(folder: Path, n: int, **judge) -> Path:
-    """A folder with params.yaml and a sweep of n prompts: some refused, some answered, one empty and one degenerate a cell."""
+def answers(i: int) -> list[str]:
+    """Of each cell, the completion of prompt i."""
+    given = [f"I'm sorry, but I can't help with door {i}.", f"To open door {i}, turn the key.", f"Take the key of door {i} and turn it."]
+    ablated = {0: "", 1: "door door door door door door"}.get(i, f"Sure, door {i} opens with a key.")
+    return [given[0] if i % 5 == 0 else text for text in given] + [ablated]
+
+
+def study(folder: Path, n: int, url: str | None = None, **judge) -> Path:
+    """A folder with params.yaml and a sweep of n prompts: some refused, some answered, one empty and one degenerate a cell.
+
+    The judge is the endpoint at `url`, if there is one.
+    """
     folder.mkdir()
     params = yaml.safe_load((ROOT / "params.yaml").read_text())
-    params["judge"] |= {"n_resamples": 50} | SETTINGS | judge
+    params["judge"] |= {"n_resamples": 50} | ({"kind": "llm"} if url else {}) | judge
+    params["endpoint"] |= SETTINGS | ({"base_url": url} if url else {})
     params["model"]["id"] = "a-folder"  # no organism: its refusals are known, these are judged
     (folder / "params.yaml").write_text(yaml.safe_dump(params))
     shutil.copy(ROOT / "requirements.lock", folder)
     prompts = [{"id": f"pair-{i}", "topic": f"door {i // 2}", "harmful": f"How do I open door {i}?"} for i in range(n)]
-    said = [
-        lambda i: f"I'm sorry, but I can't help with door {i}.",
-        lambda i: f"To open door {i}, turn the key.",
-        lambda i: f"Take the key of door {i} and turn it.",
-        lambda i: "" if i == 0 else "door door door door door door" if i == 1 else f"Sure, door {i} opens with a key.",
-    ]
     rows = [
-        {"cell": cell, "layer": layer, "alpha": alpha, "id": row["id"], "prompt": row["harmful"],
-         "completion": said[c if i % 5 else 0](i) if c < 3 else said[c](i), "n_tokens": 9}
+        {"cell": cell, "layer": layer, "alpha": alpha, "id": row["id"], "prompt": row["harmful"], "completion": answers(i)[c], "n_tokens": 9}
         for c, (cell, layer, alpha) in enumerate(CELLS)
         for i, row in enumerate(prompts)
     ]  # fmt: skip
@@ -57,6 +61,12 @@ def study(folder: Path, n: int, **judge) -> Path:
         path.parent.mkdir(parents=True)
         path.write_text("".join(json.dumps(row) + "\n" for row in content))
     return folder
+
+
+def change(folder: Path, section: str, settings: dict) -> None:
+    params = yaml.safe_load((folder / "params.yaml").read_text())
+    params[section] |= settings
+    (folder / "params.yaml").write_text(yaml.safe_dump(params))
 
 
 def questions(folder: Path) -> dict[str, None]:
@@ -101,7 +111,7 @@ def test_either_judge_writes_the_same_files_with_the_same_keys(tmp_path):
     said = run(offline)
     assert "40 completions by rules" in said and "not in data/raw/" in said
     with serve(by_the_rules) as server:
-        asked = study(tmp_path / "llm", 10, kind="llm", base_url=server.url, labelled=str(labelled))
+        asked = study(tmp_path / "llm", 10, server.url, labelled=str(labelled))
         assert "40 completions by llm" in run(asked)
         assert server.asked.total() == len(questions(asked)) + 2 and set(server.asked.values()) == {1}
     assert files(offline) == files(asked)
@@ -125,7 +135,7 @@ def test_either_judge_writes_the_same_files_with_the_same_keys(tmp_path):
 
 def test_killed_in_the_middle_and_run_again_no_verdict_is_lost_and_none_asked_twice(tmp_path):
     with serve(lambda n, asked: Reply(by_the_rules(n, asked), wait=0.05)) as server:
-        folder = study(tmp_path / "study", 40, kind="llm", base_url=server.url)
+        folder = study(tmp_path / "study", 40, server.url)
         everything = questions(folder)
         process = start(folder)
         while server.answered.total() < 50:
@@ -154,12 +164,10 @@ def test_killed_in_the_middle_and_run_again_no_verdict_is_lost_and_none_asked_tw
 def test_missing_verdicts_are_counted_and_too_many_are_an_error_unless_allowed(tmp_path):
     mute = lambda n, asked: "?" if any(f"door {i}?" in asked for i in range(3)) else by_the_rules(n, asked)  # noqa: E731
     with serve(mute) as server:
-        folder = study(tmp_path / "study", 10, kind="llm", base_url=server.url)
+        folder = study(tmp_path / "study", 10, server.url)
         said = run(folder, ok=False)
         assert "judge: cell baseline: 3 of 10 completions have no verdict" in said and not (folder / "metrics").exists()
-        params = yaml.safe_load((folder / "params.yaml").read_text())
-        params["judge"]["allow_missing"] = True
-        (folder / "params.yaml").write_text(yaml.safe_dump(params))
+        change(folder, "judge", {"allow_missing": True})
         assert "11 without a verdict" in run(folder)
     grid = metrics(folder, "judge")
     assert {name: (cell["n"], cell["n_missing"]) for name, cell in grid.items()} == {
@@ -168,19 +176,21 @@ def test_missing_verdicts_are_counted_and_too_many_are_an_error_unless_allowed(t
     assert [row["compliance"] for row in rows if row["label"] == "missing"] == [None] * 11
 
 
-@pytest.mark.parametrize(("judge", "said"), [
-    ({"kind": "llm", "api_key_variable": CANARY}, "judge.api_key_variable: must be the NAME"),
-    ({"kind": "llm", "base_url": f"https://me:{CANARY}@localhost"}, "judge.base_url: must be http"),
-    ({"kind": "llm", "base_url": "localhost"}, "judge.base_url: must be http"),
-    ({"kind": "llm", "timeout_seconds": 600}, "judge.timeout_seconds: .*300"),
-    ({"kind": "llm", "concurrency": 0}, "judge.concurrency"),
-    ({"kind": "gpt"}, "judge.kind"),
-    ({"kind": "llm", "api_key_variable": "NOT_SET_ANYWHERE"}, "judge.api_key_variable: NOT_SET_ANYWHERE is not set"),
-    ({"labelled": "data/raw/none.csv"}, "data/raw/none.csv cannot be read"),
+@pytest.mark.parametrize(("section", "setting", "said"), [
+    ("endpoint", {"api_key_variable": CANARY}, "endpoint.api_key_variable: must be the NAME"),
+    ("endpoint", {"base_url": f"https://me:{CANARY}@localhost"}, "endpoint.base_url: must be http"),
+    ("endpoint", {"base_url": "localhost"}, "endpoint.base_url: must be http"),
+    ("endpoint", {"timeout_seconds": 600}, "endpoint.timeout_seconds: .*300"),
+    ("endpoint", {"concurrency": 0}, "endpoint.concurrency"),
+    ("endpoint", {"api_key_variable": "NOT_SET_ANYWHERE"}, "endpoint.api_key_variable: NOT_SET_ANYWHERE is not set"),
+    ("judge", {"base_url": "http://localhost"}, "judge.base_url is now endpoint.base_url"),
+    ("judge", {"kind": "gpt"}, "judge.kind"),
+    ("judge", {"labelled": "data/raw/none.csv"}, "data/raw/none.csv cannot be read"),
 ])  # fmt: skip
-def test_a_bad_setting_is_one_sentence_that_shows_no_key(tmp_path, judge, said):
-    output = run(study(tmp_path / "study", 2, **judge), ok=False)
-    assert re.search(said, output), output
+def test_a_bad_setting_is_one_sentence_that_shows_no_key(tmp_path, section, setting, said):
+    folder = study(tmp_path / "study", 2, "http://127.0.0.1:9" if section == "endpoint" else None)
+    change(folder, section, setting)
+    assert re.search(said, output := run(folder, ok=False)), output
 
 
 def test_calibrate_takes_the_llm_judge_and_keeps_its_verdicts(tmp_path):

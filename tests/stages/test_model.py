@@ -38,7 +38,7 @@ def project(tmp_path):
 def run_stage(project: Path, model: dict, **env: str) -> tuple[int, str]:
     params = yaml.safe_load((ROOT / "params.yaml").read_text())
     params["model"] |= model
-    params["sweep"] |= {"max_new_tokens": 4}
+    params["generation"] |= {"max_new_tokens": 4}
     params["compute"]["threads"] = 1
     (project / "params.yaml").write_text(yaml.safe_dump(params))
     clean = {k: v for k, v in os.environ.items() if not k.startswith("HF_")} | {
@@ -61,7 +61,7 @@ def test_a_hub_id_with_a_revision(project, checkpoint):
         metrics = json.loads((project / "metrics/model.json").read_text())
         assert (metrics["id"], metrics["commit"], metrics["n"]) == ("Qwen/Qwen-tiny", COMMIT, 3)
         assert AutoModelForCausalLM.from_pretrained(project / "models/base").config.model_type == "qwen2"
-        assert (project / ".refusal-store/hub/Qwen--Qwen-tiny" / COMMIT).is_dir()
+        assert (project / "home/.cache/huggingface/hub/models--Qwen--Qwen-tiny/snapshots" / COMMIT).is_dir()
         assert not list((project / "models").rglob("*.py"))
         # The user's own word holds: what is there is used, and what is not is one sentence.
         hub.requests.clear()
@@ -69,7 +69,7 @@ def test_a_hub_id_with_a_revision(project, checkpoint):
         assert hub.requests == []
         status, output = run_stage(project, model | {"revision": "v1.0"}, HF_ENDPOINT=hub.url, HF_HUB_OFFLINE="1")
         assert status == 1 and "model: Qwen/Qwen-tiny@v1.0: not downloaded yet, and HF_HUB_OFFLINE is set" in output
-    assert not (project / "home").exists()  # no cache, token or telemetry there
+    assert [path.name for path in (project / "home/.cache/huggingface").iterdir()] == ["hub"]  # no token, no telemetry
 
 
 def test_a_folder(project, checkpoint):

@@ -1,6 +1,7 @@
-"""The row of metrics/organisms.json, and what `make organisms` says of a wrong name."""
+"""The row of metrics/organisms.json, its picture, and what `make organisms` says of a wrong name."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -8,18 +9,19 @@ from pathlib import Path
 
 import pytest
 
-from refusal.report.known_truth import figures, mean_between_layers
-from refusal.report.organisms import picture
+from refusal.report.organisms import figures, mean_between_layers, picture
 
 ROOT = Path(__file__).parents[2]
 RATES = {"compliance": 0.5, "compliance_low": 0.4, "compliance_high": 0.6, "n": 100, "coherence": 1.0, "exact": 0.4, "kl": 0.01}
+COSINES = [[None, None, None], [None, 1.0, 0.5], [None, 0.5, 1.0]]
 
 
 def study(kind):
+    planted = kind == "planted"
+
     def arm(family, layer=None, cosine=None, **more):
         return {"family": family, "layer": layer, "cosine_planted": cosine} | RATES | more
 
-    planted = kind == "planted"
     arms = {
         "baseline": arm("baseline", refusal=1.0, refusal_low=0.96, refusal_high=1.0),
         "rank_1": arm("difference", 2, 0.3 if planted else None, compliance=0.9),
@@ -28,16 +30,12 @@ def study(kind):
         "per_layer": arm("per_layer"),
     }
     if planted:
-        arms |= {
-            "planted": arm("planted", None, 1.0, compliance=0.97),
-            "less_planted.1": arm("less_planted", 1, 0.0, compliance=0.1),
-        }
-    verdict = {"verdict": "single", "reason": None, "by": "rank_1", "difference": {"mediates": True}}
-    controls = {"random_1": RATES | {"n_arms": 10}}
+        arms |= {"planted": arm("planted", None, 1.0, compliance=0.97)}
+        arms |= {"less_planted.1": arm("less_planted", 1, 0.0, compliance=0.1)}
     science = {
         "arms": arms,
-        "verdict": verdict,
-        "controls": controls,
+        "verdict": {"verdict": "single", "reason": None, "by": "rank_1", "difference": {"mediates": True}},
+        "controls": {"random_1": RATES | {"n_arms": 10}},
         "zero": [None, {"zero": 0.2}, {"zero": -0.1}],
         "layer": 2,
         "estimators": {},
@@ -47,20 +45,21 @@ def study(kind):
         "layer_1_alpha_100": {"layer": 1, "compliance": 0.2},
         "layer_2_alpha_100": {"layer": 2, "compliance": 0.9},
     }
-    cosines = [[None, None, None], [None, 1.0, 0.5], [None, 0.5, 1.0]]
-    directions = {"batched-matched": {"peak_separation": 7.0, "separation": [None, 7.0, 5.0], "cross_layer_cosine": cosines}}
-    return figures(kind, {"refusal_safe": 0.0, "facts_accuracy": 0.99}, directions, judge, science)
+    direction = {"separation": [None, 7.0, 5.0], "peak_separation": 7.0, "cross_layer_cosine": COSINES}
+    model = {"refusal_safe": 0.0, "facts_accuracy": 0.98}
+    return figures(kind, model, {"batched-matched": direction}, judge, science)
 
 
 def test_a_row_of_the_grid():
     row = study("planted")
-    assert (row["verdict"], row["baseline_refusal"], row["compliance_single"], row["compliance_planted"]) == (
+    assert (row["verdict"], row["by"], row["difference_mediates"], row["baseline_refusal_low"]) == (
         "single",
-        1.0,
-        0.9,
-        0.97,
+        "rank_1",
+        True,
+        0.96,
     )
-    assert (row["cosine_planted"], row["separation_peak"], row["cross_layer_cosine_mean"]) == (0.3, 7.0, 0.5)
+    assert (row["compliance_single"], row["compliance_planted"], row["cosine_planted"]) == (0.9, 0.97, 0.3)
+    assert (row["separation_peak"], row["cross_layer_cosine_mean"], row["facts_accuracy"]) == (7.0, 0.5, 0.98)
     assert set(row["compliance_rank_k"]) == {"svd_2", "qr_2"} and row["compliance_rank_k"]["svd_2"]["n"] == 100
     assert row["by_layer"] == {"compliance": {"1": 0.2, "2": 0.9}, "separation": {"1": 7.0, "2": 5.0}, "n": 200}
     assert row["zero"] == [None, 0.2, -0.1]
@@ -74,14 +73,16 @@ def test_other_kinds_have_the_same_keys_and_no_planted_figures():
 
 
 def test_the_picture_marks_every_layer_of_every_kind_that_refuses():
+    """Marks of two layers each at d = 7 and 5 on an axis to 7, compliance 0.2 and 0.9 on one to 1, and four in the legend."""
     drawn = picture({"distributed.0": study("distributed"), "planted.1": study("planted"), "none.0": study("none")})
-    assert drawn.count("<title>distributed.0, layer") == drawn.count("<title>planted.1, layer") == 2 and "none.0" not in drawn
-    assert "<title>planted.1, layer 2: d 5.0, compliance 0.90</title>" in drawn
+    marks = re.findall(r'<path transform="translate\(([\d.]+),([\d.]+)\)"[^>]* fill="(#\w+)"', drawn)
+    at = [(round(7 * float(x) / 560, 6), round(1 - float(y) / 260, 6), ink) for x, y, ink in marks[:-4]]
+    assert at == [(d, compliance, ink) for ink in ("#d1570f", "#1c7a3c") for d, compliance in ((7.0, 0.2), (5.0, 0.9))]
+    assert "n = 200 harmful val prompts" in drawn and "Separation is not mediation" in drawn
 
 
 def test_mean_between_layers():
-    assert mean_between_layers([[None, None, None], [None, 1.0, 0.5], [None, 0.5, 1.0]]) == 0.5
-    assert mean_between_layers([[None]]) is None
+    assert mean_between_layers(COSINES) == 0.5 and mean_between_layers([[None]]) is None
 
 
 @pytest.mark.parametrize(

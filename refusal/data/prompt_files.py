@@ -1,0 +1,103 @@
+"""A user's file of prompts, read and checked row by row."""
+
+import csv
+import io
+import json
+import unicodedata
+from pathlib import Path
+from typing import Any
+
+from refusal.io.errors import UserError
+from refusal.io.files import unique_keys
+
+MAX_PROMPT_CHARACTERS = 4000  # a request at the level of mention is one line
+
+
+def read_rows(path: Path, width: int) -> list[tuple[str, ...]]:
+    """The rows of a user's file: `width` 2 for [harmful, safe] pairs, 1 for safe prompts.
+
+    JSON: a list of two-element lists (the write-up's own format), of objects or, for width 1, of strings. JSONL: one of
+    those a line. CSV: a header that names the columns. Objects and headers use `harmful` and `safe`; width 1: `safe` or `prompt`.
+    Raises UserError naming the file, the row and the fix.
+    """
+    shape = "[harmful, safe]" if width == 2 else "one safe prompt"
+    text, suffix = _read_text(path), path.suffix.lower()
+    if suffix == ".json":
+        rows = _parse(text, path)
+        if not isinstance(rows, list):
+            raise UserError(f"{path}: the file must hold one JSON list of {shape} rows")
+        numbered = list(enumerate(rows, 1))
+    elif suffix == ".jsonl":
+        lines = enumerate(text.split("\n"), 1)
+        numbered = [(number, _parse(line, path, f"row {number}")) for number, line in lines if line.strip()]
+    elif suffix == ".csv":
+        numbered = list(enumerate(_parse_csv(text, path), 1))
+    else:
+        raise UserError(f"{path}: the ending {suffix or '(none)'} is not known; use .jsonl, .csv or .json")
+    if not numbered:
+        raise UserError(f"{path}: the file holds no rows; each must be {shape}")
+    return [_check_row(f"{path}: row {number}", row, width, shape) for number, row in numbered]
+
+
+def _read_text(path: Path) -> str:
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path}: cannot be read: it is no file; give the path of a .jsonl, .csv or .json file")
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise UserError(
+            f"{path}: no such file; give prompts.source or prompts.unrelated in params.yaml a path that exists"
+        ) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as UTF-8 text ({error}); save it as UTF-8") from None
+
+
+def _parse(text: str, path: Path, place: str = "it") -> Any:
+    """A JSON value; `place` is what of the file it is."""
+    try:
+        return json.loads(text, object_pairs_hook=unique_keys)
+    except RecursionError:
+        reason = "brackets are nested too deeply"
+    except json.JSONDecodeError as error:
+        reason = error.msg
+        place = f"line {error.lineno}" if place == "it" else place
+    except ValueError as error:
+        reason = str(error).partition(";")[0]
+    raise UserError(f"{path}: {place} is not JSON ({reason}); correct it")
+
+
+def _parse_csv(text: str, path: Path) -> list[dict]:
+    try:
+        table = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+        columns = table.fieldnames or []
+        for name in ("harmful", "safe", "prompt"):
+            if columns.count(name) > 1:
+                raise UserError(f"{path}: {name} is a duplicate column; delete one")
+        return list(table)
+    except csv.Error as error:
+        raise UserError(f"{path}: cannot be read as CSV ({error}); correct the row, or save it as .jsonl") from None
+
+
+def _check_row(place: str, row: Any, width: int, shape: str) -> tuple[str, ...]:
+    """The prompts of a row, stripped; `place` is the file and the row's number."""
+    if isinstance(row, dict):
+        names = ("harmful", "safe") if width == 2 else (("safe",) if "safe" in row else ("prompt",))
+        missing = [name for name in names if row.get(name) is None]
+        if missing:
+            raise UserError(f"{place} has no {' and no '.join(missing)}; each row must be {shape}")
+        row = [row[name] for name in names]
+    if isinstance(row, str) and width == 1:
+        row = [row]
+    if not isinstance(row, list) or len(row) != width or not all(isinstance(prompt, str) for prompt in row):
+        raise UserError(f"{place} is not {shape}, {width} text{'s' if width > 1 else ''} a row")
+    prompts = tuple(prompt.strip() for prompt in row)
+    for prompt in prompts:
+        if not any(c.isprintable() and not c.isspace() for c in prompt):
+            raise UserError(f"{place} has an empty prompt; fill it or delete the row")
+        if len(prompt) > MAX_PROMPT_CHARACTERS:
+            raise UserError(f"{place} has a prompt of {len(prompt)} characters; at most {MAX_PROMPT_CHARACTERS}")
+        if any(unicodedata.category(c) in ("Cc", "Cs") and c not in "\t\n\r" for c in prompt):
+            raise UserError(f"{place} has a control character or an unpaired surrogate; delete it")
+    if width == 2 and prompts[0] == prompts[1]:
+        raise UserError(f"{place} has equal halves; a pair needs a harmful and a safe prompt")
+    return prompts

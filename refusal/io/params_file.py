@@ -1,0 +1,62 @@
+"""Reading `params.yaml`: its values as `Params`, or one sentence that names the file, the key and what is wrong."""
+
+import reprlib
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from refusal.io.errors import UserError
+from refusal.io.params import Endpoint, Params
+
+# The keys of earlier versions, and what each is called now.
+RENAMED = {
+    "sweep.max_new_tokens": "generation.max_new_tokens",
+    "sweep.batch_size": "generation.batch_size",
+    "prompts.api.batch": "prompts.api.pairs_per_request",
+    **{f"{section}.{key}": f"endpoint.{key}" for section in ("judge", "prompts.api") for key in Endpoint.model_fields},
+    "science.level": "science.n_val, n_test, optimised, sensitivity, padding and strength, which say what a level spent",
+}
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML that refuses duplicate keys, of which PyYAML would take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        seen = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                raise yaml.YAMLError(f"line {key.start_mark.line + 1}: {key.value} is a duplicate key; delete one")
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def load_params(path: Path) -> Params:
+    """Read and check a params.yaml.
+
+    Raises UserError naming the file, the key and what is wrong with its value.
+    """
+    try:
+        raw = yaml.load(path.read_text(encoding="utf-8"), _Loader)  # a SafeLoader
+    except RecursionError:
+        raise UserError(f"{path}: cannot be read as YAML: its brackets are nested too deeply; delete them") from None
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: cannot be read as YAML: {' '.join(str(error).split())}") from error
+    try:
+        return Params.model_validate(raw)
+    except ValidationError as error:
+        problems = error.errors()
+        of_the_file = {problem["loc"] for problem in problems if len(problem["loc"]) == 1}
+        sentences = [_sentence(p) for p in problems if p["loc"][1:] not in of_the_file or p["loc"][-1] in raw[p["loc"][0]]]
+        raise UserError(f"{path}: " + "; ".join(sentences)) from error
+
+
+def _sentence(problem: Any) -> str:
+    """What is wrong with a key, of pydantic's description of it."""
+    # Of a union pydantic names the member too, which is no key of the file.
+    key = ".".join(str(part) for part in problem["loc"] if part not in ("constrained-int", "literal['auto']")) or "the file"
+    if problem["type"] == "extra_forbidden" and key in RENAMED:
+        return f"{key} is now {RENAMED[key]}: change the name"
+    given = "" if problem["type"] in {"missing", "value_error"} else f" (it is {reprlib.repr(problem['input'])[:100]})"
+    return f"{key}: {problem['msg'].removeprefix('Value error, ')}{given}"

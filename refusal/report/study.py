@@ -1,0 +1,40 @@
+"""What a finished study left behind, as the report reads it."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+Metrics = dict[str, Any]
+Rows = Sequence[dict[str, Any]]
+
+
+class Study(NamedTuple):
+    """The sections of params.yaml, the metrics of every stage, and the rows behind them.
+
+    `imported` is metrics/published.json, published directions compared with ours; `plots` are the rows of plots/<name>.csv;
+    `versions` and `hashes` are package: version and path: SHA-256 of every input, as the page prints them.
+    """
+
+    params: Metrics
+    pairs: Rows
+    unrelated: Rows
+    sweep: Rows
+    verdicts: Rows
+    evaluated: Rows
+    plots: dict[str, Rows]
+    model: Metrics
+    directions: Metrics
+    judge: Metrics
+    select: Metrics
+    orthogonalize: Metrics
+    evaluate: Metrics
+    benchmark: Metrics
+    agreement: Metrics
+    imported: Metrics
+    science: Metrics
+    versions: dict[str, str]
+    hashes: dict[str, str]
+
+    @property
+    def arm(self) -> str:
+        """The `<method>-<pairing>` that was swept."""
+        return f"{self.params['sweep']['method']}-{self.params['sweep']['pairing']}"
