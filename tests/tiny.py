@@ -63,12 +63,6 @@ def tiny_direction(d_model: int = 32, seed: int = 0, rows: int | None = None) ->
     return nn.functional.normalize(torch.randn(shape, generator=torch.Generator().manual_seed(1000 + seed)), dim=-1)
 
 
-def tiny_sequences(lengths: Iterable[int], seed: int) -> list[list[int]]:
-    """Random token ids, none of them special, in so many to a row."""
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randint(3, 96, (n,), generator=generator).tolist() for n in lengths]
-
-
 def tiny_lm(model: str | PreTrainedModel = "qwen2", weights: str = "w", stop: Iterable[int] = (), **overrides) -> LM:
     """An LM without a tokenizer: of a tiny model by its type, or of the model given. Padding is token 0."""
     return LM(tiny_model(model, **overrides) if isinstance(model, str) else model, None, weights, frozenset(stop), 0)

@@ -36,7 +36,7 @@ from refusal.method.interventions import Intervention
 
 _COPIED = (".json", ".jinja", ".txt", ".model", ".tiktoken")  # never pickles; other safetensors hold unedited weights
 _SYNC = 1 << 26  # bytes written between two calls of fsync
-_BLOCK = 1 << 19  # elements computed at once, which a cache holds
+_BLOCK = 1 << 18  # elements computed at once, which a cache holds
 
 
 @dataclass(frozen=True)
@@ -199,30 +199,31 @@ def _edit(edit: Edit, axis: int, shard: Shard, entry: Entry, w: Tensor, report: 
 
     Computed in blocks of columns, each of which is edited by itself, so that what is held in a wider dtype stays small.
     """
-    edited, components = torch.empty_like(w), []
+    edited = torch.empty_like(w)
     # [matrix, d_model, n]: an embedding's columns are its rows, and a bias is one column.
     before, after = (t.reshape(-1, *t.shape[-2:]) if axis == -2 else t.reshape(-1, t.shape[-1]).mT[None] for t in (w, edited))
+    components = w.new_empty(
+        len(before), edit.intervention.rank, before.shape[-1], dtype=torch.promote_types(w.dtype, torch.float32)
+    )
     squares = torch.zeros(4, dtype=torch.float64)  # of W, W', B W' and B W' - (1 - alpha) B W
     step = max(1, _BLOCK // before.shape[1])
-    for matrix, target in zip(before, after, strict=True):
-        row = []
-        for columns, place in zip(matrix.split(step, -1), target.split(step, -1), strict=True):
+    for matrix in zip(before, after, components, strict=True):
+        for columns, target, kept in zip(*(t.split(step, -1) for t in matrix), strict=True):
             changed, component = edit.intervention.edit(columns)
-            place.copy_(changed)
+            target.copy_(changed)
+            kept.copy_(component)
             left = edit.intervention.component(changed)
             # B W is finite only if W is: NaN and infinity survive a product with zero. So W needs no second look.
             if not (component.isfinite().all() and left.isfinite().all()):
                 raise UserError(
                     f"{shard.where}: {entry.name} has NaN or infinity in it, or the edit overflows {entry.dtype}: fix it."
                 )
-            row.append(component)
             for i, part in enumerate((columns, changed, left, left - (1 - edit.intervention.alpha) * component)):
                 squares[i] += torch.linalg.vector_norm(part, dtype=component.dtype).double() ** 2
-        components.append(torch.cat(row, -1))
     source, written, left_over, deviation = squares.tolist()
     report.residuals[entry.name] = math.sqrt(left_over / (written or 1))
     report.deviations[entry.name] = math.sqrt(deviation / (source or 1))
-    return edited, torch.stack(components)
+    return edited, components
 
 
 def _write_checkpoint(source: _Source, edit: Edit, partial: Path, bar: tqdm) -> Report:
