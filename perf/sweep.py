@@ -24,7 +24,7 @@ from transformers import LogitsProcessor, PreTrainedModel
 from perf import workload
 from perf.harness import measure
 from refusal.io.store import Store
-from refusal.lm import replicas as crew
+from refusal.lm import batching
 from refusal.method.activations import Prefix
 from refusal.method.generate import Decoding
 from refusal.method.interventions import Intervention
@@ -157,22 +157,24 @@ def growth(model: PreTrainedModel, n_prompts: int, n_cells: int, n_new: int, slo
 
 
 def side_by_side(console: Console, n_prompts: int, n_new: int, rounds: int) -> dict:
-    """A model of the organism's shape: the crew's threads of Python against torch's own threads; the same tokens."""
+    """A model of the organism's shape: replicas on threads of Python against torch's own threads; the same tokens."""
     model = workload.model(shape=(1536, 96, 192, 8, 4))
     prompts = [[token % 1536 for token in prompt] for prompt in workload.prompts(n_prompts)]
     directions = workload.random_directions(4 * SLOTS * BATCHES_PER_JOB // n_prompts, 96)  # four units of work
 
-    def arm(small: int) -> Tokens:
-        crew.SMALL, before = small, crew.SMALL
+    def arm(below: int) -> Tokens:
+        batching.REPLICATED_BELOW, before = below, batching.REPLICATED_BELOW
         try:
             return ours(model, prompts, directions, n_new, SLOTS)
         finally:
-            crew.SMALL = before
+            batching.REPLICATED_BELOW = before
 
-    found = measure({"torch threads": partial(arm, 0), "crew": partial(arm, crew.SMALL)}, console, rounds)
-    console.print(found.table(f"sweep: 1 M parameters, {len(directions)} cells of {n_prompts} prompts", "crew", {}))
-    same, _ = compare(found.values["crew"], found.values["torch threads"], [[1.0]] * len(found.values["crew"]))
-    return {"crew_ratio_to_torch_threads": round(found.ratio("torch threads", "crew").median, 2), "crew_same_tokens": same}
+    arms = {"torch threads": partial(arm, 0), "replicas": partial(arm, batching.REPLICATED_BELOW)}
+    measured = measure(arms, console, rounds)
+    console.print(measured.table(f"sweep: 1 M parameters, {len(directions)} cells of {n_prompts} prompts", "replicas", {}))
+    same = measured.values["replicas"] == measured.values["torch threads"]
+    ratio = measured.ratio("torch threads", "replicas").median
+    return {"replicas_ratio_to_torch_threads": round(ratio, 2), "replicas_same_tokens": float(same)}
 
 
 def beside(console: Console, model: PreTrainedModel, prompts: Sequence[Sequence[int]], n_new: int) -> dict:
