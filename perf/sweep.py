@@ -157,7 +157,7 @@ def growth(model: PreTrainedModel, n_prompts: int, n_cells: int, n_new: int, slo
 
 
 def side_by_side(console: Console, n_prompts: int, n_new: int, rounds: int) -> dict:
-    """A model of the organism's shape: replicas on threads of Python against torch's own threads; the same tokens."""
+    """A model of the organism's shape: model replicas on threads of Python against torch's own threads; the same tokens."""
     model = workload.model(shape=(1536, 96, 192, 8, 4))
     prompts = [[token % 1536 for token in prompt] for prompt in workload.prompts(n_prompts)]
     directions = workload.random_directions(4 * SLOTS * BATCHES_PER_JOB // n_prompts, 96)  # four units of work

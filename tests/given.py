@@ -1,7 +1,7 @@
 """A study of a tiny model whose completions are given, so that what is made of them can be counted by hand.
 
-Its topics are two: of all resamples of two clusters the extreme means are those of either alone, and an interval expanded to
-two clusters reaches both. So every interval has a closed form, `by_topic`.
+Where topics are two every interval has a closed form, `by_topic`: of all resamples of two clusters the extreme means are those of
+either alone, and an interval expanded to two clusters reaches both.
 """
 
 import math
@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import pytest
 import torch
 import yaml
 from tiny import text_lm, tiny_direction
@@ -110,13 +111,13 @@ def wilson(hits: int, n: int) -> list[float]:
     """A rate with its Wilson interval, by the formula."""
     z2, p = 3.841459, hits / n
     half = math.sqrt(z2 * p * (1 - p) / n + z2 * z2 / (4 * n * n))
-    return [p, *((p + z2 / (2 * n) + side * half) / (1 + z2 / n) for side in (-1, 1))]
+    return pytest.approx([p, *((p + z2 / (2 * n) + side * half) / (1 + z2 / n) for side in (-1, 1))], abs=1e-6)
 
 
-def by_topic(values: Sequence[float], topics: Sequence[str]) -> list[float]:
+def by_topic(values: Sequence[float], topics: Sequence[str], rel: float = 1e-6) -> list[float]:
     """A mean with its interval: the lower and the higher mean of the two topics."""
     means = [fmean(v for v, t in zip(values, topics, strict=True) if t == topic) for topic in sorted(set(topics))]
-    return [fmean(values), min(means), max(means)]
+    return pytest.approx([fmean(values), min(means), max(means)], rel=rel, abs=1e-6)
 
 
 @torch.no_grad()

@@ -12,9 +12,8 @@ from refusal.analysis.subspaces import random_subspaces
 from refusal.io.errors import UserError
 from refusal.io.params import Optimised
 from refusal.io.store import Store
-from refusal.lm import memory
+from refusal.lm import batching
 from refusal.lm.load import load_model
-from refusal.lm.resident import SwappableLM
 from refusal.method.activations import collect
 from refusal.method.generate import Decoding
 from refusal.method.interventions import BASELINE, POSITIONS, SITES, Addition, Intervention
@@ -91,24 +90,22 @@ def test_the_optimised_direction(tmp_path):
 def test_a_checkpoint_loads_onto_the_device_asked_for(tmp_path, device):
     tiny_model("qwen2").save_pretrained(tmp_path / "base")
     wanted, found = load_model(tmp_path / "base"), load_model(tmp_path / "base", device=device)
-    resident = SwappableLM(tmp_path / "base", "float32", device)
     ids = torch.tensor([PROMPTS[1]])
-    for model in (found, resident.model):
-        assert model.device.type == "cuda"
-        with torch.inference_mode():
-            torch.testing.assert_close(model(ids.cuda()).logits.cpu(), wanted(ids).logits, rtol=1e-4, atol=1e-4)
+    assert found.device.type == "cuda"
+    with torch.inference_mode():
+        torch.testing.assert_close(found(ids.cuda()).logits.cpu(), wanted(ids).logits, rtol=1e-4, atol=1e-4)
 
 
 def test_what_does_not_fit_is_done_in_parts_and_a_row_that_does_not_fit_is_said():
-    memory._fits.clear()
+    batching._fits.clear()
     share = torch.cuda.get_device_properties(0).total_memory // 3
 
     def most_of(rows):
         return rows, torch.empty(rows * share, dtype=torch.uint8, device="cuda").numel()
 
-    assert memory.fitting(most_of, 8, "thirds")[0] == 2
+    assert batching.fitting(most_of, 8, "thirds")[0] == 2
     torch.cuda.empty_cache()
     with pytest.raises(UserError, match="single row of everything"):
-        memory.fitting(lambda rows: most_of(4 * rows), 2, "everything")
-    assert memory.rows_at_once("auto", tiny_model("qwen2").cuda(), 9, "sweep") == memory.MOST
-    memory._fits.clear()
+        batching.fitting(lambda rows: most_of(4 * rows), 2, "everything")
+    assert batching.rows_at_once("auto", tiny_model("qwen2").cuda(), 9, "sweep") == batching.MAX_ROWS
+    batching._fits.clear()

@@ -43,7 +43,12 @@ def changed(study, **sections):
 
 def test_single_directions_are_each_estimator_at_each_defined_layer(study, sets):
     chosen = {one.name: one for one in single_directions(study, OPTIMISED)}
-    names = ["rank_1", "difference.2", "difference.3", *(f"{f}.{i}" for i in (1, 2, 3) for f in ("logistic", "lda", "paired_svd", "affine"))]
+    names = [
+        "rank_1",
+        "difference.2",
+        "difference.3",
+        *(f"{f}.{i}" for i in (1, 2, 3) for f in ("logistic", "lda", "paired_svd", "affine")),
+    ]
     assert list(chosen) == [*names, "optimised"]
     assert all(one.rank == one.alpha == 1 and one.sites == "resid_pre" for one in chosen.values())
     assert torch.equal(chosen["optimised"].basis[0], OPTIMISED) and chosen["optimised"].layer is None
@@ -63,7 +68,7 @@ def test_single_directions_are_each_estimator_at_each_defined_layer(study, sets)
         if one.family == "paired_svd":
             vectors = np.linalg.svd((sets[0].double() - sets[1].double())[:, one.layer].numpy())[2]
             assert abs(one.basis[0].numpy() @ vectors[0]) == pytest.approx(1)
-    # Another alpha than 1 makes the selected layer a candidate of its own at alpha 1; elsewhere than at resid_pre there is no affine.
+    # At another alpha than 1 the selected layer is a candidate of its own at 1; away from resid_pre there is no affine one.
     study.rank_1 = study.rank_1 | {"alpha": 0.75}
     other = single_directions(changed(study, ablation={"sites": "paper"}), OPTIMISED)
     alphas = {one.name: one.alpha for one in other if one.family == "difference"}

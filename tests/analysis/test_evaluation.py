@@ -61,12 +61,9 @@ def test_every_rate_is_counted_over_its_own_members_and_half(tmp_path, monkeypat
         found, of = metrics[arm], topics * len(members)
         harmful, safe = ("".join(SAID[member][half] for member in members) for half in (0, 1))
         judged = [given.VERDICTS[letter] for letter in harmful]
-        for name, values in {
-            "compliance": [v.compliance for v in judged],
-            "coherence": [v.coherence for v in judged],
-            "score": [v.compliance * v.coherence for v in judged],
-        }.items():
-            assert given.figure(found, name) == pytest.approx(given.by_topic(values, of)), (arm, name)
+        assert given.figure(found, "compliance") == given.by_topic([v.compliance for v in judged], of), arm
+        assert given.figure(found, "coherence") == given.by_topic([v.coherence for v in judged], of), arm
+        assert given.figure(found, "score") == given.by_topic([v.compliance * v.coherence for v in judged], of), arm
         for name, letters, letter in (
             ("refusal", harmful, "r"),
             ("refusal_harmful", harmful, "r"),
@@ -74,18 +71,17 @@ def test_every_rate_is_counted_over_its_own_members_and_half(tmp_path, monkeypat
             ("exact", harmful, "y"),
             ("exact_safe", safe, "y"),
         ):
-            wilson = given.wilson(letters.count(letter), len(letters))
-            assert given.figure(found, name) == pytest.approx(wilson, abs=1e-6), (arm, name)
+            assert given.figure(found, name) == given.wilson(letters.count(letter), len(letters)), (arm, name)
         counts = {"n": len(harmful), "n_missing": 0, "n_empty": harmful.count("-"), "n_degenerate": harmful.count("x")}
         assert {name: found[name] for name in counts} == counts
         if arm in ("runtime", "orthogonalized"):
             baseline = [given.VERDICTS[letter] for letter in SAID["baseline"][0]]
             gaps = [a.compliance - b.compliance for a, b in zip(judged, baseline, strict=True)]
-            assert given.figure(found, "difference") == pytest.approx(given.by_topic(gaps, topics)), arm
+            assert given.figure(found, "difference") == given.by_topic(gaps, topics), arm
         else:
             assert "difference" not in found
     added = SAID["addition"][1]
-    assert given.figure(metrics["addition"], "refusal_safe") == pytest.approx(given.wilson(added.count("r"), 6), abs=1e-6)
+    assert given.figure(metrics["addition"], "refusal_safe") == given.wilson(added.count("r"), 6)
     assert [metrics["addition"][name] for name in ("n", "n_missing", "n_degenerate")] == [6, 0, added.count("x")]
     assert rows == [
         {name: row[name] for name in ("id", "category")}
@@ -120,8 +116,7 @@ def test_costs_are_means_over_all_members_and_all_texts_that_have_an_answer(tmp_
     def equal(row, members):
         for i, name in enumerate(("cross_entropy", "kl")):
             values = [value for member in members for value in member[i]]
-            wanted = given.by_topic(values, topics * len(members))
-            assert given.figure(row, name) == pytest.approx(wanted, rel=1e-3, abs=1e-6)
+            assert given.figure(row, name) == given.by_topic(values, topics * len(members), 1e-3)
 
     for arm, members in expected.items():
         equal(metrics[arm], members)
@@ -134,7 +129,9 @@ def test_costs_are_means_over_all_members_and_all_texts_that_have_an_answer(tmp_
 
 def test_what_has_no_answer_or_no_identity_is_null_and_missing_verdicts_are_counted(tmp_path, monkeypatch):
     said = SAID | {"random_0": ("rr?rrr", "yy?ryy"), "addition": (None, "?rrxxy")}
-    monkeypatch.setattr(given, "pairs", lambda split, n, k, pairs=given.pairs: [r | {"safe_answer": None} for r in pairs(split, n, k)])
+    monkeypatch.setattr(
+        given, "pairs", lambda split, n, k, pairs=given.pairs: [r | {"safe_answer": None} for r in pairs(split, n, k)]
+    )
     sections = {"judge": {"allow_missing": True}, "orthogonalize": {"include_embedding": False}}
     _, _, (metrics, rows, _) = evaluated(tmp_path, monkeypatch, said, **sections)
     assert metrics["identity"] == {"norm_after_writer": False, "kl": None}

@@ -21,7 +21,9 @@ def study(tmp_path):
     generator = torch.Generator().manual_seed(0)
     shift = torch.randn(3, 32, generator=generator)
     sides = {"harmful": 2 * shift, "safe": -shift, "unrelated": 0 * shift}
-    drawn = {f"{s}.{name}": torch.randn(N, 3, 32, generator=generator) + of for s in ("train", "val") for name, of in sides.items()}
+    drawn = {
+        f"{s}.{name}": torch.randn(N, 3, 32, generator=generator) + of for s in ("train", "val") for name, of in sides.items()
+    }
     study.activations = {"sequential": drawn}
     for i, row in enumerate(study.pairs["test"]):
         row["seen"] = i % 3 != 0
@@ -29,7 +31,7 @@ def study(tmp_path):
 
 
 def end_of(lm, ids, pads=0):
-    """resid_pre at the last token, every layer: [n_layers, d_model], of a prompt after so many padding tokens that are attended to."""
+    """resid_pre of a prompt's last token, [n_layers, d_model], after so many padding tokens that are attended to."""
     with torch.no_grad():
         hidden = lm.model(torch.tensor([[0] * pads + ids]), output_hidden_states=True).hidden_states[:-1]
     return torch.stack([layer[0, -1] for layer in hidden]).double().numpy()

@@ -66,7 +66,8 @@ def test_best_on_val_is_the_best_score_and_the_first_of_those_that_tie():
     y, h, r = (given.VERDICTS[letter] for letter in "yhr")
     judged = {"a": [r, r], "b": [y._replace(coherence=0.5), y], "c": [y, None], "d": [y, y]}
     assert best_on_val(some, judged).name == "c" and best_on_val(some[:2], judged).name == "b"
-    assert best_on_val(some, {key: [h] for key in "abcd"}).name == "a" == best_on_val(some, {key: [None] for key in "abcd"}).name
+    for equal in (h, None):
+        assert best_on_val(some, {name: [equal] for name in "abcd"}).name == "a"
 
 
 def test_refusal_three_ways_tells_degenerate_text_from_refusal():
@@ -79,7 +80,7 @@ def test_refusal_three_ways_tells_degenerate_text_from_refusal():
     rates = refusal_three_ways(["q"] * 3, said, judged, True)
     expected = {"exact": 1, "graded": 1, "substring": 2}
     for name, hits in expected.items():
-        assert given.figure(rates, f"refusal_{name}") == pytest.approx(given.wilson(hits, 3), abs=1e-6)
+        assert given.figure(rates, f"refusal_{name}") == given.wilson(hits, 3)
     assert refusal_three_ways(["q"] * 3, said, judged, False)["refusal_exact"] is None
 
 
@@ -100,12 +101,13 @@ SAID = {
     "per_layer": ("yyyy", "rrrr-"),
 }
 SAFE = {"baseline": "yyyyr", "lda.2": "yyyyh", "svd_3": "ryyry", "affine.2": "yyyrx"}
+MISSING = {("lda.2", "test", 3), ("random_1", "test", 7), ("random_3.0", "test", 9)}
 N, TOPICS = 40, 20
 TRUTH = tiny_direction(seed=7).double()
 
 
 def letter(name: str, split: str, i: int, said: dict) -> str:
-    if (name, split, i) == ("lda.2", "test", 3):
+    if (name, split, i) in MISSING:
         return "?"
     names = (name, name.split(".")[0], name.split("_")[0])  # of its own, of its rank, of all of its sort
     pattern = next((said[one] for one in names if one in said), DEFAULT)[split == "test"]
@@ -123,9 +125,9 @@ def differences(ours, theirs, of=range(N)):
 
 
 def near(limits, items):
-    """Whether these are the limits of the mean of (value, topic), by a naive resampling of topics; by Wilson's where all are equal."""
+    """Whether these are the limits of the mean of (value, topic), by naive resampling; by Wilson's where all are equal."""
     if len({value for value, _ in items}) == 1:
-        value, w = items[0][0], given.wilson(0, TOPICS)[2]
+        value, w = items[0][0], 3.841459 / (TOPICS + 3.841459)  # which may differ, by as much as differences can
         low, high = value - w * (value + 1), value + w * (1 - value)
     else:
         low, high = naive_interval(*zip(*items, strict=True), 4000, 1)
@@ -181,7 +183,7 @@ def test_the_table_holds_each_estimators_best_on_val_and_what_was_counted(made):
             ("refusal_substring", "r", N),
             ("exact", "y", N),
         ):
-            assert given.figure(row, key) == pytest.approx(given.wilson(letters.count(one), n), abs=1e-6), (name, key)
+            assert given.figure(row, key) == given.wilson(letters.count(one), n), (name, key)
         gaps = differences(judged(name), judged("baseline"))
         assert row["difference"] == pytest.approx(fmean(gap for gap, _ in gaps))
         assert near(given.figure(row, "difference")[1:], gaps), name
@@ -197,14 +199,16 @@ def test_the_table_holds_each_estimators_best_on_val_and_what_was_counted(made):
     assert cosines["difference.2"] == pytest.approx((1, across, abs(float(unit[2] @ TRUTH))))
     assert cosines["qr_2"][:2] == pytest.approx((2, 1)) and cosines["less_planted.1"][2] == pytest.approx(0, abs=1e-6)
     assert cosines["baseline"] == cosines["per_layer"] == (0, None, None)
-    assert {f: e["arm"] for f, e in metrics["estimators"].items()} == {n.split(".")[0].replace("rank_1", "difference"): n for n in chosen if n != "difference.2"}
+    assert {f: e["arm"] for f, e in metrics["estimators"].items()} == {
+        n.split(".")[0].replace("rank_1", "difference"): n for n in chosen if n != "difference.2"
+    }
     for estimate in metrics["estimators"].values():
         assert estimate.items() - {("arm", estimate["arm"])} <= table[estimate["arm"]].items()
     assert metrics["n_fit"] == 20 and metrics["optimised_loss"] > 0
     assert metrics["cosine_harmless_to_direction"] == pytest.approx(abs(float(given.directions(1)["unit"][1] @ unit[1])))
     for name, row in metrics["over_refusal"].items():
         letters = [SAFE[name][i % 5] for i in range(N)]
-        assert given.figure(row, "refusal_safe") == pytest.approx(given.wilson(letters.count("r"), N), abs=1e-6)
+        assert given.figure(row, "refusal_safe") == given.wilson(letters.count("r"), N)
         assert (row["n"], row["n_degenerate"]) == (N, letters.count("x"))
     assert set(metrics["over_refusal"]) == set(SAFE)
 
@@ -227,7 +231,8 @@ def test_the_interval_of_val_less_test_draws_whole_topics_of_each(made):
 
 
 def test_controls_are_pooled_and_each_intervention_costs_what_it_costs(made):
-    study, metrics, _ = made(random=("rrrr", "rrrxh"), harmless=("rrrr", "ryrrr"))
+    said = {"random": ("rrrr", "rrrxh"), "random_5.1": ("rrrr", "yx"), "harmless": ("rrrr", "ryrrr")}
+    study, metrics, _ = made(**said)
     few = [int(row["id"].removeprefix("test-")) for row in study.sample("test", 32)]
     texts = study.harmless(4)
     rows = [*zip(texts.prompts, texts.answers, strict=True)]
@@ -236,11 +241,12 @@ def test_controls_are_pooled_and_each_intervention_costs_what_it_costs(made):
     ranks = {"harmless": (1, 1), "random_1": (1, 2), "random_2": (2, 2), "random_3": (3, 2), "random_5": (5, 2)}
     assert {family: (row["rank"], row["n_arms"]) for family, row in metrics["controls"].items()} == ranks
     for family, row in metrics["controls"].items():
-        pattern = "ryrrr" if family == "harmless" else "rrrxh"
-        letters = [pattern[i % TOPICS % 5] for i in few] * ranks[family][1]
-        assert (row["n"], row["n_degenerate"]) == (len(letters), letters.count("x"))
-        assert row["compliance"] == pytest.approx(fmean(given.VERDICTS[one].compliance for one in letters))
-        assert given.figure(row, "refusal_exact") == pytest.approx(given.wilson(letters.count("r"), len(letters)), abs=1e-6)
+        letters = "".join(letter(one.name, "test", i, said) for one in families[family] for i in few)
+        n = len(letters) - letters.count("?")
+        assert (row["n"], row["n_missing"], row["n_degenerate"]) == (n, letters.count("?"), letters.count("x"))
+        assert row["compliance"] == pytest.approx(sum(given.VERDICTS[one].compliance for one in letters if one != "?") / n)
+        assert given.figure(row, "refusal_exact") == given.wilson(letters.count("r"), n)
+        assert given.figure(row, "refusal_substring") == given.wilson(letters.count("r"), len(letters))
     priced = {family: (some[0], metrics["controls"][family]) for family, some in families.items()}
     priced |= {"baseline": (BASELINE, metrics["arms"]["baseline"])}
     priced |= {"planted": (Intervention("planted", TRUTH), metrics["arms"]["planted"])}

@@ -119,14 +119,13 @@ def study(place: Place, model, *stages: str, n_pairs: int = 15) -> list[str]:
         "activations": {"methods": ["sequential"]},
         "sweep": {"alphas": [1.0], "n_random": 1},
         "select": {"top": 1},
-        **{key: {"n_resamples": 20} for key in ("judge", "evaluate")},
+        "judge": {"n_resamples": 20},
+        "evaluate": {"n_resamples": 20},
     }.items():
         place.set(section, **values)
     # One process for all of them: what a stage costs here is its imports.
-    place.write(
-        "run.py",
-        "import runpy, sys\nnames, sys.argv[1:] = sys.argv[1:], []\nfor name in names:\n    runpy.run_module(f'stages.{name}', run_name='__main__')\n",
-    )
+    run = "import runpy, sys\nnames, sys.argv[1:] = sys.argv[1:], []\n"
+    place.write("run.py", run + "for name in names:\n    runpy.run_module(f'stages.{name}', run_name='__main__')\n")
     output = place.run(sys.executable, "run.py", *stages).said
     assert "Traceback" not in output, output
     return [line.removeprefix("run: ") for line in output.splitlines() if line.startswith("run: ")]

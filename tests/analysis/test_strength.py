@@ -1,4 +1,4 @@
-"""What the strength of an ablation does: as predicted on a model that writes nothing, and counted on completions that are given."""
+"""What the strength of an ablation does: as predicted on a model that writes nothing, and counted on given completions."""
 
 import given
 import pytest
@@ -69,8 +69,7 @@ def test_curves_are_counted_at_each_place_and_alpha(tmp_path, monkeypatch):
     for row in curve:
         letters, place = said[row["alpha"], row["place"]], row["place"]
         verdicts = [given.VERDICTS[letter] for letter in letters]
-        compliance = given.by_topic([v.compliance for v in verdicts], topics)
-        assert given.figure(row, "compliance") == pytest.approx(compliance)
+        assert given.figure(row, "compliance") == given.by_topic([v.compliance for v in verdicts], topics)
         assert row["coherence"] == pytest.approx(sum(v.coherence for v in verdicts) / 6)
         assert row["score"] == pytest.approx(sum(v.compliance * v.coherence for v in verdicts) / 6)
         assert (row["refusal"], row["n_degenerate"], row["n"]) == (letters.count("r") / 6, letters.count("x"), 6)
@@ -97,8 +96,8 @@ def test_additions_of_the_difference_and_of_a_random_vector_of_its_length(tmp_pa
     for name, by_position in figures.items():
         for letters, row in zip(said[name], by_position.values(), strict=True):
             judged = 6 - letters.count("?")
-            assert given.figure(row, "refusal_exact") == pytest.approx(given.wilson(letters.count("r"), judged), abs=1e-6)
-            assert given.figure(row, "refusal_substring") == pytest.approx(given.wilson(letters.count("r"), 6), abs=1e-6)
+            assert given.figure(row, "refusal_exact") == given.wilson(letters.count("r"), judged)
+            assert given.figure(row, "refusal_substring") == given.wilson(letters.count("r"), 6)
             assert [row[k] for k in ("n", "n_degenerate", "n_missing")] == [6, letters.count("x"), letters.count("?")]
     random = next(vector for vector in added if not torch.equal(vector, difference))
     assert random.norm() == pytest.approx(difference.norm()) and abs(random @ difference) < 0.9 * difference.norm() ** 2

@@ -1,4 +1,4 @@
-"""What a key of the store says of the code behind a value: every definition, text and version that it hangs on, and nothing else."""
+"""What a key of the store says of the code behind a value: every definition, text and version that it hangs on, and no more."""
 
 import ast
 import shutil
@@ -7,22 +7,20 @@ from pathlib import Path
 import pytest
 
 import refusal.io.code
-from refusal.io.code import ARITHMETIC, ROOT, closure
+from refusal.io.code import ARITHMETIC, ROOT, _bound, closure
 
 # Of each value of the store, some of what it hangs on; of a reply, what no code of ours determines, there is nothing.
+INTERVENTIONS = "method.interventions:Ablation method.interventions:Intervention method.interventions:edited_weights"
 DEEP = {
-    "activations": {"refusal.lm.architecture:_PRE_NORM", "refusal.method.activations:Prefix", "refusal.lm.batching:in_parts"},
-    "benchmark": {"refusal/analysis/tasks/organism_sums.jsonl", "refusal.lm.adapter:merge", "refusal.analysis.benchmark:_build_once"},
-    "completions": {f"refusal.method.{name}" for name in ("kv_cache:SlotCache", "generate:_Batch", "sweep:_completions")}
-    | {f"refusal.method.interventions:{name}" for name in ("Ablation", "Addition", "Intervention", "edited_weights")},
-    "harmless KL": {"refusal.method.activations:left_pad", "refusal.analysis.harmless_kl:answer_log_probs"}
-    | {f"refusal.method.interventions:{name}" for name in ("Ablation", "Intervention", "edited_weights")},
-    "optimised direction": {f"refusal.analysis.estimators:{name}" for name in ("_Learned", "_descend", "first_token_loss")}
-    | {"refusal.method.interventions:Ablation"},
-    "training": {"refusal.organism.grammar:CATEGORIES", "refusal.organism.train:train", "refusal.organism.train:new_model"},
-    "verdict": {"refusal.judges.llm:LABELS", "refusal.judges.llm:read"},
-    "prompts": set(),
-    "versions": set(),
+    "activations": "lm.architecture:_PRE_NORM lm.batching:in_parts method.activations:Prefix",
+    "benchmark": "lm.adapter:merge analysis.benchmark:_build_once",
+    "completions": f"method.kv_cache:SlotCache method.generate:_Batch method.interventions:Addition {INTERVENTIONS}",
+    "harmless KL": f"method.activations:left_pad analysis.harmless_kl:answer_log_probs {INTERVENTIONS}",
+    "optimised direction": "method.interventions:Ablation analysis.estimators:_Learned analysis.estimators:_descend",
+    "training": "organism.grammar:CATEGORIES organism.train:train organism.train:new_model",
+    "verdict": "judges.llm:LABELS judges.llm:read",
+    "prompts": "",
+    "versions": "",
 }
 
 
@@ -57,20 +55,15 @@ def source(root: Path, module: str) -> Path:
     return base.with_suffix(".py") if base.with_suffix(".py").exists() else base / "__init__.py"
 
 
-class Changed(ast.NodeTransformer):
-    """One definition at the top of a module, with a statement or value more."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def visit_Module(self, node):
-        for i, statement in enumerate(node.body):
+def changed(tree: ast.Module, name: str) -> str:
+    """A module with a statement or value more in one definition at its top, or with no name in what it does when imported."""
+    for i, statement in enumerate(tree.body):
+        if name in (_bound(statement) or {""}) and not isinstance(statement, ast.Import | ast.ImportFrom):
             if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-                if statement.name == self.name:
-                    statement.body.append(ast.parse("extra = 1").body[0])
-            elif any(isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store) and n.id == self.name for n in ast.walk(statement)) or (not self.name and not isinstance(statement, ast.Import | ast.ImportFrom)):
-                node.body[i] = ast.If(ast.Constant(True), [statement], [])
-        return node
+                statement.body += ast.parse("extra = 1").body
+            else:
+                tree.body[i] = ast.If(ast.Constant(True), [statement], [])
+    return ast.unparse(ast.fix_missing_locations(tree))
 
 
 @pytest.mark.parametrize("kind", ROOTS)
@@ -85,7 +78,7 @@ def test_a_change_of_any_definition_or_text_changes_it_and_a_comment_does_not(pa
             tree = ast.parse(text)
             path.write_text(ast.unparse(tree))  # without comments, and laid out anew
             assert closure(ROOTS[kind], package) == before, place
-            path.write_text(ast.unparse(ast.fix_missing_locations(Changed(name).visit(tree))))
+            path.write_text(changed(tree, name))
             assert closure(ROOTS[kind], package) != before, place
         elif (package / place).is_file():
             path = package / place
@@ -102,10 +95,10 @@ def test_what_each_value_hangs_on_is_found():
     assert keys().keys() == DEEP.keys() and ROOTS.keys() == {kind for kind, deep in DEEP.items() if deep}
     for kind, roots in ROOTS.items():
         found = closure(roots).keys()
-        assert found >= DEEP[kind], kind
+        assert found >= {f"refusal.{name}" for name in DEEP[kind].split()}, kind
         assert not [place for place in found if "report" in place or ("judges" in place and kind != "verdict")], kind
         assert found >= {"torch", "transformers", "tokenizers"} or (kind == "verdict" and not found & {"torch", "openai"}), kind
-        assert ("lm-eval" in found) is (kind == "benchmark")
+        assert {"lm-eval", "refusal/analysis/tasks/organism_sums.jsonl"} <= found or kind != "benchmark"
 
 
 @pytest.mark.parametrize("kind", ROOTS)

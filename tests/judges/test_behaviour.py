@@ -42,8 +42,7 @@ def test_what_the_model_refuses_is_counted_over_each_half_and_its_twin(tmp_path,
     else:
         expected |= {"twin_refusal_harmful": None, "facts_accuracy": None}
     for name, (hits, n) in rates.items():
-        for end, value in zip(("", "_low", "_high"), given.wilson(hits, n), strict=True):
-            expected[name + end] = pytest.approx(value, abs=1e-6)
+        assert [figures.pop(f"{name}{end}") for end in ("", "_low", "_high")] == given.wilson(hits, n), name
     assert figures == expected
     harmful, safe = ([pair[half] for pair in PAIRS] for half in ("harmful", "safe"))
     of_base = harmful + safe + ([*KNOWN] if organism else [])

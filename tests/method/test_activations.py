@@ -23,10 +23,6 @@ PROMPTS = tiny_prompts(LENGTHS)
 ALIKE = [[*range(50, 56), *ids] for ids in PROMPTS]  # six tokens that all begin with
 
 
-def windowed(model_type, window):
-    return tiny_lm(model_type, **({"sliding_window": window} if model_type in {"gemma2", "gemma3_text", "mistral"} else {}))
-
-
 def hidden_states(lm, prompts):
     """[batch, n_layers, d_model]: what transformers says goes into each layer, a prompt at a time."""
     with torch.no_grad():
@@ -35,9 +31,21 @@ def hidden_states(lm, prompts):
 
 
 @pytest.mark.parametrize("model_type", SUPPORTED)
-def test_sequential_equals_hidden_states(model_type):
-    lm = tiny_lm(model_type)
-    assert torch.equal(last_token_resid_pre(lm, PROMPTS, "sequential"), hidden_states(lm, PROMPTS))
+@pytest.mark.parametrize(("prompts", "window"), [(PROMPTS, 4), (ALIKE, 4), (ALIKE, 9)])
+def test_sequential_and_batched_equal_hidden_states_and_unmasked_does_not(model_type, prompts, window):
+    """Windows, where the architecture has them, are shorter than the longest prompt; one ends within the shared beginning, one
+    after it."""
+    lm = tiny_lm(model_type, **({"sliding_window": window} if model_type in {"gemma2", "gemma3_text", "mistral"} else {}))
+    sequential, batched, unmasked = (last_token_resid_pre(lm, prompts, method) for method in METHODS)
+    expected = hidden_states(lm, prompts)
+    limit = 1e-5 * expected.abs().max()
+    assert torch.equal(sequential, expected) and (batched - expected).abs().max() < limit
+    apart, lengths = (unmasked - expected).abs().amax((1, 2)), [*map(len, prompts)]
+    assert apart[lengths.index(max(lengths))] < limit  # nothing was padded there
+    # A long prompt's last token may not see its padding through windows; a short one's does.
+    assert all(apart[i] > 100 * limit for i in range(len(prompts)) if lengths[i] < 4)
+    if prompts is ALIKE:  # what they begin with does matter
+        assert (hidden_states(lm, PROMPTS) - expected).abs().max() > 1e-2 * expected.abs().max()
 
 
 @pytest.fixture(scope="module")
@@ -63,28 +71,6 @@ def test_equals_transformer_lens(bridged, method, prompts):
     caches = [bridge.run_with_cache(torch.tensor(group))[1] for group in groups]
     theirs = torch.cat([torch.stack([cache[f"blocks.{i}.hook_resid_pre"][:, -1] for i in range(3)], 1) for cache in caches])
     assert (last_token_resid_pre(lm, prompts, method) - theirs).abs().max() < 1e-5
-
-
-@pytest.mark.parametrize("model_type", SUPPORTED)
-def test_batched_equals_sequential_and_unmasked_does_not(model_type):
-    lm = windowed(model_type, 4)  # shorter than the longest prompt
-    sequential, batched, unmasked = (last_token_resid_pre(lm, PROMPTS, method) for method in METHODS)
-    limit = 1e-5 * sequential.abs().max()
-    assert (batched - sequential).abs().max() < limit
-    apart = (unmasked - sequential).abs().amax((1, 2))
-    assert apart[LENGTHS.index(max(LENGTHS))] < limit  # nothing was padded there
-    # A long prompt's last token may not see its padding through windows; a short one's does.
-    assert all(apart[i] > 100 * limit for i in range(len(LENGTHS)) if LENGTHS[i] < 4)
-
-
-@pytest.mark.parametrize("model_type", SUPPORTED)
-@pytest.mark.parametrize("window", [4, 9])
-def test_a_shared_beginning_changes_nothing(model_type, window):
-    lm = windowed(model_type, window)  # one shorter than the beginning, the other ends within what follows it
-    computed, expected = last_token_resid_pre(lm, ALIKE, "batched"), hidden_states(lm, ALIKE)
-    scale = expected.abs().max()
-    assert (computed - expected).abs().max() < 1e-5 * scale
-    assert (hidden_states(lm, PROMPTS) - expected).abs().max() > 1e-2 * scale  # it does matter
 
 
 @pytest.mark.parametrize(
@@ -113,20 +99,15 @@ def test_left_pad():
     assert mask.tolist() == [[0, 1, 1], [1, 1, 1], [0, 0, 1]]
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["sequential", "batched_unmasked"])
 @pytest.mark.parametrize("size", [1, 4, 100])
-def test_batches_cover_each_prompt_once(method, size):
-    lengths = [9, 3, 7, 3, 12, 5, 9, 3, 1]
-    plan = batches(lengths, method, size)
-    flat = [i for batch in plan for i in batch]
-    assert sorted(flat) == list(range(9)) and max(map(len, plan)) <= size
-    if method == "batched":  # by length: least padding
-        assert [lengths[i] for i in flat] == sorted(lengths)
-    else:  # in the order given: `batched_unmasked` is padded as the write-up's batches were
-        assert flat == list(range(9)) and all(len(batch) == size for batch in plan[:-1])
+def test_batches_in_the_order_given(method, size):
+    plan = batches([9, 3, 7, 3, 12, 5, 9, 3, 1], method, size)  # the write-up's batches are padded so
+    assert [i for batch in plan for i in batch] == [*range(9)]
+    assert all(len(batch) == size for batch in plan[:-1]) and len(plan[-1]) <= size
 
 
-@pytest.mark.parametrize("size", [2, 4, 100])
+@pytest.mark.parametrize("size", [1, 2, 4, 100])
 @pytest.mark.parametrize("spread", [1, 7, 60])
 def test_batches_are_cut_where_the_least_is_computed(size, spread):
     """Against all ways to cut ten prompts in order of length, one by one."""
@@ -138,6 +119,7 @@ def test_batches_are_cut_where_the_least_is_computed(size, spread):
         if max(e - s for s, e in zip(starts, ends, strict=True)) <= size:
             costs.append(sum((e - s) * ordered[e - 1] + 32 for s, e in zip(starts, ends, strict=True)))
     plan = batches(lengths, "batched", size)
+    assert sorted(i for batch in plan for i in batch) == [*range(10)] and max(map(len, plan)) <= size
     assert sum(len(batch) * max(lengths[i] for i in batch) + 32 for batch in plan) == min(costs)
 
 

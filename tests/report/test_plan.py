@@ -41,8 +41,8 @@ def test_counts_by_hand():
     )
     # Three methods over train and val, harmful, safe and unrelated, ten tokens each; a pass for the common beginning.
     assert (found["activations"].passes, found["activations"].tokens) == (3 * 27 + 1, 3 * 270)
-    # Baseline, two random directions, layers 1 and 2 at two alphas and their harmless differences: nine cells of three prompts; ten tokens are read,
-    # in two passes, and six of seven new ones.
+    # Baseline, two random directions, layers 1 and 2 at two alphas and their harmless differences: nine cells of three prompts;
+    # ten tokens are read, in two passes, and six of seven new ones.
     assert (found["sweep"].passes, found["sweep"].tokens) == (9 * 3 * 8, 9 * 3 * (10 + 6))
     assert found["model"].passes == 6 * 8
     # Eight prompts by baseline, run time, weights, harmless difference and two random directions; four with addition, four
@@ -103,7 +103,7 @@ def test_the_science_stage_by_the_interventions_it_compares(tmp_path, budget, ki
     # Safe prompts: baseline, best single, subspace and affine; two vectors added in three ways. Four places, seven alphas.
     judged = n_val * on_val + n_test * on_test + n_control * len(random) + n_test * (4 + basic * 2 * 3) + basic * 4 * 7 * 12
     assert step.calls == judged
-    # Each that goes to test, the first of each family of controls and each alpha at each place; the baseline twice, and at each place.
+    # Each that goes to test, the first of each family of controls, each alpha at each place; the baseline twice, and at each place.
     read = (2 + on_test + len(by_family(random)) + basic * 4 * (1 + 7)) * n_harmless
     # Positions: both halves of six train and forty val pairs. Padding: the train half, by two numbers of pads and as batched,
     # masked and not; of 8 and 32 pads the larger is counted.
@@ -133,8 +133,6 @@ def test_a_hub_model_is_sized_from_what_is_not_its_weights(tmp_path):
         done = subprocess.run([sys.executable, "-m", "stages.plan"], cwd=tmp_path, env=env, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert not [path for _, path, _ in hub.requests if path.endswith(".safetensors")]
-    assert (
-        f"Qwen/Qwen-tiny: {n_parameters:,} parameters, {json.loads((checkpoint / 'config.json').read_text())['num_hidden_layers']} layers"
-        in done.stdout
-    )
+    n_layers = json.loads((checkpoint / "config.json").read_text())["num_hidden_layers"]
+    assert f"Qwen/Qwen-tiny: {n_parameters:,} parameters, {n_layers} layers" in done.stdout
     assert "to download: " in done.stdout and not (tmp_path / "models").exists()
