@@ -1,5 +1,5 @@
 """Speed and memory, measured: `make perf`, or `python -m perf extraction` for one section. Results go to metrics/perf.json.
 
 A section is a module with `run(console) -> dict`: it prints its table and returns its scalars. Times are medians of rounds
-in which all arms take turns; a ratio is taken round by round. Tests check counts; nothing here asserts a time.
+of all arms, one after another; a ratio is taken round by round. Tests check counts; nothing here asserts a time.
 """

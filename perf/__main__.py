@@ -11,6 +11,7 @@ from pathlib import Path
 from rich.console import Console
 
 from refusal.io.errors import UserError
+from refusal.io.files import write_whole
 
 SECTIONS = ("extraction", "sweep", "orthogonalize", "pipeline", "growth")
 METRICS = Path("metrics/perf.json")
@@ -18,22 +19,17 @@ METRICS = Path("metrics/perf.json")
 
 def merge(path: Path, machine: dict[str, object], section: str, scalars: dict[str, object]) -> list[str]:
     """Put a section's scalars into the file, whole or not at all; the sections dropped, which another machine measured."""
-    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    dropped = [] if found.get("machine", machine) == machine else [name for name in found if name not in ("machine", section)]
-    kept = {} if dropped else found
-    order = ["machine", *SECTIONS]
-    merged = kept | {"machine": machine, section: scalars}
-    text = json.dumps({name: merged[name] for name in order if name in merged}, indent=2, allow_nan=False) + "\n"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    beside.write_text(text, encoding="utf-8")
-    beside.rename(path)
+    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    dropped = [] if known.get("machine", machine) == machine else [name for name in known if name not in ("machine", section)]
+    merged = ({} if dropped else known) | {"machine": machine, section: scalars}
+    ordered = {name: merged[name] for name in ("machine", *SECTIONS) if name in merged}
+    write_whole(path, (json.dumps(ordered, indent=2, allow_nan=False) + "\n").encode())
     return dropped
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m perf", description="Speed and memory of the package, beside common practice."
+        prog="python -m perf", description="Speed and memory of the package, compared with common practice."
     )
     parser.add_argument("sections", nargs="*", metavar="section", help=f"{', '.join(SECTIONS)}; all by default")
     chosen = parser.parse_args().sections or list(SECTIONS)

@@ -4,6 +4,7 @@ import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -36,25 +37,23 @@ def run(console: Console, rounds: int = 3) -> dict[str, float]:
     return scalars(points)
 
 
-def measure(quantity: str, arms: dict[int, Callable[[], object]], console: Console, rounds: int) -> list[dict[str, object]]:
+def measure(quantity: str, arms: dict[int, Callable[[], object]], console: Console, rounds: int) -> list[dict[str, Any]]:
     """A row of the table for each size."""
-    named = {f"{n} {quantity}": arm for n, arm in arms.items()}
-    found, least = harness.measure(named, console, rounds), min(arms)
-    first = found.median(f"{least} {quantity}")
+    measured, least = harness.measure({str(n): arm for n, arm in arms.items()}, console, rounds), min(arms)
     return [
         {
             "quantity": quantity,
             "n": n,
             "factor": n // least,
-            "seconds": round(found.median(f"{n} {quantity}"), 4),
-            "times_as_long": round(found.median(f"{n} {quantity}") / first, 3),
-            "peak_mb": round(found.peak_mb[f"{n} {quantity}"], 1),
+            "seconds": round(measured.median(str(n)), 4),
+            "times_as_long": round(measured.median(str(n)) / measured.median(str(least)), 3),
+            "peak_mb": round(measured.peak_mb[str(n)], 1),
         }
         for n in arms
     ]
 
 
-def table(points: list[dict[str, object]]) -> Table:
+def table(points: list[dict[str, Any]]) -> Table:
     shown = Table(title="growth", title_justify="left", caption="peak MB: anonymous memory beyond the model")
     for name in points[0]:
         shown.add_column(name.replace("_", " "), justify="left" if name == "quantity" else "right")
@@ -63,12 +62,11 @@ def table(points: list[dict[str, object]]) -> Table:
     return shown
 
 
-def scalars(points: list[dict[str, object]]) -> dict[str, float]:
+def scalars(points: list[dict[str, Any]]) -> dict[str, float]:
     """For each quantity: how long the last doubling took, and how much more memory 16 times as much took."""
-    found = {}
-    for quantity in dict.fromkeys(str(point["quantity"]) for point in points):
-        own = {point["factor"]: point for point in points if point["quantity"] == quantity}
-        last, before, first = own[FACTORS[-1]], own[FACTORS[-2]], own[FACTORS[0]]
-        found[f"{quantity}_last_doubling"] = round(float(str(last["seconds"])) / float(str(before["seconds"])), 3)
-        found[f"{quantity}_peak_mb_growth"] = round(float(str(last["peak_mb"])) - float(str(first["peak_mb"])), 1)
-    return found
+    figures = {}
+    for quantity in dict.fromkeys(point["quantity"] for point in points):
+        first, *_, before, last = (point for point in points if point["quantity"] == quantity)
+        figures[f"{quantity}_last_doubling"] = round(last["seconds"] / before["seconds"], 3)
+        figures[f"{quantity}_peak_mb_growth"] = round(last["peak_mb"] - first["peak_mb"], 1)
+    return figures

@@ -1,4 +1,4 @@
-"""Arms timed in turns (A B C A B C ...), so that a slow minute of the machine falls on all of them."""
+"""Arms timed alternately (A B C A B C ...), so that a slow minute of the machine falls on all of them."""
 
 import ctypes
 import gc
@@ -60,78 +60,68 @@ class Measured:
 
 
 def measure(arms: Mapping[str, Callable[[], Any]], console: Console, rounds: int = 3) -> Measured:
-    """`rounds` rounds in which the arms take turns; each run is timed and its memory sampled, its first value kept."""
-    found = Measured({arm: [] for arm in arms}, dict.fromkeys(arms, 0.0))
+    """`rounds` rounds of all arms, one after another; each run is timed and its memory sampled, its first value kept."""
+    measured = Measured({arm: [] for arm in arms}, dict.fromkeys(arms, 0.0))
     for n in range(rounds):
         for arm, run in arms.items():
             with Peak() as peak:
                 started = time.perf_counter()
                 value = run()
-                found.seconds[arm].append(time.perf_counter() - started)
-            found.values.setdefault(arm, value)
-            found.peak_mb[arm] = max(found.peak_mb[arm], peak.mb)
-            console.print(f"  round {n + 1} of {rounds}: {arm} {found.seconds[arm][-1]:.3f} s", style="dim", highlight=False)
+                measured.seconds[arm].append(time.perf_counter() - started)
+            measured.values.setdefault(arm, value)
+            measured.peak_mb[arm] = max(measured.peak_mb[arm], peak.mb)
+            console.print(f"  round {n + 1} of {rounds}: {arm} {measured.seconds[arm][-1]:.3f} s", style="dim", highlight=False)
             del value
-    return found
-
-
-def anonymous_bytes(process: psutil.Process) -> int:
-    """Memory that is no file's: what a program really takes (the page cache and mapped files can be dropped)."""
-    info = process.memory_info()
-    return info.rss - getattr(info, "shared", 0)
+    return measured
 
 
 class Peak:
-    """The high-water mark of this process's anonymous memory inside a `with`, in MB over where it began."""
+    """The high-water mark of this process's anonymous memory inside a `with`, in MB over where it began; of another's, all of it.
+
+    Anonymous is what a program really takes: the page cache and mapped files can be dropped.
+    """
+
+    def __init__(self, process: int | None = None):
+        self._process, self._stop, self.start = psutil.Process(process), threading.Event(), 0
+        if process is None:
+            gc.collect()
+            if sys.platform == "linux":  # otherwise memory freed by an earlier arm would be taken again without being seen
+                ctypes.CDLL(None).malloc_trim(0)
+            self.start = self._anonymous()
+        self.high = self.start
+
+    def _anonymous(self) -> int:
+        try:
+            info = self._process.memory_info()
+        except psutil.Error:  # it ended
+            return 0
+        return info.rss - getattr(info, "shared", 0)
+
+    def _watch(self) -> None:
+        while not self._stop.wait(0.005):
+            self.high = max(self.high, self._anonymous())
 
     def __enter__(self) -> "Peak":
-        gc.collect()
-        _trim()  # otherwise memory freed by an earlier arm would be taken again without being seen
-        self._process, self._stop = psutil.Process(), threading.Event()
-        self.start = self.high = anonymous_bytes(self._process)
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
         return self
 
-    def _watch(self) -> None:
-        while not self._stop.wait(0.01):
-            self.high = max(self.high, anonymous_bytes(self._process))
-
     def __exit__(self, *_: object) -> None:
         self._stop.set()
         self._thread.join()
-        self.high = max(self.high, anonymous_bytes(self._process))
-        self.mb = (self.high - self.start) / 1e6
+        self.mb = (max(self.high, self._anonymous()) - self.start) / 1e6
 
 
 def in_subprocess(arguments: Sequence[str]) -> tuple[str, float, float]:
-    """Run `python *arguments`: its stdout, its wall time in seconds, and its peak anonymous memory in MB, all of it counted.
+    """Run `python *arguments`: its stdout, its wall time in seconds, and its peak anonymous memory in MB.
 
     Raises subprocess.CalledProcessError where it fails.
     """
     started = time.perf_counter()
     child = subprocess.Popen([sys.executable, *arguments], stdout=subprocess.PIPE, text=True)
-    process, high = psutil.Process(child.pid), 0
-
-    def watch() -> None:
-        nonlocal high
-        while child.poll() is None:
-            try:
-                high = max(high, anonymous_bytes(process))
-            except psutil.Error:  # it ended in between
-                return
-            time.sleep(0.005)
-
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
-    output, _ = child.communicate()
+    with Peak(child.pid) as peak:
+        output, _ = child.communicate()
     seconds = time.perf_counter() - started
-    watcher.join()
     if child.returncode:
         raise subprocess.CalledProcessError(child.returncode, child.args, output)
-    return output, seconds, high / 1e6
-
-
-def _trim() -> None:
-    if sys.platform == "linux":
-        ctypes.CDLL(None).malloc_trim(0)
+    return output, seconds, peak.mb

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from perf import harness, workload
 from refusal.io.errors import UserError
@@ -61,10 +61,8 @@ def synthetic(folder: Path, n_layers: int, shard_bytes: int = 2_000_000_000) -> 
                 out.write(noise[: entry.n_bytes])
             os.fsync(out.fileno())
     (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": D_MODEL, "intermediate_size": WIDTH}
-    config |= {"num_hidden_layers": n_layers, "num_attention_heads": HEADS, "num_key_value_heads": HEADS, "vocab_size": VOCAB}
-    config |= {"dtype": "bfloat16", "tie_word_embeddings": False}
-    (folder / "config.json").write_text(json.dumps(config))
+    sizes = {"hidden_size": D_MODEL, "intermediate_size": WIDTH, "num_hidden_layers": n_layers, "vocab_size": VOCAB}
+    LlamaConfig(**sizes, num_attention_heads=HEADS, dtype="bfloat16", tie_word_embeddings=False).save_pretrained(folder)
     return folder
 
 
@@ -116,12 +114,7 @@ def _timed(console: Console, folder: Path, rounds: int) -> dict[str, float]:
 
     copy(source, target)  # its pages are in memory from here on, for all arms alike
     measured = harness.measure({write.__name__: partial(into_empty, write) for write in (copy, ours, reload)}, console, rounds)
-    notes = {
-        "copy": "read, write, fsync of the same bytes",
-        "ours": "one edit, embedding included",
-        "reload": "load the whole model, edit, save; no fsync",
-    }
-    size = _size(source)
+    size, notes = _size(source), {"ours": "one edit, embedding included", "reload": "no fsync"}
     console.print(measured.table(f"orthogonalization, {size:.1f} GB of bfloat16, page cache warm", "copy", notes))
     ours(source, folder / "lora", "lora")
     lora = _size(folder / "lora")
@@ -142,16 +135,12 @@ def _memory(console: Console, folder: Path) -> dict[str, float]:
     source = synthetic(folder / "large", LARGE)
     size, largest = _size(source), 2 * VOCAB * D_MODEL / 1e6
     _, seconds, peak = harness.in_subprocess(["-m", "perf.orthogonalize", str(source), str(folder / "edited")])
+    beyond = peak - 2 * largest
     console.print(
         f"a checkpoint of {size:.1f} GB, whole process: {peak:.0f} MB of anonymous memory at most, "
-        f"{peak - 2 * largest:.0f} beyond two of the largest tensors ({largest:.0f} MB each), {seconds:.1f} s"
+        f"{beyond:.0f} beyond two of the largest tensors ({largest:.0f} MB each), {seconds:.1f} s"
     )
-    return {
-        "large_checkpoint_gb": size,
-        "large_seconds": seconds,
-        "peak_mb": peak,
-        "peak_minus_two_largest_mb": peak - 2 * largest,
-    }
+    return {"large_checkpoint_gb": size, "large_seconds": seconds, "peak_mb": peak, "peak_minus_two_largest_mb": beyond}
 
 
 def _size(folder: Path) -> float:

@@ -169,10 +169,12 @@ def side_by_side(console: Console, n_prompts: int, n_new: int, rounds: int) -> d
         finally:
             batching.REPLICATED_BELOW = before
 
-    found = measure({"torch threads": partial(arm, 0), "replicas": partial(arm, batching.REPLICATED_BELOW)}, console, rounds)
-    console.print(found.table(f"sweep: 1 M parameters, {len(directions)} cells of {n_prompts} prompts", "replicas", {}))
-    same, _ = compare(found.values["replicas"], found.values["torch threads"], [[1.0]] * len(found.values["replicas"]))
-    return {"replicas_ratio_to_torch_threads": round(found.ratio("torch threads", "replicas").median, 2), "replicas_same_tokens": same}
+    arms = {"torch threads": partial(arm, 0), "replicas": partial(arm, batching.REPLICATED_BELOW)}
+    measured = measure(arms, console, rounds)
+    console.print(measured.table(f"sweep: 1 M parameters, {len(directions)} cells of {n_prompts} prompts", "replicas", {}))
+    same = measured.values["replicas"] == measured.values["torch threads"]
+    ratio = measured.ratio("torch threads", "replicas").median
+    return {"replicas_ratio_to_torch_threads": round(ratio, 2), "replicas_same_tokens": float(same)}
 
 
 def beside(console: Console, model: PreTrainedModel, prompts: Sequence[Sequence[int]], n_new: int) -> dict:
