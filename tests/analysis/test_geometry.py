@@ -93,6 +93,7 @@ def test_the_monitor_is_scikit_learns_area_on_seen_and_unseen_cues(study):
 def test_positions_and_padding_are_those_of_plain_forwards(study):
     """Attended padding turns the direction: as many pads as are named, or as a batch of four in the order given takes."""
     study.params = given.params(science={"padding": {"n_pads": [3], "n": N}}, activations={"batch_size": 4})
+    study.pairs["train"].reverse()  # the longest first
     positions, padding = positions_and_padding(study, study.params.science.padding)
     ids = {side: study.lm.encode([row[side] for row in study.pairs["train"]]) for side in ("harmful", "safe")}
     longest = {side: [max(map(len, of[i // 4 * 4 :][:4])) for i in range(N)] for side, of in ids.items()}
