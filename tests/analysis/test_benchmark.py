@@ -1,5 +1,5 @@
-"""The benchmark: lm-eval's accuracy against log likelihoods summed by hand, on the package's tasks and on lm-eval's definitions of
-the standard seven, whose rows stand in for the hub's; and checkpoints compared document by document."""
+"""The benchmark: lm-eval's accuracy against log likelihoods by hand, on the package's tasks and on lm-eval's definitions of the
+standard seven, whose rows stand in for the hub's; and checkpoints compared document by document."""
 
 import copy
 import json

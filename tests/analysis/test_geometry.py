@@ -57,13 +57,6 @@ def test_spectrum_row_is_the_enumeration_of_all_swaps():
     assert row["n"] == 10
 
 
-def test_two_sets_of_one_distribution_have_no_mean_beyond_the_null():
-    harmful, safe = torch.randn(2, 80, 24, generator=torch.Generator().manual_seed(0))
-    apart, alike = spectrum_row(harmful + 1.5, safe, 500, 0), spectrum_row(harmful, safe, 500, 0)
-    assert apart["mean_share"] > 5 * apart["mean_share_null_95"] and apart["first_share"] >= apart["mean_share"]
-    assert alike["mean_share"] < 2 * alike["mean_share_null_95"] and alike["effective_rank"] > 3 * apart["effective_rank"]
-
-
 def test_spectra_and_origins_are_those_of_each_layer(study):
     acts, unit = study.activations["sequential"], study.directions["unit"].numpy()
     by_layer = [*zip(spectra(study), origins(study), strict=True)]
@@ -100,6 +93,7 @@ def test_the_monitor_is_scikit_learns_area_on_seen_and_unseen_cues(study):
 def test_positions_and_padding_are_those_of_plain_forwards(study):
     """Attended padding turns the direction: as many pads as are named, or as a batch of four in the order given takes."""
     study.params = given.params(science={"padding": {"n_pads": [3], "n": N}}, activations={"batch_size": 4})
+    study.pairs["train"].reverse()  # the longest first
     positions, padding = positions_and_padding(study, study.params.science.padding)
     ids = {side: study.lm.encode([row[side] for row in study.pairs["train"]]) for side in ("harmful", "safe")}
     longest = {side: [max(map(len, of[i // 4 * 4 :][:4])) for i in range(N)] for side, of in ids.items()}

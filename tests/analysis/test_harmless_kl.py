@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny import text_lm, tiny_direction, tiny_lm, tiny_prompts
 
-from refusal.analysis.harmless_kl import Texts, answer_log_probs, cost_figures, harmless_kl, harmless_texts
+from refusal.analysis.harmless_kl import Texts, cost_figures, harmless_kl, harmless_texts
 from refusal.io.store import Store
 from refusal.method.generate import Decoding
 from refusal.method.interventions import BASELINE, Intervention
@@ -106,13 +106,6 @@ def test_several_threads_price_each_its_own_models(tmp_path, threads):
     for name, (entropies, divergences) in found[0].items():
         assert found[1][name][0] == pytest.approx(entropies, rel=1e-5)
         assert found[1][name][1] == pytest.approx(divergences, rel=1e-4, abs=1e-6) and min(divergences) > 1e-3
-
-
-def test_log_probs_are_normalised_and_one_a_token():
-    found = answer_log_probs(LM, ROWS)
-    assert [len(rows) for rows in found] == [len(answer) for answer in ANSWERS]
-    for rows in found:
-        assert torch.allclose(rows.exp().sum(-1), torch.ones(len(rows)), atol=1e-5)
 
 
 def test_texts_are_the_baselines_own_answers_where_there_is_one(tmp_path):

@@ -96,14 +96,14 @@ SAID = {
     "paired_svd.1": ("yyrr", "rh"),
     "paired_svd.2": ("yyrr", "yy"),
     "affine.2": ("yyyy", "yh"),
-    "svd_3": ("yyyy", "yyyyyyyyyyyyyyyyyyyh"),
-    "qr_2": ("yyyy", "yyyy"),
+    "svd_3": ("yyyh", "yyyyyyyyyyyyyyyyyyyh"),
+    "qr_2": ("yyyh", "yyyy"),
     "per_layer": ("yyyy", "rrrr-"),
 }
 SAFE = {"baseline": "yyyyr", "lda.2": "yyyyh", "svd_3": "ryyry", "affine.2": "yyyrx"}
 MISSING = {("lda.2", "test", 3), ("random_1", "test", 7), ("random_3.0", "test", 9)}
 N, TOPICS = 40, 20
-TRUTH = tiny_direction(seed=7).double()
+TRUTH, NO = tiny_direction(seed=7).double(), given.VERDICTS["r"]
 
 
 def letter(name: str, split: str, i: int, said: dict) -> str:
@@ -124,11 +124,11 @@ def differences(ours, theirs, of=range(N)):
     return [(ours[i].compliance - theirs[i].compliance, f"topic {i % TOPICS}") for i in of if ours[i] and theirs[i]]
 
 
-def near(limits, items):
+def near(limits, items, least=-1):
     """Whether these are the limits of the mean of (value, topic), by naive resampling; by Wilson's where all are equal."""
     if len({value for value, _ in items}) == 1:
-        value, w = items[0][0], 3.841459 / (TOPICS + 3.841459)  # which may differ, by as much as differences can
-        low, high = value - w * (value + 1), value + w * (1 - value)
+        value, w = items[0][0], 3.841459 / (TOPICS + 3.841459)  # a share of topics that may yet differ, by as much as can be
+        low, high = value - w * (value - least), value + w * (1 - value)
     else:
         low, high = naive_interval(*zip(*items, strict=True), 4000, 1)
     return limits == pytest.approx([low, high][: len(limits)], abs=0.08 * (high - low))
@@ -153,6 +153,7 @@ def made(store, monkeypatch):
 
     def make(**said):
         def says(lm, one, prompt, addition):
+            make.asked[one.name] = one
             split, half, *rest = prompt.split()
             if split == "other":
                 return "Of course."
@@ -163,6 +164,7 @@ def made(store, monkeypatch):
         given.answers(monkeypatch, says)
         return study, *mediation(study, TRUTH, {1: 0.5, 2: 0.9})
 
+    make.asked = {}
     return make
 
 
@@ -184,6 +186,7 @@ def test_the_table_holds_each_estimators_best_on_val_and_what_was_counted(made):
             ("exact", "y", N),
         ):
             assert given.figure(row, key) == given.wilson(letters.count(one), n), (name, key)
+        assert near(given.figure(row, "compliance")[1:], differences(judged(name), [NO] * N), 0)
         gaps = differences(judged(name), judged("baseline"))
         assert row["difference"] == pytest.approx(fmean(gap for gap, _ in gaps))
         assert near(given.figure(row, "difference")[1:], gaps), name
@@ -197,6 +200,7 @@ def test_the_table_holds_each_estimators_best_on_val_and_what_was_counted(made):
     across, planted = (abs(float(unit[1] @ v)) for v in (unit[2], TRUTH))
     assert cosines["rank_1"] == pytest.approx((1, 1, planted)) and cosines["planted"] == pytest.approx((1, planted, 1))
     assert cosines["difference.2"] == pytest.approx((1, across, abs(float(unit[2] @ TRUTH))))
+    assert made.asked["qr_2"].basis[0].tolist() == pytest.approx(unit[1].tolist())  # the selected layer first
     assert cosines["qr_2"][:2] == pytest.approx((2, 1)) and cosines["less_planted.1"][2] == pytest.approx(0, abs=1e-6)
     assert cosines["baseline"] == cosines["per_layer"] == (0, None, None)
     assert {f: e["arm"] for f, e in metrics["estimators"].items()} == {
@@ -241,10 +245,12 @@ def test_controls_are_pooled_and_each_intervention_costs_what_it_costs(made):
     ranks = {"harmless": (1, 1), "random_1": (1, 2), "random_2": (2, 2), "random_3": (3, 2), "random_5": (5, 2)}
     assert {family: (row["rank"], row["n_arms"]) for family, row in metrics["controls"].items()} == ranks
     for family, row in metrics["controls"].items():
-        letters = "".join(letter(one.name, "test", i, said) for one in families[family] for i in few)
+        letters = "".join(letter(one.name, "test", i, SAID | said) for one in families[family] for i in few)
         n = len(letters) - letters.count("?")
         assert (row["n"], row["n_missing"], row["n_degenerate"]) == (n, letters.count("?"), letters.count("x"))
-        assert row["compliance"] == pytest.approx(sum(given.VERDICTS[one].compliance for one in letters if one != "?") / n)
+        items = [item for one in families[family] for item in differences(judged(one.name, said=SAID | said), [NO] * N, few)]
+        assert row["compliance"] == pytest.approx(fmean(value for value, _ in items)) and len(items) == n
+        assert near(given.figure(row, "compliance")[1:], items, 0)
         assert given.figure(row, "refusal_exact") == given.wilson(letters.count("r"), n)
         assert given.figure(row, "refusal_substring") == given.wilson(letters.count("r"), len(letters))
     priced = {family: (some[0], metrics["controls"][family]) for family, some in families.items()}
@@ -271,7 +277,8 @@ WORKS, NOT = ("yyyy", "yyyyy"), ("rrrr", "rrrrr")
         ({"random_3": WORKS}, ("single", None, "lda.2"), (False, True, False)),
         ({"random_2": WORKS, "random_5": WORKS, "harmless": WORKS}, ("single", None, "lda.2"), (False, True, True)),
         ({"lda.2": ("yyyh", "rrrr")}, ("subspace", None, "svd_3"), (False, False, True)),
-        ({"lda.2": ("yyyh", "yyyhr")}, ("subspace", None, "svd_3"), (False, False, True)),
+        # One that mediates, and the subspace more by the limit.
+        ({"baseline": NOT, "lda.2": ("yyyh", "yhh")}, ("subspace", None, "svd_3"), (True, True, True)),
         ({"lda.2": ("yyyh", "rr"), "svd_3": ("yyyy", "rr")}, ("none", "no_mediation", None), (False, False, False)),
         ({"baseline": ("rrrr", "yyyrr")}, ("none", "no_refusal", None), (False, False, False)),
     ],

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from synthetic import activations, gaussian
+from synthetic import activations, gaussian, naive_d
 from tiny import tiny_lm
 
 from refusal.analysis.sensitivity import by_size, collect, common_suffix, padding, positions, sizes
@@ -75,19 +75,26 @@ def test_shuffled_pairs_give_the_same_full_direction_and_another_set_does_not():
     assert min(r["to_reference"] for r in shuffled) > 1 - 1e-9 > 0.99 > max(r["to_reference"] for r in unrelated)
 
 
+def d_along(direction, harmful, safe):
+    return naive_d(*((rows @ direction).tolist() for rows in (harmful, safe)))
+
+
 def test_positions_score_each_position_by_its_own_direction():
     sets = [gaussian(50, 2, 3, 16, seed=seed) for seed in range(4)]
     for harmful in (sets[0], sets[2]):
         harmful[:, -1] += 1.0  # only the last position tells them apart
     rows = positions(*sets)
+    for row in rows:
+        harmful, safe, *val = (one[:, row["position"], row["layer"]].double() for one in sets)
+        assert row["separation"] == pytest.approx(d_along(harmful.mean(0) - safe.mean(0), *val))
     assert [(r["position"], r["layer"], r["n"]) for r in rows] == [(p, i, 50) for p in (-1, -2) for i in range(3)]
     assert all(r["cosine_to_last"] == pytest.approx(1) and r["separation"] > 2 for r in rows[:3])
     assert all(abs(r["separation"]) < 1 and abs(r["cosine_to_last"]) < 0.9 for r in rows[3:])
 
 
 def test_padding_rows():
-    clean, noise = (gaussian(40, 2, 16) + 2, gaussian(40, 2, 16, seed=1)), gaussian(40, 2, 16, seed=2)
-    shifted, noisy = (clean[0] + 3, clean[1] + 3), (clean[0] + 9 * noise, clean[1])
+    clean, noise = (gaussian(40, 2, 16) + 2, gaussian(40, 2, 16, seed=1)), gaussian(2, 40, 2, 16, seed=2)
+    shifted, noisy = (clean[0] + 3, clean[1] + 3), (clean[0] + 9 * noise[0], clean[1] + noise[1])
     rows = padding(clean, {(True, 8): clean, (False, 8): shifted, (False, "as batched"): noisy})
     length = difference_in_means(*clean).difference.norm(dim=-1).tolist()
     assert [(r["masked"], r["n_pads"], r["layer"], r["n"]) for r in rows] == [
@@ -99,7 +106,12 @@ def test_padding_rows():
         assert row["cosine"] == pytest.approx(1) and row["moved"] == pytest.approx(12 / length[row["layer"]], rel=1e-5)
         assert row["separation"] == pytest.approx(row["separation_clean"], rel=1e-4)
     for row in rows[4:]:
-        assert row["cosine"] < 0.99 and row["separation"] < row["separation_clean"]
+        harmful, safe, *without = (rows[:, row["layer"]].double() for rows in (*noisy, *clean))
+        direction, length = harmful.mean(0) - safe.mean(0), (without[0].mean(0) - without[1].mean(0)).norm()
+        assert row["separation"] == pytest.approx(d_along(direction, harmful, safe)) and row["cosine"] < 0.99
+        assert row["separation_clean"] == pytest.approx(d_along(without[0].mean(0) - without[1].mean(0), *without))
+        moves = sorted(float(move.norm() / length) for a, b in zip((harmful, safe), without, strict=True) for move in a - b)
+        assert row["moved"] == pytest.approx(moves[39])  # the lower median
 
 
 def test_padding_rows_are_those_of_numpy_layer_by_layer():

@@ -103,7 +103,7 @@ def test_the_science_stage_by_the_interventions_it_compares(tmp_path, budget, ki
     # Safe prompts: baseline, best single, subspace and affine; two vectors added in three ways. Four places, seven alphas.
     judged = n_val * on_val + n_test * on_test + n_control * len(random) + n_test * (4 + basic * 2 * 3) + basic * 4 * 7 * 12
     assert step.calls == judged
-    # Each that goes to test, the first of each family of controls, each alpha at each place; the baseline twice, and at each place.
+    # Each that goes to test, the first of each family of controls, alphas by place; the baseline twice, and at each place.
     read = (2 + on_test + len(by_family(random)) + basic * 4 * (1 + 7)) * n_harmless
     # Positions: both halves of six train and forty val pairs. Padding: the train half, by two numbers of pads and as batched,
     # masked and not; of 8 and 32 pads the larger is counted.
