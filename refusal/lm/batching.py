@@ -1,8 +1,7 @@
 """How many rows a forward takes and on how many threads, and the count of what ran.
 
-Batches and jobs are units of work in the store, of a fixed composition and a fixed padding, the same in every run: they do not
-depend on memory that is free just now, nor on threads. Where memory runs out, the rows of a batch, padded together as ever, are
-computed in parts, and the parts are put together again.
+Batches and jobs are units of work in the store, composed and padded alike in every run, whatever memory is free and however many
+threads there are. Where memory runs out, the rows of a batch, padded together as ever, are computed in parts.
 """
 
 from __future__ import annotations
@@ -38,8 +37,7 @@ REPLICATED_BELOW = 10_000_000  # parameters; below it two threads with a core ea
 
 # passes: rows of a batch, once for each forward they were in. tokens: rows times positions, padding included.
 COUNTS: Counter[str] = Counter(passes=0, tokens=0)
-# Rows at once that were worked out, not given: by parameter, or by kind of work where memory ran out.
-BATCH_SIZES: dict[str, int] = {}
+BATCH_SIZES: dict[str, int] = {}  # rows at once that auto gave, by parameter, or running out of memory, by kind of work
 _lock = Lock()
 _fits: dict[str, int] = {}  # rows to try, by kind of work, once more did not fit
 
@@ -48,9 +46,7 @@ def count_forwards(model: nn.Module) -> None:
     """Add every forward of a transformers model from here on to COUNTS, whoever calls it."""
 
     def count(_module: nn.Module, args: tuple, kwargs: dict) -> None:
-        ids = kwargs.get("input_ids")
-        if ids is None:
-            ids = args[0] if args else kwargs["inputs_embeds"]
+        ids = next(t for t in (*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if t is not None)
         with _lock:
             COUNTS["passes"] += ids.shape[0]
             COUNTS["tokens"] += ids.shape[0] * ids.shape[1]
@@ -62,8 +58,8 @@ def count_forwards(model: nn.Module) -> None:
 def rows_at_once(asked: int | Literal["auto"], model: PreTrainedModel, n_logits: int, work: str) -> int:
     """`asked`, or for auto the power of two whose rows fill half of the memory that the weights leave of the device's.
 
-    A row is ROW_TOKENS of keys and values, one layer's hidden states, and logits at `n_logits` positions. What is worked out is
-    printed on stderr and goes into BATCH_SIZES under `work`. Raises UserError where the weights leave nothing.
+    A row is ROW_TOKENS of keys and values, one layer's hidden states, and logits at `n_logits` positions. The result is printed
+    on stderr and noted under `work`. Raises UserError where the weights leave nothing.
     """
     if asked != "auto":
         return asked
@@ -95,8 +91,8 @@ def device_memory(device: torch.device) -> int:
 def fitting(compute: Callable[[int], R], n: int, work: str) -> R:
     """compute(rows at once): all `n`, or as many as memory allows, halved each time that it runs out.
 
-    `work` names what is computed: a size that did not fit is not tried again for it, and is printed on stderr once. `compute`
-    is called again where it failed. Raises UserError where a single row does not fit.
+    `work` names what is computed: a size that did not fit is not tried again for it, and is printed on stderr once. Raises
+    UserError where a single row does not fit.
     """
     while True:
         rows = min(n, _fits.get(work, n))
@@ -119,10 +115,7 @@ def fitting(compute: Callable[[int], R], n: int, work: str) -> R:
 
 
 def in_parts(compute: Callable[[int, int], R], n: int, work: str) -> list[R]:
-    """[compute(first, last), ...] over consecutive rows that make up range(n): one call where memory allows it, as `fitting`.
-
-    What was computed before memory ran out is kept.
-    """
+    """[compute(first, last), ...] over consecutive rows that make up range(n): one call where memory allows it (`fitting`)."""
 
     def part(first: int, rows: int) -> tuple[R, int]:
         return compute(first, first + rows), first + rows

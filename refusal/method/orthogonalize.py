@@ -15,7 +15,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -106,7 +106,7 @@ def orthogonalize(source: Path, edits: Sequence[Edit]) -> list[Report]:
 
     Keeps shards, tensor order, index, metadata and every unedited byte; copies config, tokenizer and template files.
     Arithmetic is float32 (float64 for float64 files) with one cast. A tied embedding that is edited is untied:
-    `lm_head.weight` keeps the original bytes and config.json says so. Memory holds one edited tensor and a few megabytes.
+    `lm_head.weight` keeps the original bytes and config.json says so. Memory holds one edited matrix and a few megabytes.
     Folders appear whole or not at all, and an existing target is replaced.
 
     Raises UserError, with nothing written, for a folder that is no complete safetensors checkpoint of a supported
@@ -194,36 +194,36 @@ def _check_adapter(target: Path, edited: Sequence[Entry]) -> None:
             raise UserError(f"{target.name}: {entry.name} is {why}: set orthogonalize.format to safetensors in params.yaml.")
 
 
-def _edit(edit: Edit, axis: int, shard: Shard, entry: Entry, w: Tensor, report: Report) -> tuple[Tensor, Tensor]:
-    """(W', B W) of a tensor whose axis `axis` is d_model, the second [..., k, n]; how far they agree goes into the report.
+def _edit(edit: Edit, axis: int, shard: Shard, entry: Entry, w: Tensor, report: Report) -> Iterator[tuple[Tensor, Tensor]]:
+    """(W', B W) of a tensor whose axis `axis` is d_model, in pieces in the order of its file: its matrices [d_model, n], or some
+    rows of the embedding, whose columns these are; B W is [k, n]. How far they agree goes into the report at the end.
 
     Computed in blocks of columns, each of which is edited by itself, so that what is held in a wider dtype stays small.
     """
-    edited = torch.empty_like(w)
-    # [matrix, d_model, n]: an embedding's columns are its rows, and a bias is one column.
-    before, after = (t.reshape(-1, *t.shape[-2:]) if axis == -2 else t.reshape(-1, t.shape[-1]).mT[None] for t in (w, edited))
-    components = w.new_empty(
-        len(before), edit.intervention.rank, before.shape[-1], dtype=torch.promote_types(w.dtype, torch.float32)
-    )
+    intervention, wide = edit.intervention, torch.promote_types(w.dtype, torch.float32)
+    step = max(1, _BLOCK // w.shape[axis])
+    pieces = w.reshape(-1, *w.shape[-2:]).unbind() if axis == -2 else w.reshape(-1, w.shape[-1]).split(step)
     squares = torch.zeros(4, dtype=torch.float64)  # of W, W', B W' and B W' - (1 - alpha) B W
-    step = max(1, _BLOCK // before.shape[1])
-    for matrix in zip(before, after, components, strict=True):
-        for columns, target, kept in zip(*(t.split(step, -1) for t in matrix), strict=True):
-            changed, component = edit.intervention.edit(columns)
-            target.copy_(changed)
-            kept.copy_(component)
-            left = edit.intervention.component(changed)
+    for piece in pieces:
+        edited = torch.empty_like(piece)
+        before, after = (piece, edited) if axis == -2 else (piece.mT, edited.mT)
+        components = torch.empty(intervention.rank, before.shape[-1], dtype=wide)
+        blocks = zip(*(t.split(step, -1) for t in (before, after, components)), strict=True)
+        for columns, changed, component in blocks:
+            for target, value in zip((changed, component), intervention.edit(columns), strict=True):
+                target.copy_(value)
+            left = intervention.component(changed)
             # B W is finite only if W is: NaN and infinity survive a product with zero. So W needs no second look.
             if not (component.isfinite().all() and left.isfinite().all()):
                 raise UserError(
                     f"{shard.where}: {entry.name} has NaN or infinity in it, or the edit overflows {entry.dtype}: fix it."
                 )
-            for i, part in enumerate((columns, changed, left, left - (1 - edit.intervention.alpha) * component)):
-                squares[i] += torch.linalg.vector_norm(part, dtype=component.dtype).double() ** 2
+            for i, part in enumerate((columns, changed, left, left - (1 - intervention.alpha) * component)):
+                squares[i] += torch.linalg.vector_norm(part, dtype=wide).double() ** 2
+        yield edited, components
     source, written, left_over, deviation = squares.tolist()
     report.residuals[entry.name] = math.sqrt(left_over / (written or 1))
     report.deviations[entry.name] = math.sqrt(deviation / (source or 1))
-    return edited, components
 
 
 def _write_checkpoint(source: _Source, edit: Edit, partial: Path, bar: tqdm) -> Report:
@@ -236,27 +236,47 @@ def _write_checkpoint(source: _Source, edit: Edit, partial: Path, bar: tqdm) -> 
     for shard in source.shards:
         # The unembedding takes the embedding's place, as it was, behind all others.
         added = [replace(untied[1], name=architecture.unembedding_name)] if untied is not None and untied[0] is shard else []
-        with (partial / shard.name).open("wb") as out, ThreadPoolExecutor(1) as thread:
-            syncs: list[Future[None]] = []
+        with _Output(partial / shard.name) as out:
             out.write(header_bytes([*shard.entries, *added], shard.metadata))
             for entry, tensor in shard.tensors():
                 if (axis := edit.axis(architecture, entry.name)) is None:
                     report.n_copied += 1
+                    out.write(data_of(tensor))
                 else:
-                    tensor, _ = _edit(edit, axis, shard, entry, tensor, report)
-                out.write(data_of(tensor))
-                if out.tell() > (len(syncs) + 1) * _SYNC and all(one.done() for one in syncs):
-                    syncs.append(thread.submit(os.fsync, out.fileno()))  # else nearly all of it waits for the end
+                    for piece, _ in _edit(edit, axis, shard, entry, tensor, report):
+                        out.write(data_of(piece))
                 bar.update()
             for _ in added:
                 out.write(data_of(shard.tensor(architecture.embedding_name)))
-            out.flush()
-            os.fsync(out.fileno())
-            for one in syncs:
-                one.result()
     for name, path in source.small_files.items():
         write_whole(partial / name, _small_file(name, path.read_bytes(), edit, architecture, untied))
     return report
+
+
+class _Output:
+    """A file that goes to disk while more of it is computed: else nearly all of it would wait for the end."""
+
+    def __init__(self, path: Path):
+        self._file, self._thread, self._synced = path.open("wb"), ThreadPoolExecutor(1), 0
+        self._syncs: list[Future[None]] = []
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Append to the file."""
+        self._file.write(data)
+        if self._file.tell() - self._synced > _SYNC and all(one.done() for one in self._syncs):
+            self._synced = self._file.tell()
+            self._syncs.append(self._thread.submit(os.fsync, self._file.fileno()))
+
+    def __enter__(self) -> _Output:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        with self._file, self._thread:
+            if kind is None:
+                self._file.flush()
+                os.fsync(self._file.fileno())
+                for one in self._syncs:
+                    one.result()
 
 
 def _small_file(name: str, content: bytes, edit: Edit, architecture: Architecture, untied: tuple[Shard, Entry] | None) -> bytes:
@@ -284,7 +304,7 @@ def _write_adapter(source: _Source, edit: Edit, partial: Path, bar: tqdm) -> Rep
             if (axis := edit.axis(source.architecture, entry.name)) is None:
                 report.n_copied += 1
                 continue
-            _, (a,) = _edit(edit, axis, shard, entry, tensor, report)
+            a = torch.cat([component for _, component in _edit(edit, axis, shard, entry, tensor, report)], -1)
             module = entry.name.removesuffix(".weight")
             modules.add(module.rpartition(".")[2])
             for name, matrix in (("A", a), ("B", edit.intervention.update(a))):
