@@ -162,13 +162,13 @@ def render_chats(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], sys
                 f"params.yaml: model.system_prompt: the model's chat template refuses it ({why}); set it to null"
             ) from None
         raise UserError(
-            f"{tokenizer.name_or_path}: the chat template cannot format a prompt ({why}): mend chat_template.jinja or "
+            f"{tokenizer.name_or_path}: the chat template cannot format a prompt ({why}): fix chat_template.jinja or "
             "tokenizer_config.json there, or use another checkpoint"
         ) from None
     if (longest := max(map(len, texts))) > MAX_CHAT:
         raise UserError(
             f"{tokenizer.name_or_path}: the chat template makes {longest:,} characters of a prompt, and {MAX_CHAT:,} are the "
-            "most: mend chat_template.jinja or tokenizer_config.json there, or use another checkpoint"
+            "most: fix chat_template.jinja or tokenizer_config.json there, or use another checkpoint"
         )
     return texts
 
