@@ -103,7 +103,8 @@ def test_a_judge_that_is_a_model_is_named_and_compared(text):
 
 def test_arms_are_compared_with_controls_and_weaknesses_have_evidence(text):
     shown, science = html.unescape(text), study().science
-    assert "Verdict: <strong>single</strong>, by <code>rank_1</code>." in shown
+    by = science["verdict"]["by"]
+    assert f"Verdict: <strong>single</strong>, by <code>{by}</code>." in shown and by in science["arms"]
     first, random = science["arms"]["rank_1"], science["controls"]["random_1"]
     limits = f"<td>{first['compliance']:.3f} [{first['compliance_low']:.3f}, {first['compliance_high']:.3f}]</td>"
     assert f'<th scope="row">rank_1</th><td>{first["layer"]}</td><td>1</td><td>{first["n"]}</td>{limits}' in shown
