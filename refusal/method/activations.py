@@ -11,12 +11,12 @@ as they come: an interrupted run ends in the same bytes, and memory holds one ba
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +31,7 @@ from refusal.io.files import sync
 from refusal.io.store import Store, key
 from refusal.lm.architecture import architecture_of
 from refusal.lm.batching import in_parts
+from refusal.lm.checkpoint import DTYPES, Entry, data_of, header_bytes
 from refusal.lm.load import LM
 
 if TYPE_CHECKING:
@@ -222,25 +223,22 @@ def activations_file(
 
     Its bytes are those that safetensors would write. It appears under its name when the `with` ends well, whole and on disk.
     """
-    name_of = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}[str(dtype).removeprefix("torch.")]
-    fields: dict[str, dict[str, Any]] = {}
-    end = 0
-    for name in sorted(shapes):
-        begin, end = end, end + math.prod(shapes[name]) * dtype.itemsize
-        fields[name] = {"dtype": name_of, "shape": list(shapes[name]), "data_offsets": [begin, end]}
-    header = json.dumps(fields, separators=(",", ":")).encode()
-    header += b" " * (-len(header) % 8)
+    dtype_name = next(name for name, of_file in DTYPES.items() if of_file == dtype)
+    entries = [Entry(name, dtype_name, shapes[name], math.prod(shapes[name]) * dtype.itemsize) for name in sorted(shapes)]
+    header = header_bytes(entries, {})
+    *begins, end = accumulate((entry.n_bytes for entry in entries), initial=len(header))
+    begin_of = {entry.name: begin for entry, begin in zip(entries, begins, strict=True)}
     partial = path.with_name(f".{path.name}.partial")
     try:
         with partial.open("wb") as file:
-            file.write(len(header).to_bytes(8, "little") + header)
-            file.truncate(8 + len(header) + end)
+            file.write(header)
+            file.truncate(end)
 
             def put(name: str, rows: Sequence[int], values: Tensor) -> None:
-                first, width = 8 + len(header) + fields[name]["data_offsets"][0], math.prod(shapes[name][1:]) * dtype.itemsize
+                width = math.prod(shapes[name][1:]) * dtype.itemsize
                 for row, value in zip(rows, values.reshape(len(rows), -1), strict=True):
-                    file.seek(first + row * width)
-                    file.write(value.view(torch.uint8).numpy().tobytes())
+                    file.seek(begin_of[name] + row * width)
+                    file.write(data_of(value))
 
             yield put
             file.flush()
