@@ -195,8 +195,8 @@ def origin_between_means(
 ) -> dict[str, Any]:
     """Of projections on one direction: quantiles of both sets, and `zero`, 0 at the safe mean and 1 at the harmful mean.
 
-    Linear ablation sends every prompt to zero. Where zero lies among the safe prompts, ablated harmful prompts look safe; where
-    it lies among the harmful ones, ablation makes the model take everything for harmful. `zero` carries a percentile bootstrap
+    Linear ablation sends every prompt to zero. If zero is among the safe prompts, ablated harmful prompts look safe; if it is
+    among the harmful ones, ablation makes the model take everything for harmful. `zero` carries a percentile bootstrap
     95 % interval over topic phrases.
     """
     harmful, safe = harmful.double(), safe.double()
