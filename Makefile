@@ -6,14 +6,18 @@ READY := .venv/ready
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export VIRTUAL_ENV := $(CURDIR)/.venv
 
-.PHONY: help setup repro plan compare picture test plots perf cuda slow soak organisms full lint lock
+.PHONY: help setup repro plan compare picture test plots perf cuda slow soak organisms full lint lock restore
 
 help: ## what can be made
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 setup: $(READY) ## create .venv with the pinned dependencies
 
-repro: $(READY) ## set up and run the complete study
+# A DVC that is killed as it writes dvc.lock or .dvc/tmp/rwlock leaves half of it, and every later command would stop there.
+restore: $(READY)
+	@python -m stages.restore
+
+repro: restore ## set up and run the complete study
 	dvc repro
 
 plan: $(READY) ## what a run will take: forward passes, tokens, judge calls, disk
@@ -22,14 +26,14 @@ plan: $(READY) ## what a run will take: forward passes, tokens, judge calls, dis
 test: $(READY) ## set up and run the tests
 	python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
 
-compare: $(READY) ## every variant compared on one page: report/variants.html
+compare: restore ## every variant compared on one page: report/variants.html
 	set -o pipefail; dvc exp show --json | python -m refusal.report.variants report/variants.html metrics/evaluate.json
 
 picture: $(READY) ## the pictures in the README, docs/*.svg, from committed figures
 	python -m refusal.report.picture plots/separation.csv plots/sweep.csv metrics/evaluate.json docs/result.svg
 	test ! -f metrics/organisms.json || python -m refusal.report.organisms metrics/organisms.json docs/organisms.svg
 
-plots: $(READY) ## every plot as one page, dvc_plots/index.html
+plots: restore ## every plot as one page, dvc_plots/index.html
 	dvc plots show
 
 perf: $(READY) ## measure speed and memory beside common practice (about half an hour on 2 cores)
@@ -44,11 +48,11 @@ slow: $(READY) ## the tests that train organisms on other seeds
 soak: $(READY) ## kill a small study at fifty moments and more: metrics/soak.json (a quarter of an hour)
 	python tests/pipeline/soak.py
 
-organisms: $(READY) ## train and study every kind of organism on three seeds: metrics/organisms.json (two hours on 1 core)
+organisms: restore ## train and study every kind of organism on three seeds: metrics/organisms.json (two hours on 1 core)
 	dvc repro prompts
 	python -m stages.organisms
 
-full: $(READY) ## the science stage on all prompts, beside the study's own: metrics/science_full.json (five minutes)
+full: restore ## the science stage on all prompts, beside the study's own: metrics/science_full.json (five minutes)
 	dvc repro select
 	python -m stages.science full
 

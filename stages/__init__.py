@@ -64,8 +64,11 @@ def stage(main: Callable[..., str], online: Callable[[Params], bool] = lambda pa
         _set_environment(params.compute.threads, online(params))
         line = main(params, *sys.argv[1:])
         record(STORE / "runs.jsonl", name, params, time.monotonic() - started)
+        if "DVC_STAGE" in os.environ and Path.cwd() == ROOT and Path("dvc.lock").is_file():
+            # DVC has read it, and writes it again when this stage is over; stages/restore.py says what for.
+            write_whole(STORE / "dvc.lock", Path("dvc.lock").read_bytes())
     except KeyboardInterrupt:
-        print(f"{name}: interrupted; what is computed is kept, run `dvc repro` again to go on", file=sys.stderr)
+        print(f"{name}: interrupted; what is computed is kept, `make repro` goes on", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
         sentence = _sentence(error)
@@ -93,7 +96,7 @@ def _exit_with_dvc(name: str) -> None:
     def watch() -> None:
         while all(map(runs, parents[: dvc + 1])):
             time.sleep(0.5)
-        print(f"{name}: dvc is gone; what is computed is kept, run `dvc repro` again to go on", file=sys.stderr, flush=True)
+        print(f"{name}: dvc is gone; what is computed is kept, `make repro` goes on", file=sys.stderr, flush=True)
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()

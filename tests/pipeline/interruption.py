@@ -20,6 +20,8 @@ from refusal.io.store import Store
 STORE = ".refusal-store/store.sqlite"
 # SIGKILL of the whole process group, as a power cut; signals to DVC alone, as `kill` and a careless supervisor send them.
 SIGNALS = ("KILL group", "KILL dvc", "TERM dvc", "INT dvc")
+# SIGKILL of the group within the time that DVC takes to write dvc.lock after the stage.
+LOCK, WRITING = "KILL lock", 0.1
 
 
 def watch_repeats(store: Path) -> None:
@@ -59,10 +61,17 @@ def running(group: int) -> list[str]:
     return commands
 
 
+def restore(folder: Path) -> str:
+    """The first step of `make repro`, in this environment; what it says."""
+    return run(folder, "make", "-s", "-o", ".venv/ready", "restore")
+
+
 class Run:
-    """A `dvc repro` in a process group of its own, its output in a file."""
+    """A `make repro`, its `dvc repro` in a process group of its own, its output in a file. `restored`: what the first step said."""
 
     def __init__(self, folder: Path):
+        self.restored = restore(folder)
+        self.lock = folder / "dvc.lock"
         self.log = folder.parent / f"{folder.name}.log"
         with self.log.open("wb") as file:
             self.process = subprocess.Popen(
@@ -83,11 +92,21 @@ class Run:
             return True
         return False
 
+    def write_lock(self, stage: str, seconds: float) -> bool:
+        """Wait for so long after DVC has begun to write the lock after a stage; whether the run is still on."""
+        while self.process.poll() is None and f"Running stage '{stage}'" not in self.said:
+            time.sleep(0.01)
+        before = self.lock.read_bytes() if self.lock.is_file() else b""
+        while self.process.poll() is None and (self.lock.read_bytes() if self.lock.is_file() else b"") == before:
+            pass
+        time.sleep(seconds)
+        return self.process.poll() is None
+
     def kill(self, how: str) -> None:
         """Send the signal, and wait until all that belonged to the run is gone; a run that SIGINT does not end goes on to its end."""
         name, whom = how.split()
         number = getattr(signal, f"SIG{name}")
-        if whom == "group":
+        if whom in ("group", "lock"):
             os.killpg(self.process.pid, number)
         else:
             self.process.send_signal(number)
@@ -101,29 +120,26 @@ class Run:
 
 @dataclass
 class Report:
-    """What a number of kills came to. `by_stage`: the stage that each met."""
+    """What a number of kills came to. `by_stage`: the stage that each met; `restored`: files that DVC left cut off, put back."""
 
     kills: int = 0
     by_signal: Counter[str] = field(default_factory=Counter)
     by_stage: Counter[str] = field(default_factory=Counter)
     repeated_forward_passes: int = 0
     repeated_calls: int = 0
-    broken_locks: int = 0
+    restored: Counter[str] = field(default_factory=Counter)
     differing_outputs: list[str] = field(default_factory=list)
 
-    def repair(self, folder: Path, said: str) -> None:
-        """What docs/promises.md tells a user to do about a file that DVC itself was killed in the middle of writing."""
-        for name in ("dvc.lock", ".dvc/tmp/rwlock"):
-            if "ERROR" in said and name in said:
-                self.broken_locks += 1
-                (folder / name).unlink()
+    def start(self, folder: Path) -> Run:
+        """Run the study, and note what had to be put back first."""
+        study = Run(folder)
+        self.restored.update(re.findall(r"restore: (\S+) was cut off", study.restored))
+        return study
 
     def finish(self, folder: Path, wanted: dict[str, str]) -> None:
         """Run the study to its end, and compare its outputs with those `wanted`."""
-        study = Run(folder)
-        if study.process.wait(1800):
-            self.repair(folder, study.said)
-            run(folder, "dvc", "repro")
+        study = self.start(folder)
+        assert study.process.wait(1800) == 0, study.said[-4000:]
         passes, calls = repeats(folder / STORE)
         self.repeated_forward_passes += passes
         self.repeated_calls += calls
@@ -153,14 +169,15 @@ def interrupted(
             folder = fresh()
             watch_repeats(folder / STORE)
         reached = stages.index(stage)
-        study = Run(folder)
-        if study.reach(stage, rng.uniform(0.05, seconds[stage])):
+        study = report.start(folder)
+        moment = rng.uniform(0, WRITING) if how == LOCK else rng.uniform(0.05, seconds[stage])
+        if (study.write_lock if how == LOCK else study.reach)(stage, moment):
             report.by_stage[re.findall(r"Running stage '(\w+)'", study.said)[-1]] += 1
             report.by_signal[how] += 1
             report.kills += 1
             study.kill(how)
         else:  # over before its moment came
-            report.repair(folder, study.said)
+            assert study.process.returncode == 0, study.said[-4000:]
         done()
     if folder is not None:
         report.finish(folder, wanted)

@@ -19,12 +19,14 @@ from api_server import serve, split, verdict  # noqa: E402
 from place import params_with  # noqa: E402
 
 from perf.workload import machine  # noqa: E402
-from pipeline.interruption import SIGNALS, interrupted, stage_seconds  # noqa: E402
+from pipeline.interruption import LOCK, SIGNALS, interrupted, stage_seconds  # noqa: E402
 from pipeline.study import outputs, run, small  # noqa: E402
 from refusal.judges import rules  # noqa: E402
 from stages import write_json  # noqa: E402
 
-ROUNDS, ALONE = 4, 1  # rounds of a kill in every stage; SIGINTs, each in a study of its own, since DVC goes on after one
+# Rounds of a kill in every stage, and of one after every stage as DVC writes its lock; SIGINTs, each in a study of its own, since
+# DVC goes on after one.
+ROUNDS, LOCKS, ALONE = 4, 5, 1
 
 
 def main(seed: int) -> None:
@@ -46,6 +48,7 @@ def main(seed: int) -> None:
         seconds = stage_seconds(alone)
         asked_alone = server.asked.copy()
         plan = [(stage, rng.choice(SIGNALS[:3])) for _ in range(ROUNDS) for stage in seconds]
+        plan += [(stage, LOCK) for _ in range(LOCKS) for stage in seconds]
         plan += [(stage, "INT dvc") for stage in sorted(rng.sample(list(seconds), ALONE), key=list(seconds).index, reverse=True)]
         print(f"seed {seed}: {len(plan)} kills of a study of {sum(seconds.values()):.0f} s", flush=True)
         with tqdm(total=len(plan), unit="kill", mininterval=15) as bar:
