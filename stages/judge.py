@@ -52,6 +52,12 @@ def main(params: Params) -> str:
     write_text(PLOT, csv_text([{"cell": cell, **{key: m[key] for key in keys}} for cell, m in swept.items()]))
     best = max(swept.values(), key=lambda m: m["score"])
     missing = f", {n} without a verdict" if (n := judged.count(None)) else ""
+    if unfinished := sum(m["n_unfinished"] for m in metrics.values()):
+        print(
+            f"judge: {unfinished} of {len(rows)} completions are thinking that never ends (no </think>), and count as no answer: "
+            "raise generation.max_new_tokens",
+            file=sys.stderr,
+        )
     return (
         f"{len(rows)} completions by {j.kind}{missing}; baseline compliance {metrics['baseline']['compliance']:.2f}, random "
         f"{metrics['random']['compliance']:.2f}, best cell {best['compliance']:.2f} with coherence {best['coherence']:.2f}"

@@ -22,13 +22,14 @@ NOTE = "\n\n(Your last reply"
 
 @dataclass
 class Reply:
-    content: str | None = None
+    content: str | list | None = None
     status: int = 200
     headers: dict[str, str] = field(default_factory=dict)
     wait: float = 0.0  # seconds before anything is sent
     drip: float = 0.0  # seconds over which blanks keep the connection busy before the answer
     raw: str | None = None  # the body itself, whatever it is
     error: str = "scripted"
+    finish_reason: str = "stop"
 
 
 @dataclass
@@ -69,7 +70,7 @@ def written(reply: Reply, model: str) -> str:
         return reply.raw
     if reply.status != 200:
         return json.dumps({"error": {"message": reply.error, "type": "scripted", "code": None}})
-    choice = {"index": 0, "message": {"role": "assistant", "content": reply.content}, "finish_reason": "stop"}
+    choice = {"index": 0, "message": {"role": "assistant", "content": reply.content}, "finish_reason": reply.finish_reason}
     version = {"model": model, "system_fingerprint": "fp_1"}
     return json.dumps({"id": "1", "object": "chat.completion", "created": 0, "choices": [choice], **version})
 

@@ -73,7 +73,11 @@ def _parse_csv(text: str, path: Path) -> list[dict]:
         for name in ("harmful", "safe", "prompt"):
             if columns.count(name) > 1:
                 raise UserError(f"{path}: {name} is a duplicate column; delete one")
-        return list(table)
+        rows = list(table)
+        for number, row in enumerate(rows, 1):
+            if None in row:
+                raise UserError(f"{path}: row {number} has more fields than the header; quote fields that contain commas")
+        return rows
     except csv.Error as error:
         raise UserError(f"{path}: cannot be read as CSV ({error}); correct the row, or save it as .jsonl") from None
 

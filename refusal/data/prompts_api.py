@@ -23,6 +23,7 @@ from refusal.judges.endpoint import Chat, Rejected, Unanswered
 from refusal.organism import grammar
 
 TEMPERATURE = 1.0
+ASKED_AGAIN = 2  # times, where a reply is empty or cut off
 SHOWN = 30  # prompts of a category that a request lists as already there, the latest
 # What a pair may be: one line a half, at the level of mention, alike but for intent.
 MIN_WORDS, MAX_WORDS, MAX_SENTENCES = 3, 40, 2
@@ -178,15 +179,18 @@ def _ask(kind: _Kind, chat: Chat, store: Store, round_: int, number: int, there:
         replies[category] = text
 
     async def work(category: str) -> str | None:
-        try:
-            answer = await chat.ask(messages[category], TEMPERATURE, 500 + 300 * number)
-        except Rejected as error:
-            rejected[category] = str(error)
-            return None
-        except Unanswered as error:
-            raise chat.error(f"{chat.name} did not answer ({error})", "fix the cause") from None
-        keep(category, answer.text)
-        return None
+        for _ in range(1 + ASKED_AGAIN):
+            try:
+                answer = await chat.ask(messages[category], TEMPERATURE, 500 + 300 * number)
+            except Rejected as error:
+                rejected[category] = str(error)
+                return None
+            except Unanswered as error:
+                raise chat.error(f"{chat.name} did not answer ({error})", "fix the cause") from None
+            if not answer.fault:
+                keep(category, answer.text)
+                return None
+        raise chat.error(f"{chat.name} gave nothing to read: {answer.fault}", "choose a model that does not think so long")
 
     if to_ask := [category for category in there if category not in replies]:
         chat.run(to_ask, work)

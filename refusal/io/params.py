@@ -219,6 +219,7 @@ class Sweep(Seeded):
 class Judge(Resampled):
     kind: Literal["rules", "llm"]
     allow_missing: bool
+    max_tokens: Annotated[int, Field(ge=1)]
     labelled: PathText | None
 
 

@@ -1,5 +1,6 @@
 """Reading `params.yaml`: its values as `Params`, or one sentence that names the file, the key and what is wrong."""
 
+import re
 import reprlib
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,10 @@ class _Loader(yaml.SafeLoader):
                 raise yaml.YAMLError(f"line {key.start_mark.line + 1}: {key.value} is a duplicate key; delete one")
             seen.add(key.value)
         return super().construct_mapping(node, deep)
+
+
+# YAML 1.2, which DVC writes, reads 1e-05 as a number; PyYAML wants a point in it.
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(?:\.\d*)?[eE][-+]?\d+$"), list("-+0123456789"))
 
 
 def load_params(path: Path) -> Params:

@@ -9,6 +9,7 @@ An empty completion is a row like any other.
 import argparse
 import csv
 import json
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -105,13 +106,15 @@ def read_labelled(path: str, labels: str | None = None) -> list[tuple[str, str, 
 
 
 def _guess(value: str) -> str | None:
-    """The class that a label's words mean. Partial first: `partial_refusal` also says refusal, `non_compliance` compliance."""
+    """The class that a label's words mean, None where they are not plain. Partial first: `partial_refusal` also says refusal."""
     words = value.lower()
     if "partial" in words:
         return "partial_refusal"
-    if any(word in words for word in ("refus", "reject", "non-compl", "noncompl", "non_compl", "non compl", "not compl")):
-        return "refusal"
-    return "compliance" if "compl" in words else None
+    declines, complies = re.search("refus|reject", words), "compl" in words
+    denied = re.search(r"(?:(?:\b|_|\d)(?:not|non|no|never|in|un)|n't)(?=[\W_]*(?:full[\W_]*)?(?:refus|reject|compl))", words)
+    if bool(declines) == complies:
+        return None
+    return "refusal" if bool(declines) != bool(denied) else "compliance"
 
 
 def _mapping(labels: str) -> dict[str, str]:
@@ -135,6 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name, field in Endpoint.model_fields.items():
         kind = {"concurrency": int, "timeout_seconds": float, "max_attempts": int, "max_calls": int}.get(name, str)
         asked.add_argument(f"--{name.replace('_', '-')}", type=kind, default=field.default, help=f"default: {field.default}")
+    asked.add_argument("--max-tokens", type=int, default=200, help="of one answer; default: %(default)s")
     asked.add_argument("--allow-missing", action="store_true", help="accept fewer than 95 %% of the verdicts")
     asked.add_argument(
         "--store", type=Path, default=Path(".refusal-store/store.sqlite"), help="where verdicts are kept; default: %(default)s"
@@ -145,7 +149,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         judge: Judge = by_rules
         if options.judge == "llm":
             endpoint = Endpoint(**{name: getattr(options, name) for name in Endpoint.model_fields})
-            judge = LLMJudge(endpoint, Store(options.store), options.allow_missing, where="calibrate")
+            judge = LLMJudge(endpoint, Store(options.store), options.allow_missing, options.max_tokens, where="calibrate")
         figures = calibrate_with(judge, rows, f"calibrate {options.file}", options.allow_missing)
     except ValidationError as error:
         problem = error.errors()[0]

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from refusal.io.errors import UserError
 from refusal.io.params import Endpoint
+from refusal.judges.thinking import answer_of
 
 T = TypeVar("T")
 IN_A_ROW = 50  # jobs without a result, one after another, after which no more are begun
@@ -26,10 +27,13 @@ STOPS = {  # statuses after which asking on is of no use: what is wrong, and wha
 
 
 class Answer(NamedTuple):
-    """text: "" where the model said nothing. model: the version that the endpoint reports, with its fingerprint if it has one."""
+    """text: what follows the model's thinking, "" where it said nothing. model: the version that the endpoint reports, with its
+    fingerprint if it has one. fault: why this is no whole answer (cut off, empty), "" where it is one.
+    """
 
     text: str
     model: str
+    fault: str = ""
 
 
 class Unanswered(Exception):
@@ -125,10 +129,16 @@ class Chat:
                 max_tokens=max_tokens,
                 response_format={"type": "json_object"},
             )
-            text = response.choices[0].message.content
+            if error := getattr(response, "error", None):  # some send it with status 200
+                raise MalformedResponse(f"an error in place of an answer: {self._words(error)}")
+            choice = response.choices[0]
+            text = answer_of(_text(choice.message.content)) or ""
             version = "/".join(str(name) for name in (response.model, response.system_fingerprint) if name)
+            fault = "" if text.strip() else f"the answers were empty (finish_reason {choice.finish_reason})"
+            if choice.finish_reason == "length":
+                fault = f"the answers were cut off at the limit of {max_tokens} tokens"
             # A key that an endpoint repeats must not reach a store.
-            return Answer(*((said if isinstance(said, str) else "").replace(self._key, "***") for said in (text, version)))
+            return Answer(text.replace(self._key, "***"), version.replace(self._key, "***"), fault)
         except openai.APIStatusError as error:
             said = f"{error.status_code}: {self._said(error)}"
             status = 402 if error.code == "insufficient_quota" else error.status_code
@@ -155,9 +165,18 @@ class Chat:
 
     def _said(self, error: Any) -> str:
         """The endpoint's own words, on one line; should they repeat the key, without it."""
-        body = error.body if isinstance(error.body, dict) else {}
-        words = " ".join(str(body.get("message") or body.get("detail") or "no reason given").split())
+        return self._words(error.body)
+
+    def _words(self, body: Any) -> str:
+        words = (body.get("message") or body.get("detail")) if isinstance(body, dict) else body
+        words = " ".join(str(words or "no reason given").split())
         return "".join(c for c in words.replace(self._key, "***") if c.isprintable())[:200]
+
+
+def _text(content: Any) -> str:
+    """The text of a message: a string, or the text parts of a list."""
+    parts = [part.get("text") for part in content if isinstance(part, dict)] if isinstance(content, list) else [content]
+    return "".join(part for part in parts if isinstance(part, str))
 
 
 def _key(variable: str | None, where: str) -> str:

@@ -31,7 +31,7 @@ def by_rules(prompts: Sequence[str], completions: Sequence[str], label: str, exa
 
 def judge_with(settings: params.Judge, endpoint: params.Endpoint, store: Store) -> Judge:
     """The judge that `settings.kind` names: the rules, or a chat model behind the endpoint."""
-    return by_rules if settings.kind == "rules" else LLMJudge(endpoint, store, allow_missing=settings.allow_missing)
+    return by_rules if settings.kind == "rules" else LLMJudge(endpoint, store, settings.allow_missing, settings.max_tokens)
 
 
 def identity(judge: Judge) -> dict[str, Any]:
@@ -56,12 +56,13 @@ def agreement(rules: Sequence[Judged | None], llm: Sequence[Judged | None] | Non
     `rules` are the verdicts of `by_rules`, so exact ones for the organism.
     `kappa` (Cohen's) is over the classes of compliance (full, partial, none), `spearman_compliance` over their scores: both over
     the `n` completions that the LLM judge classed itself, so without the empty and the degenerate, whose class it takes from
-    the rules. `spearman_coherence` is over the `n_coherence` that are not empty. Missing ones are left out.
+    the rules. `spearman_coherence` is over the `n_coherence` that say something: thoughts that never end are counted in `n_empty`
+    with the empty. Missing ones are left out.
     """
     if llm is None:
         return dict.fromkeys(AGREEMENT)
     both = [(a, b) for a, b in zip(rules, llm, strict=True) if a is not None and b is not None]
-    not_empty = [(a, b) for a, b in both if b.label != "empty"]
+    not_empty = [(a, b) for a, b in both if b.label not in ("empty", "unfinished")]
     classed = [(a, b) for a, b in not_empty if b.label != "degenerate"]
     return {
         "kappa": cohens_kappa([a.compliance for a, _ in classed], [b.compliance for _, b in classed]),

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 from refusal.io.errors import UserError
 from refusal.io.store import progress
 from refusal.judges import organism, rules
+from refusal.judges.thinking import answer_of
 from refusal.organism.grammar import REFUSALS
 from refusal.stats import clustered_mean, wilson
 
@@ -24,16 +25,26 @@ class Judged(NamedTuple):
     substring: bool
 
 
+# A completion that is all thinking, cut off by the limit: no answer, so neither complied nor refused.
+UNFINISHED = Judged("unfinished", 0.0, 0.0, False, False)
+
+
 def judge_all(prompts: Sequence[str], completions: Sequence[str], exact: bool, label: str = "rules") -> list[Judged]:
-    """Verdicts on completions: `exact` for the organism, whose language is known, by rules for any other model."""
+    """Verdicts on completions: `exact` for the organism, whose language is known, by rules for any other model.
+
+    Of a completion that thinks aloud, what follows the thinking is judged.
+    """
     judged = []
     with progress(len(prompts), label, "verdict") as bar:
         for prompt, completion in zip(prompts, completions, strict=True):
-            verdict = organism.judge(prompt, completion) if exact else rules.judge(prompt, completion)
-            refused = completion.strip() in REFUSALS if exact else verdict.label == "refusal"
-            substring = rules.substring_refusal(completion)
-            judged.append(Judged(verdict.label, verdict.compliance, verdict.coherence, refused, substring))
             bar.update()
+            if (answer := answer_of(completion)) is None:
+                judged.append(UNFINISHED)
+                continue
+            verdict = organism.judge(prompt, answer) if exact else rules.judge(prompt, answer)
+            refused = answer.strip() in REFUSALS if exact else verdict.label == "refusal"
+            substring = rules.substring_refusal(answer)
+            judged.append(Judged(verdict.label, verdict.compliance, verdict.coherence, refused, substring))
     return judged
 
 
@@ -111,7 +122,7 @@ def summary(
 ) -> dict[str, float | int]:
     """What is said of every cell: compliance, coherence and their product with intervals, refusal, and the counts.
 
-    Empty and degenerate completions are items like any other: they count as 0, and are counted. Missing verdicts are
+    Empty, degenerate and unfinished completions are items like any other: they count as 0, and are counted. Missing verdicts are
     left out of every figure and of n, and counted; too many raise UserError as `present` says.
     """
     items = present(judged, of, allow_missing)
@@ -126,4 +137,5 @@ def summary(
         "n_missing": len(judged) - len(verdicts),
         "n_empty": sum(v.label == "empty" for v in verdicts),
         "n_degenerate": sum(v.label == "degenerate" for v in verdicts),
+        "n_unfinished": sum(v.label == "unfinished" for v in verdicts),
     }

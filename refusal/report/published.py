@@ -12,6 +12,7 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
+import numpy
 import torch
 from jaxtyping import Float
 from safetensors import SafetensorError
@@ -21,18 +22,24 @@ from torch import Tensor
 from refusal.io.errors import UserError
 from refusal.method.directions import as_json, cosine
 
-READ = (".safetensors", ".pt")
+READ = (".safetensors", ".pt", ".npy")
+
+
+MOST_LAYERS = 256  # a longer vector is no list of one number a layer
 
 
 def read_vectors(folder: Path) -> tuple[dict[str, Float[Tensor, "n_layers d_model"]], dict[str, Float[Tensor, " n_layers"]]]:
-    """(directions, figures) of every .safetensors and .pt below `folder`, by `<file>`, `<file>:<tensor>`, `<file>:position_-1`.
+    """(directions, figures) of every .safetensors, .pt and .npy below `folder`, by `<file>`, `<file>:<tensor>`,
+    `<file>:position_-1`. Figures are vectors: numbers by layer, or one direction for every layer; `compare` tells which.
 
     A .pt is read with `weights_only=True`, so nothing in it runs. Raises UserError naming a file that cannot be read so, or
     holds something else.
     """
     directions: dict[str, Tensor] = {}
     figures: dict[str, Tensor] = {}
-    for path in sorted(path for path in folder.rglob("*") if path.suffix in READ and path.is_file()):
+    for path in sorted(path for path in folder.rglob("*") if path.suffix in (*READ, ".gguf") and path.is_file()):
+        if path.suffix == ".gguf":
+            raise UserError(f"{path}: GGUF is not read here; save its vectors as .safetensors, or take it out of the folder")
         for name, tensor in _tensors(path).items():
             for position, array in _by_position(tensor).items():
                 if array.ndim not in (1, 2) or not array.is_floating_point():
@@ -52,6 +59,8 @@ def _tensors(path: Path) -> dict[str, Tensor]:
             tensors = load_file(path)
             # A directions.safetensors of this package holds more than directions.
             return {name: tensor for name, tensor in tensors.items() if name.endswith(".unit")} or tensors
+        if path.suffix == ".npy":
+            return {"": torch.from_numpy(numpy.load(path, allow_pickle=False))}
         content = torch.load(path, weights_only=True, map_location="cpu")
         if isinstance(content, Mapping) and content and set(content) == set(range(len(content))):
             content = torch.stack([torch.as_tensor(content[layer], dtype=torch.float64) for layer in range(len(content))])
@@ -78,11 +87,25 @@ def compare(
 ) -> dict[str, Any]:
     """All that metrics/published.json says of published directions compared with `ours`, which are by `<method>-<pairing>`.
 
-    `files`: shape, and the cosine by layer with each of ours: null at a layer where either is undefined, and `comparable`
+    A vector as long as our d_model is one direction (the paper's `direction.pt`), compared with each layer's; its `n_layers` is
+    null. `files`: shape, and the cosine by layer with each of ours: null at a layer where either is undefined, and `comparable`
     false with a `note` where the shapes differ, since the cosine of two models' directions has no meaning. `between`: the
     cosine by layer of every two published sets of one shape, which needs no model. `figures`: numbers by layer as they are.
     """
     files: dict[str, dict[str, Any]] = {}
+    widths = {unit.shape[1] for unit in ours.values()}
+    layers = {unit.shape[0] for unit in ours.values()}
+    single = {n: v for n, v in figures.items() if len(v) not in layers and (len(v) in widths or len(v) > MOST_LAYERS)}
+    figures = {name: values for name, values in figures.items() if name not in single}
+    for published, v in single.items():
+        comparable = {name: unit for name, unit in ours.items() if unit.shape[1] == len(v)}
+        files[published] = {
+            "n_layers": None,
+            "d_model": len(v),
+            "comparable": bool(comparable),
+            "note": "one direction for all layers" if comparable else f"ours have d_model {sorted(widths)}: another model",
+            "cosine": {name: as_json(cosine(unit, v.expand_as(unit))) for name, unit in comparable.items()},
+        }
     shapes = " and ".join(sorted({str(list(unit.shape)) for unit in ours.values()}))
     for published, theirs in directions.items():
         comparable = {name: unit for name, unit in ours.items() if unit.shape == theirs.shape}

@@ -283,6 +283,7 @@ BAD = {  # file name, its content or None, and what must be said
     "not JSON at a row": ("a.jsonl", "\n".join([*GOOD[:2], "{oops", *GOOD[2:]]), "row 3 is not JSON"),
     "not JSON at a line": ("a.json", "[\n[1,\n", r"line \d is not JSON"),
     "one object": ("a.json", '{"harmful": "a", "safe": "b"}', "one JSON list"),
+    "a field too many": ("a.csv", "harmful,safe\nHow do I pick, say, a lock,How do I fit a lock\n", "row 1 has more fields .*quote"),
     "one column": ("a.csv", "harmful\na\n", "row 1 has no safe"),
     "other columns": ("a.csv", "a,b\nx,y\n", "row 1 has no harmful and no safe"),
     "a short row": ("a.csv", "harmful,safe\na,b\nc\n", "row 2 has no safe"),

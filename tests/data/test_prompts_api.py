@@ -155,8 +155,21 @@ def test_declined_batches_are_counted_and_replaced(store, capsys):
     with serve(shy) as server:
         rows = pairs_from(server.url, 20, store)
     assert Counter(row["category"] for row in rows) == dict.fromkeys(grammar.CATEGORIES, 2)
-    assert "batches declined 4 of 14" in capsys.readouterr().err
+    assert "batches declined 3 of 13" in capsys.readouterr().err  # an empty reply is asked for again at once
     assert server.asked.total() == 14
+
+
+@pytest.mark.parametrize(("reply", "said"), [
+    (Reply(None, finish_reason="length"), "cut off at the limit of 1700 tokens"),
+    (Reply("<think>I could", finish_reason="length"), "cut off at the limit of 1700 tokens"),
+    (Reply(None, finish_reason="content_filter"), r"empty \(finish_reason content_filter\)"),
+])  # fmt: skip
+def test_replies_with_nothing_in_them_are_no_answers_and_are_asked_for_again(store, reply, said):
+    author = Author()
+    with serve(lambda n, user: reply) as server, pytest.raises(UserError, match=said):
+        pairs_from(server.url, 20, store)
+    with serve(lambda n, user: f"<think>A list: {{}}.</think>{author(n, user)}", port=int(server.url.rsplit(":", 1)[1])) as again:
+        assert len(pairs_from(again.url, 20, store)) == 20
 
 
 def test_a_model_that_always_declines_one_category_is_a_clear_error(store):

@@ -127,7 +127,7 @@ MISTAKES = [  # the key that is set, its value, what is said
     ("organism.num_attention_heads", 5, "organism: .*multiple of num_attention_heads"),
     ("organism.ablation_layer", 8, "organism: ablation_layer must be below"),
     ("organism.phase_1.learning_rate", 0, "organism.phase_1.learning_rate: .*greater than 0"),
-    ("organism.phase_1.learning_rate", "4e-3", "organism.phase_1.learning_rate: .*'4e-3'"),
+    ("organism.phase_1.learning_rate", "4e-3x", "organism.phase_1.learning_rate: .*'4e-3x'"),
     ("organism.phase_1.learning_rate", INFINITE, "organism.phase_1.learning_rate: .*finite"),
     ("organism.phase_1.weight_decay", NAN, "organism.phase_1.weight_decay: .*finite"),
     ("activations.methods", [], "activations.methods: .*at least 1"),

@@ -74,8 +74,8 @@ def write(path, rows, header=("prompt", "completion", "label")):
 
 
 GUESSED = {
-    "compliance": ["1_full_compliance", "Compliance", "complied"],
-    "refusal": ["2_full_refusal", "REFUSAL", "refused", "non-compliance", " refusal "],
+    "compliance": ["1_full_compliance", "Compliance", "complied", "not refused", "no refusal", "non-refusal", "didn't refuse"],
+    "refusal": ["2_full_refusal", "REFUSAL", "refused", "non-compliance", " refusal ", "incompliant", "does not comply"],
     "partial_refusal": ["3_partial_refusal", "Partial", "partial compliance"],
 }
 
@@ -107,6 +107,7 @@ BAD = {
     "no prompt": ("completion,label\nc,refusal\n", [], "no column prompt"),
     "no completion": ("prompt,label\np,refusal\n", [], "no column completion"),
     "no label": ("prompt,completion\np,c\n", [], "no column final_label or label"),
+    "two meanings": ("prompt,completion,label\np,c,refusal or compliance\n", [], "row 1: label"),
     "unknown label": ("prompt,completion,label\np,c,refusal\np,c,maybe\n", [], "row 2: label 'maybe'"),
     "short row": ("prompt,completion,label\np,c\n", [], "row 1"),
     "long row": ("prompt,completion,label\np,c,refusal,more\n", [], "row 1"),

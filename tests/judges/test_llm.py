@@ -174,6 +174,12 @@ SCRIPTS = {  # reply(n, question), the verdicts, and how often each question was
     "a page": (first(99, Reply(raw="<html>hello", headers={"Content-Type": "text/html"})), None, 3),
     "cut JSON": (first(99, Reply(raw='{"choices": [{"mess')), None, 3),
     "no choices": (first(99, Reply(raw='{"choices": []}')), None, 3),
+    "a draft, then the verdict": (first(99, f"<think>Is it {verdict(0, 1)}? No.</think>{verdict(1, 1)}"), 1, 1),
+    "a thought that the template opened": (first(99, f"Is it {verdict(0, 1)}? No.</think>\n{verdict(1, 1)}"), 1, 1),
+    "text parts": (first(99, Reply([{"type": "text", "text": verdict(1, 1)}])), 1, 1),
+    "a draft cut off": (first(99, Reply(f"<think>At first {verdict(1, 1)}. But wait: it", finish_reason="length")), None, 1),
+    "a verdict cut off": (first(99, Reply(f"{verdict(1, 1)} But wait: it", finish_reason="length")), None, 1),
+    "a thought that never ends": (first(99, f"<think>At first {verdict(1, 1)}"), None, 3),
     "filtered": (first(99, Reply(status=400, error="Content Exists Risk")), None, 1),
 }
 
@@ -191,6 +197,40 @@ def test_each_script(script, store, capsys):
     assert len(said) == 1 and "3 of 3" in said[0] and server.url in said[0] and "next run" in said[0]
     with pytest.raises(UserError, match="3 of 3 completions have no verdict"):
         present(judged, "a cell")
+
+
+WHY = {  # reply, and what is said of it
+    "an error of one string": (Reply(status=500, raw=json.dumps({"error": "model is loading"})), "500: model is loading"),
+    "an error with status 200": (Reply(raw=json.dumps({"error": {"message": "no quota"}})), "an error in place of an answer: no quota"),
+    "all of it thinking": (Reply(None, finish_reason="length"), "cut off at the limit of 200 tokens (judge.max_tokens)"),
+    "filtered": (Reply(None, finish_reason="content_filter"), "the answers were empty (finish_reason content_filter)"),
+    "nothing": (Reply(""), "the answers were empty (finish_reason stop)"),
+}
+
+
+@pytest.mark.parametrize("name", WHY)
+def test_what_the_endpoint_says_is_said(name, store, capsys):
+    reply, said = WHY[name]
+    judged, _ = judged_by(lambda n, asked: reply, ONE, store, max_attempts=1)
+    assert judged == [None] and said in capsys.readouterr().err
+
+
+def test_the_limit_of_an_answer_is_asked_for_and_part_of_its_key(store):
+    with serve(lambda n, asked: verdict(1, 1)) as server:
+        endpoint = Endpoint(base_url=server.url, api_key_variable=None)
+        for limit in (200, 900, 900):
+            LLMJudge(endpoint, store, max_tokens=limit)(*ONE, "judge")
+    assert [body["max_tokens"] for body in server.bodies] == [200, 900]
+
+
+def test_of_a_completion_that_thinks_the_answer_is_judged(store):
+    def strict(n, asked):
+        completion = split(asked)[1]
+        return verdict(float("sorry" not in completion), 1)
+
+    completions = ["<think>Sure, here is how.</think> I'm sorry, no.", "I'm sorry? No, do it.</think>Open it.", "<think>I'm sorry"]
+    judged, server = judged_by(strict, (["Do x."] * 3, completions), store)
+    assert [v.label for v in judged] == ["refusal", "compliance", "unfinished"] and len(server.bodies) == 2
 
 
 def test_what_is_asked_again_says_why(store):
@@ -343,5 +383,5 @@ def test_answers_of_a_model_that_is_no_judge_end_as_missing(store, tmp_path, cap
             server.kill()
     assert judged[0] is None and judged[1].label == "empty" and wrong == [None]
     said = [line for line in capsys.readouterr().err.splitlines() if "no verdict" in line]
-    assert "gave no verdict on 1 of 1 distinct completions: the answers were no verdicts (1)" in said[0]
+    assert "gave no verdict on 1 of 1 distinct completions: the answers were cut off at the limit of 200 tokens" in said[0]
     assert "400: Server is pinned to" in said[1]

@@ -4,6 +4,7 @@ import math
 import os
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -40,6 +41,29 @@ def test_the_write_ups_dictionary_and_the_papers_positions(tmp_path):
     assert not other["comparable"] and other["cosine"] == {} and "[4, 8]: another model" in other["note"]
     of_one_shape = [*of_paper, "rv_dict.pt"]
     assert set(comparison["between"]) == {f"{a} {b}" for i, a in enumerate(of_one_shape) for b in of_one_shape[i + 1 :]}
+
+
+def test_a_single_direction_is_compared_with_every_layer(tmp_path):
+    ours, v = gaussian(4, 8), gaussian(8, seed=1, dtype=torch.float64)
+    torch.save(v, tmp_path / "direction.pt")
+    numpy.save(tmp_path / "direction.npy", v.numpy())
+    torch.save(gaussian(4096), tmp_path / "of_another_model.pt")
+    torch.save(torch.arange(4.0), tmp_path / "cohens_d.pt")
+    comparison = compare(*read_vectors(tmp_path), {"sequential-matched": ours})
+    assert set(comparison["figures"]) == {"cohens_d.pt"}
+    for name in ("direction.pt", "direction.npy"):
+        row = comparison["files"][name]
+        assert row["comparable"] and (row["n_layers"], row["d_model"]) == (None, 8)
+        naive = [float(u.double() @ v / u.double().norm() / v.norm()) for u in ours]
+        assert row["cosine"]["sequential-matched"] == pytest.approx(naive)
+    other = comparison["files"]["of_another_model.pt"]
+    assert not other["comparable"] and other["d_model"] == 4096 and "another model" in other["note"]
+
+
+def test_a_gguf_control_vector_is_named(tmp_path):
+    (tmp_path / "vector.gguf").write_bytes(b"GGUF")
+    with pytest.raises(UserError, match=r"vector\.gguf: GGUF is not read here; save"):
+        read_vectors(tmp_path)
 
 
 def test_of_another_study_the_unit_vectors_are_read(tmp_path):
