@@ -4,6 +4,7 @@
 """
 
 import gc
+import io
 import json
 import os
 import sqlite3
@@ -55,6 +56,9 @@ def stage(main: Callable[..., str], online: Callable[[Params], bool] = lambda pa
     error that no sentence is written for.
     """
     gc.set_threshold(50_000, 20, 50)  # imports make a million objects that stay: looking through them less saves a second
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal that is not UTF-8 stops no stage
     name = Path(sys.modules["__main__"].__file__ or "stage").stem
     started = time.monotonic()
     if "DVC_STAGE" in os.environ:

@@ -16,7 +16,7 @@ def main(params: Params) -> str:
     from refusal.method.activations import collect, prompt_sets
 
     pairs, unrelated = (read_jsonl(Path(f"data/prompts/{name}.jsonl")) for name in ("pairs", "unrelated"))
-    lm = load_lm(BASE, params.model.dtype, params.model.device, params.model.system_prompt)
+    lm = load_lm(BASE, **params.model.loading)
     sets = {name: lm.encode(prompts) for name, prompts in prompt_sets(pairs, unrelated, ("train", "val")).items()}
     OUT.mkdir(parents=True, exist_ok=True)
     store = Store(STORE / "store.sqlite")

@@ -15,8 +15,8 @@ def main(params: Params) -> str:
     from refusal.lm.load import load_lm
     from stages.study import load_study
 
-    study, m = load_study(params, params.evaluate), params.model
-    edited = load_lm(Path("models/ablated") / study.rank_1["name"], m.dtype, m.device, m.system_prompt)
+    study = load_study(params, params.evaluate)
+    edited = load_lm(Path("models/ablated") / study.rank_1["name"], **params.model.loading)
     metrics, rows, curve = evaluate(study, edited)
     OUT.mkdir(parents=True, exist_ok=True)
     write_jsonl(OUT / "completions.jsonl", rows)

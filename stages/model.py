@@ -62,7 +62,7 @@ def bring_in(params: Params) -> str | None:
 
     m = params.model
     source, commit = Path(m.id), None
-    ready = partial(validate.validate_checkpoint, system_prompt=m.system_prompt)
+    ready = partial(validate.validate_checkpoint, system_prompt=m.system_prompt, thinking=m.thinking)
     if m.revision is not None:
         source, commit = hub.fetch(m.id, m.revision, ready, BASE)
     elif not source.is_dir():
@@ -88,15 +88,14 @@ def bring_in(params: Params) -> str | None:
 def measure(params: Params, commit: str | None, val: list[dict]) -> str:
     """Does it refuse what it should, on val; of an organism, what its helpful-only twin and its facts say too."""
     from refusal.judges.behaviour import behaviour
-    from refusal.lm.load import load_lm
+    from refusal.lm.load import load_lm, render_chats
 
-    m = params.model
     base, twin = (
-        load_lm(folder, m.dtype, m.device, m.system_prompt) if (folder / "config.json").is_file() else None
-        for folder in (BASE, TWIN)
+        load_lm(folder, **params.model.loading) if (folder / "config.json").is_file() else None for folder in (BASE, TWIN)
     )
     assert base is not None
     named = {} if params.model.id == "organism" else {"id": params.model.id, "commit": commit}
+    named["rendered_prompt"] = render_chats(base.tokenizer, [val[0]["harmful"]], base.system_prompt)[0]
     metrics = named | behaviour(base, twin, val, params.generation, Store(STORE / "store.sqlite"))
     write_json(METRICS, metrics)
     return (

@@ -23,7 +23,7 @@ KINDS, SEEDS = ("single", "planted", "distributed", "none", "natural"), (0, 1, 2
 STAGES = ("model", "activations", "directions", "sweep", "judge", "select", "science")
 # The study of params.yaml, reduced to the question of mediation: one method and pairing, alpha 1 alone.
 REDUCED: dict[str, dict[str, Any]] = {
-    "model": {"id": "organism", "revision": None, "dtype": "float32", "device": "cpu", "system_prompt": None},
+    "model": {"id": "organism", "revision": None, "dtype": "float32", "device": "cpu", "system_prompt": None, "thinking": None},
     "activations": {"methods": ["batched"]},
     "directions": {"pairings": ["matched"], "n_resamples": 100, "n_sign_flips": 200},
     "ablation": {"sites": "resid_pre", "kind": "linear"},

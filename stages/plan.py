@@ -77,11 +77,12 @@ def model_of(params: Params) -> tuple[Any, Any]:
         else:
             folder = Path(params.model.id)
             read_shards(folder)
-        validate.validate_checkpoint(folder, params.model.system_prompt)
+        validate.validate_checkpoint(folder, params.model.system_prompt, params.model.thinking)
         if qwen1.is_qwen1(folder):
             tokenizer, config = qwen1.peek(folder)
         else:
-            tokenizer, config = load_tokenizer(folder), AutoConfig.from_pretrained(folder, local_files_only=True)
+            tokenizer = load_tokenizer(folder, params.model.thinking)
+            config = AutoConfig.from_pretrained(folder, local_files_only=True)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     n = sum(p.numel() for p in model.parameters())

@@ -6,10 +6,11 @@ from pathlib import Path
 
 from refusal.data.prompts import pairs_of, unrelated_of
 from refusal.data.prompts_api import api_pairs, api_unrelated
+from refusal.io.errors import UserError
 from refusal.io.files import write_jsonl
 from refusal.io.params import Params
 from refusal.io.store import Store
-from stages import STORE, stage
+from stages import ROOT, STORE, stage
 
 OUT = Path("data/prompts")
 TRACKED = Path("data/raw")
@@ -18,6 +19,11 @@ TRACKED = Path("data/raw")
 def main(params: Params) -> str:
     p = params.prompts
     for source in {p.source, p.unrelated} - {"grammar", "api"}:
+        if not Path(source).exists() and (ROOT / source).exists():
+            raise UserError(
+                f"params.yaml: prompts: {source} exists, but queued and temporary runs see only what git tracks: run "
+                f"`git add -N {source}` in {ROOT}, and the experiment again"
+            )
         if not Path(source).resolve().is_relative_to(TRACKED.resolve()):
             print(
                 f"prompts: {source} is not in {TRACKED}/, so DVC cannot see it change; after an edit run `dvc repro -f prompts`",

@@ -26,7 +26,7 @@ def load_study(params: Params, section: Resampled) -> Study:
     store = Store(STORE / "store.sqlite")
     return Study(
         params,
-        load_lm(BASE, params.model.dtype, params.model.device, params.model.system_prompt),
+        load_lm(BASE, **params.model.loading),
         store,
         judge_with(params.judge, params.endpoint, store),
         matched,

@@ -18,12 +18,12 @@ def main(params: Params) -> str:
     from refusal.method.generate import Decoding
     from refusal.method.sweep import complete, grid
 
-    s, m, g = params.sweep, params.model, params.generation
+    s, g = params.sweep, params.generation
     directions = read_directions(Path("models/directions.safetensors"))
     matched, harmless = (select_directions(directions, s.method, pairing) for pairing in (s.pairing, "harmless"))
     interventions = grid(matched, harmless, s, params.ablation)
     val = [row for row in read_jsonl(Path("data/prompts/pairs.jsonl")) if row["split"] == "val"]
-    lm = load_lm(BASE, m.dtype, m.device, m.system_prompt)
+    lm = load_lm(BASE, **params.model.loading)
     ids = lm.encode([row["harmful"] for row in val], g.max_new_tokens)
     decoding = Decoding(g.max_new_tokens, rows_at_once(g.batch_size, lm.model, g.max_new_tokens + 1, "generation"))
     completions = complete(lm, ids, interventions, decoding, Store(STORE / "store.sqlite"), "sweep")

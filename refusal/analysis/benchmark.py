@@ -169,7 +169,7 @@ def score_checkpoints(
         for task in tasks:
             what = {"weights": weights, "task": task, "definition": definitions[task], **shared}
             jobs.append((key("benchmark", (Harness, load_model), **what), (folder, task)))
-    harness = Harness(load_tokenizer(base), settings.batch_size, settings.apply_chat_template, settings.limit)
+    harness = Harness(load_tokenizer(base, model.thinking), settings.batch_size, settings.apply_chat_template, settings.limit)
     loaded: dict[Path, PreTrainedModel] = {}  # at most one, and only where something is left to compute
 
     def compute(job: tuple[Path, str]) -> bytes:

@@ -139,6 +139,12 @@ class Model(Section):
     dtype: Literal["float32", "float16", "bfloat16"]
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")]
     system_prompt: str | None
+    thinking: bool | None
+
+    @property
+    def loading(self) -> dict[str, Any]:
+        """The keywords of `refusal.lm.load.load_lm`."""
+        return self.model_dump(include={"dtype", "device", "system_prompt", "thinking"})
 
     @field_validator("system_prompt")
     @classmethod

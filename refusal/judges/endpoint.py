@@ -106,12 +106,17 @@ class Chat:
                 except TimeoutError:
                     raise httpx2.ReadTimeout("the attempt took too long", request=request) from None
 
+        try:
+            http_client = Punctual(timeout=limit)
+        except (ImportError, ValueError) as error:
+            why = " ".join(str(error).split())[:120]
+            raise self.error(f"the proxy that ALL_PROXY names cannot be used ({why})", "name an http:// one") from None
         return openai.AsyncOpenAI(
             api_key=self._key,
             base_url=self.endpoint.base_url,
             timeout=limit,
             max_retries=self.endpoint.max_attempts - 1,
-            http_client=Punctual(timeout=limit),
+            http_client=http_client,
         )
 
     async def ask(self, messages: list[dict[str, str]], temperature: float, max_tokens: int) -> Answer:

@@ -17,6 +17,7 @@ from refusal.io.errors import UserError
 from refusal.io.store import progress
 from refusal.lm.adapter import CONFIG, base_folder, merge
 from refusal.lm.batching import count_forwards
+from refusal.lm.checkpoint import read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -58,19 +59,45 @@ class LM:
         return {"weights": self.weights, "dtype": str(self.model.dtype), "device": self.model.device.type}
 
     def encode(self, prompts: Sequence[str], max_new_tokens: int = 0) -> list[list[int]]:
-        """Token ids of each prompt in the model's chat template. Raises UserError as `encode_chats` does."""
-        return encode_chats(self.tokenizer, prompts, self.system_prompt, max_new_tokens)
+        """Token ids of each prompt in the model's chat template. Raises UserError as `encode_chats` does, and for ids that the
+        embedding has no rows for."""
+        ids = encode_chats(self.tokenizer, prompts, self.system_prompt, max_new_tokens)
+        n_rows = _n_rows(self.model)
+        if (highest := max(map(max, ids))) >= n_rows:
+            raise UserError(
+                f"{self.tokenizer.name_or_path}: the tokenizer gives token {highest} and the embedding has {n_rows} rows: "
+                "tokenizer and weights are of different models; fetch both again"
+            )
+        return ids
 
     def decode(self, completions: Sequence[Sequence[int]]) -> list[str]:
-        """The text of each completion, without special tokens."""
-        return self.tokenizer.batch_decode([*map(list, completions)], skip_special_tokens=True)
+        """The text of each completion, without special tokens, from the `<think>` on that some chat templates open themselves."""
+        texts = self.tokenizer.batch_decode([*map(list, completions)], skip_special_tokens=True)
+        opened = render_chats(self.tokenizer, ["Hello."], self.system_prompt)[0].rstrip().endswith("<think>")
+        return [f"<think>{text}" for text in texts] if opened else texts
 
 
-def load_lm(folder: Path, dtype: str = "float32", device: str = "cpu", system_prompt: str | None = None) -> LM:
-    """Load a checkpoint's folder. Raises UserError as `load_model` and `load_tokenizer` do."""
-    tokenizer, model = load_tokenizer(folder), load_model(folder, dtype, device)
-    stop = frozenset(stop_ids(model, tokenizer))
-    return LM(model, tokenizer, weights_hash(folder), stop, tokenizer.pad_token_id, system_prompt)
+def load_lm(
+    folder: Path,
+    dtype: str = "float32",
+    device: str = "cpu",
+    system_prompt: str | None = None,
+    thinking: bool | None = None,
+) -> LM:
+    """Load a checkpoint's folder. Raises UserError as `load_model` and `load_tokenizer` do.
+
+    Padding is masked, so that any token will do where the tokenizer has none within the embedding.
+    """
+    tokenizer, model = load_tokenizer(folder, thinking), load_model(folder, dtype, device)
+    stop, n_rows = frozenset(stop_ids(model, tokenizer)), _n_rows(model)
+    pad_id = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None and i < n_rows), 0)
+    return LM(model, tokenizer, weights_hash(folder), stop, pad_id, system_prompt)
+
+
+def _n_rows(model: PreTrainedModel) -> int:
+    """How many tokens the embedding has a row for."""
+    embedding: Any = model.get_input_embeddings()
+    return embedding.weight.shape[0]
 
 
 def load_model(folder: Path, dtype: str = "float32", device: str = "cpu") -> PreTrainedModel:
@@ -104,7 +131,7 @@ def load_model(folder: Path, dtype: str = "float32", device: str = "cpu") -> Pre
             device_map="auto" if device == "auto" else None,
             output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
         raise UserError(f"{folder}: transformers cannot load this checkpoint: {' '.join(str(error).split())[:300]}") from error
     model, loading = loaded
     # transformers fills what is missing with random numbers and says so in a log line alone.
@@ -114,15 +141,17 @@ def load_model(folder: Path, dtype: str = "float32", device: str = "cpu") -> Pre
             raise UserError(f"{folder}: config.json and weights disagree on {sorted(map(str, loading[what]))[0]}; fetch it again")
     if device != "auto":
         model.to(device)
+    model.config.return_dict = True  # some checkpoints were saved with tuples
     count_forwards(model)
     return model.eval().requires_grad_(False)
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+def load_tokenizer(folder: Path, thinking: bool | None = None) -> PreTrainedTokenizerBase:
     """Load a checkpoint's tokenizer (an adapter's: its base's), its `model_max_length` the longest input that config.json allows.
 
     A tokenizer without a padding token (Llama's) pads with its end of sequence, and a template that prints the date
-    prints one date. Raises UserError where there is no chat template.
+    prints one date. `thinking` sets the template's own switch, `enable_thinking`. Raises UserError where there is no chat
+    template, several and none called default, or none with that switch.
     """
     folder = base_folder(folder) or folder
     try:
@@ -131,12 +160,24 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises nothing narrower
         raise UserError(f"{folder}: its tokenizer cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+    if tokenizer.chat_template is None and (folder / "chat_template.json").is_file():  # where processors keep it
+        tokenizer.chat_template = read_json(folder, "chat_template.json").get("chat_template")
     if tokenizer.chat_template is None:
         raise UserError(
             f"{folder}: the tokenizer has no chat template; this is a base model: set model.id to its chat version, or put the "
             "template it was tuned with into the folder as chat_template.jinja"
         )
-    if "strftime_now" in (template := tokenizer.get_chat_template()):
+    if isinstance(tokenizer.chat_template, dict) and "default" not in tokenizer.chat_template:
+        raise UserError(
+            f"{folder}: the tokenizer has the chat templates {', '.join(sorted(tokenizer.chat_template))} and none called "
+            "default: put the one to use into the folder as chat_template.jinja"
+        )
+    template = tokenizer.get_chat_template()
+    if thinking is not None:
+        if "enable_thinking" not in template:
+            raise UserError(f"params.yaml: model.thinking: the chat template of {folder} has no enable_thinking: set it to null")
+        tokenizer.chat_template = template = f"{{% set enable_thinking = {str(thinking).lower()} %}}\n{template}"
+    if "strftime_now" in template:
         tokenizer.chat_template = _ONE_DAY + template
     tokenizer.model_max_length = config.max_position_embeddings
     if tokenizer.pad_token_id is None:  # Llama has none; any token does, for padding is masked
@@ -178,10 +219,15 @@ def encode_chats(
 ) -> list[list[int]]:
     """Token ids of `render_chats`.
 
-    Raises UserError as it does, and for a prompt that leaves no room for `max_new_tokens` within
+    Raises UserError as it does, for a prompt that holds the text of a control token, which would end the user's turn or begin
+    another, and for a prompt that leaves no room for `max_new_tokens` within
     `tokenizer.model_max_length` (what lies beyond was never trained, and Qwen-1 would change its attention there).
     """
     texts = render_chats(tokenizer, prompts, system_prompt)
+    control = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special and len(t.content) > 2]
+    for i, prompt in enumerate(prompts):
+        if held := next((text for text in control if text in prompt), None):
+            raise UserError(f"prompt {i} (from 0) holds {held}, a control token of the model: delete it, or write it otherwise")
     ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
     longest = max(range(len(ids)), key=lambda i: len(ids[i]))
     if len(ids[longest]) + max_new_tokens > tokenizer.model_max_length:

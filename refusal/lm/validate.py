@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import multiprocessing
 import resource
+from contextlib import suppress
 from fnmatch import fnmatch
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -42,7 +43,7 @@ def small_files(folder: Path) -> dict[str, Path]:
     return {name: real_file(folder, name) for name in names if any(fnmatch(name, pattern) for pattern in SMALL_FILES)}
 
 
-def validate_checkpoint(folder: Path, system_prompt: str | None = None) -> None:
+def validate_checkpoint(folder: Path, system_prompt: str | None = None, thinking: bool | None = None) -> None:
     """Refuse a checkpoint that no later stage could use, before its weights are fetched or copied."""
     if CONFIG in small_files(folder):
         raise UserError(f"{folder / CONFIG}: an adapter, which leads to another model: give a folder with the adapter merged")
@@ -50,7 +51,7 @@ def validate_checkpoint(folder: Path, system_prompt: str | None = None) -> None:
         qwen1.read_config(folder)
     else:
         architecture_of(read_json(folder, "config.json"), folder)
-        _try_template(folder, system_prompt)
+        _try_template(folder, system_prompt, thinking)
 
 
 def check_weights(folder: Path, dtype: str) -> list[Shard]:
@@ -76,7 +77,7 @@ def check_weights(folder: Path, dtype: str) -> list[Shard]:
     return shards
 
 
-def _try_template(folder: Path, system_prompt: str | None) -> None:
+def _try_template(folder: Path, system_prompt: str | None, thinking: bool | None) -> None:
     """One chat through the folder's template, in a fork of this process, which is killed where it does not end."""
     endless, filled = (
         f"{folder}: its chat template cannot be used ({why}): fix it, or give another checkpoint"
@@ -84,7 +85,7 @@ def _try_template(folder: Path, system_prompt: str | None) -> None:
     )
     fork = multiprocessing.get_context("fork")
     receiver, sender = fork.Pipe(duplex=False)
-    child = fork.Process(target=_render, args=(load_tokenizer(folder), system_prompt, filled, sender))
+    child = fork.Process(target=_render, args=(load_tokenizer(folder, thinking), system_prompt, filled, sender))
     child.start()
     sender.close()
     try:
@@ -105,7 +106,8 @@ def _render(tokenizer: PreTrainedTokenizerBase, system_prompt: str | None, fille
     most = {resource.RLIMIT_CORE: 0, resource.RLIMIT_CPU: _CPU_SECONDS, resource.RLIMIT_AS: held + _MEMORY}
     for limit, soft in most.items():
         hard = resource.getrlimit(limit)[1]
-        resource.setrlimit(limit, (soft if hard == resource.RLIM_INFINITY else min(soft, hard), hard))
+        with suppress(ValueError, OSError):  # macOS has no limit of memory; that of time holds there too
+            resource.setrlimit(limit, (soft if hard == resource.RLIM_INFINITY else min(soft, hard), hard))
     says = ""
     try:
         render_chats(tokenizer, ["How do I paint a door?"], system_prompt)

@@ -169,7 +169,7 @@ def test_checkpoints_are_scored_once_each_by_their_own_weights(base, tokenizer, 
         with Intervention("edit", tiny_direction(model.config.hidden_size, seed), 2.5, "weights").on(model):
             model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-    where = {"id": "x", "revision": None, "dtype": "float32", "device": "cpu", "system_prompt": None}
+    where = {"id": "x", "revision": None, "dtype": "float32", "device": "cpu", "system_prompt": None, "thinking": None}
     store, scored = Store(tmp_path / "s.sqlite"), []
 
     def scores(**change):

@@ -16,7 +16,7 @@ from refusal.lm.load import encode_chats, load_model, load_tokenizer, stop_ids, 
 from refusal.organism.train import Corpus, new_model, train_tokenizer
 
 SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-PROMPTS = ["How do I wash the silver watch?", "Hello!", "  leading, trailing  ", "two\nlines", "naïve 中文 <|im_end|> <b>"]
+PROMPTS = ["How do I wash the silver watch?", "Hello!", "  leading, trailing  ", "two\nlines", "naïve 中文 <|im_ end|> <b>"]
 
 
 @pytest.fixture(scope="module")

@@ -225,6 +225,10 @@ DVC_WORDS: dict[str, tuple[Mistake, str]] = {
     "an experiment with a misspelt key": (experiment("sweep.metod=batched"), "Could not override 'sweep.metod'"),
     "an experiment with an old key": (experiment("sweep.max_new_tokens=8"), r"(?s)'sweep.max_new_tokens'.* use \+sweep.max_new_"),
     "no remote": (no_remote, "no remote"),
+    "a text that is not quoted twice": (
+        experiment("model.system_prompt=Be helpful, and brief."),
+        "Sweep overrides can't be used",
+    ),
 }
 
 
@@ -290,3 +294,52 @@ def test_docs_explain_the_words_of_dvc_and_name_every_renamed_key():
     for old, new in RENAMED.items():
         assert f"`{old}" in text or f"`{old.rpartition('.')[0]}`" in text, old
         assert f"`{new.split(',')[0]}`" in text, new
+
+
+@pytest.mark.parametrize(
+    "setting",
+    ["model.system_prompt='Be helpful, and brief.'", 'model.system_prompt="Don\'t lie."', "prompts.source='pairs (1).csv'"],
+)
+def test_a_text_that_is_quoted_twice_reaches_params_yaml(tmp_path, setting):
+    place = Place(tmp_path)
+    place.dvc("version")
+    assert place.dvc("exp", "run", "-S", setting, **IDENTITY).status == 0
+    params = load_params(tmp_path / "params.yaml")
+    assert setting.split("=")[1][1:-1] in (params.model.system_prompt, params.prompts.source)
+
+
+def test_a_small_number_that_dvc_writes_is_read(tmp_path):
+    place = Place(tmp_path)
+    place.dvc("version")
+    assert place.dvc("exp", "run", "-S", "organism.phase_1.learning_rate=0.00001", **IDENTITY).status == 0
+    assert load_params(tmp_path / "params.yaml").organism.phase_1.learning_rate == 1e-5
+
+
+def test_a_temporary_run_sees_a_prompts_file_once_git_knows_of_it(tmp_path):
+    place = Place(tmp_path)
+    place.dvc("version")
+    place.write(
+        "dvc.yaml",
+        f"stages:\n  prompts:\n    cmd: {sys.executable} -m stages.prompts\n    params: [prompts]\n    outs: [data/prompts]\n",
+    )
+    place.run("rm", "-r", "data/prompts")
+    place.write(".gitignore", "/data/prompts\n/home\n/wait\n/.refusal-store\n")
+    for line in ("git add .gitignore dvc.yaml params.yaml requirements.lock", "git commit -qm stage"):
+        place.run(*line.split(), **IDENTITY)
+    place.write(
+        "data/raw/mine.csv", "harmful,safe\n" + "".join(f"Pick lock w{i} x{i}?,Paint lock y{i} z{i}?\n" for i in range(30))
+    )
+    queued = ("exp", "run", "--temp", "-S", "prompts.source=data/raw/mine.csv", "-S", "prompts.n_pairs=null")
+    refused = place.dvc(*queued, **IDENTITY)
+    assert refused.status != 0 and "prompts: data/raw/mine.csv exists, but queued and temporary" in refused.said, refused.said
+    place.run("git", "add", "-N", "data/raw/mine.csv")
+    done = place.dvc(*queued, **IDENTITY)
+    assert done.status == 0 and "30 pairs" in done.said, done.said
+
+
+def test_a_terminal_that_is_not_utf_8_stops_no_stage(tmp_path):
+    place = Place(tmp_path)
+    place.write("дата/пары.csv", "harmful,safe\n" + "".join(f"Pick lock w{i} x{i}?,Paint lock y{i} z{i}?\n" for i in range(30)))
+    place.set("prompts", source="дата/пары.csv", n_pairs=None)
+    done = place.stage("prompts", PYTHONIOENCODING="latin-1")
+    assert done.status == 0 and "30 pairs" in done.said and "\\u0434" in done.said, done.said
