@@ -58,6 +58,7 @@ class Chat:
     def __init__(self, endpoint: Endpoint, where: str) -> None:
         self.endpoint, self.where, self.calls = endpoint, where, 0
         self._key = ""
+        self.left_out: set[str] = set()  # settings of a request that this endpoint does not take
 
     def run(self, jobs: Iterable[T], work: Callable[[T], Awaitable[str | None]]) -> None:
         """`await work(job)` for every job, `concurrency` at once; work returns None, or why there is no result.
@@ -120,25 +121,29 @@ class Chat:
         )
 
     async def ask(self, messages: list[dict[str, str]], temperature: float, max_tokens: int) -> Answer:
-        """The model's answer in JSON mode. Raises Unanswered, OutOfCalls, or UserError where asking on is of no use."""
+        """The model's answer, in JSON mode where the endpoint has one.
+
+        A setting that the endpoint refuses by name is left out from then on (for `max_tokens`, `max_completion_tokens` is tried)
+        and named in `Answer.model`, since the answers may be others. Raises Unanswered, OutOfCalls, or UserError where asking on
+        is of no use.
+        """
         import openai
 
         if self.endpoint.max_calls is not None and self.calls >= self.endpoint.max_calls:
             raise OutOfCalls(str(self.error(f"max_calls: {self.calls} requests were made", "raise it")))
         self.calls += 1
+        options = {"temperature": temperature, "max_tokens": max_tokens, "response_format": {"type": "json_object"}}
+        options = {name: value for name, value in options.items() if name not in self.left_out}
+        if "max_tokens" in self.left_out:
+            options["max_completion_tokens"] = max_tokens
         try:
-            response = await self.client.chat.completions.create(
-                model=self.endpoint.model,
-                messages=messages,
-                temperature=temperature,
-                max_tokens=max_tokens,
-                response_format={"type": "json_object"},
-            )
+            response = await self.client.chat.completions.create(model=self.endpoint.model, messages=messages, **options)
             if error := getattr(response, "error", None):  # some send it with status 200
                 raise MalformedResponse(f"an error in place of an answer: {self._words(error)}")
             choice = response.choices[0]
             text = answer_of(_text(choice.message.content)) or ""
             version = "/".join(str(name) for name in (response.model, response.system_fingerprint) if name)
+            version += "".join(f"/without {name}" for name in sorted(self.left_out))
             fault = "" if text.strip() else f"the answers were empty (finish_reason {choice.finish_reason})"
             if choice.finish_reason == "length":
                 fault = f"the answers were cut off at the limit of {max_tokens} tokens"
@@ -150,6 +155,14 @@ class Chat:
             if status in STOPS:
                 problem, fix = STOPS[status]
                 raise self.error(f"{self.endpoint.base_url} {problem} ({said})", fix) from None
+            refused = {name for name in options if re.search(rf"\b{name}\b", said)} & {
+                "temperature",
+                "max_tokens",
+                "response_format",
+            }
+            if error.status_code in {400, 422} and refused:
+                self.left_out |= refused
+                return await self.ask(messages, temperature, max_tokens)
             client_error = error.status_code < 500 and error.status_code not in {408, 409, 429}
             raise (Rejected if client_error else Unanswered)(said) from None
         except openai.APITimeoutError:

@@ -223,6 +223,36 @@ def test_the_limit_of_an_answer_is_asked_for_and_part_of_its_key(store):
     assert [body["max_tokens"] for body in server.bodies] == [200, 900]
 
 
+REFUSED = {  # a setting, and how an endpoint without it says so
+    "max_tokens": "Unsupported parameter: 'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead.",
+    "temperature": "Unsupported value: 'temperature' does not support 0.0 with this model.",
+    "response_format": "'response_format.type' must be 'json_schema' or 'text'",
+}
+
+
+@pytest.mark.parametrize("without", [("max_tokens",), ("temperature",), ("response_format",), tuple(REFUSED)])
+def test_a_setting_that_the_endpoint_does_not_take_is_left_out_and_said(without, store):
+    def reply(n, asked):
+        refused = next((name for name in without if name in server.bodies[-1]), None)
+        return Reply(status=400, error=REFUSED[refused]) if refused else verdict(1, 1)
+
+    with serve(reply) as server:
+        judge = judge_at(server.url, store, concurrency=1)
+        judged = judge(*texts(3), "judge")
+    assert [v.compliance for v in judged] == [1] * 3 and len(server.bodies) == 3 + len(without)
+    sent = server.bodies[-1].keys() & {*REFUSED, "max_completion_tokens"}
+    assert sent == (REFUSED.keys() - set(without)) | ({"max_completion_tokens"} if "max_tokens" in without else set())
+    said = "".join(f"/without {name}" for name in sorted(without))
+    assert judge.reported == {f"deepseek-chat-0324/fp_1{said}": 3}
+
+
+@pytest.mark.parametrize("proxy", ["socks5://127.0.0.1:9", "ftp://127.0.0.1:9"])
+def test_a_proxy_that_cannot_be_used_is_named(store, monkeypatch, proxy):
+    monkeypatch.setenv("ALL_PROXY", proxy)
+    with pytest.raises(UserError, match="the proxy that ALL_PROXY names cannot be used"):
+        judge_at("http://127.0.0.1:9", store)(*ONE, "judge")
+
+
 def test_of_a_completion_that_thinks_the_answer_is_judged(store):
     def strict(n, asked):
         completion = split(asked)[1]
