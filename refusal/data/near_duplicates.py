@@ -8,12 +8,18 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-WORDS = re.compile(r"\w+")
+# Scripts that set no blanks between words: Thai, Lao, Burmese, Khmer, Japanese, Chinese.
+UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+WORDS = re.compile(rf"([{UNSPACED}]+)|[^\W{UNSPACED}]+")
 
 
 def words(text: str) -> frozenset[str]:
-    """The distinct words of a prompt, case folded."""
-    return frozenset(WORDS.findall(text.casefold()))
+    """The distinct words of a prompt, case folded; of scripts without blanks between words, pairs of neighbouring characters."""
+    found = set()
+    for match in WORDS.finditer(text.casefold()):
+        run = match.group()
+        found |= {run[i : i + 2] for i in range(max(1, len(run) - 1))} if match.group(1) else {run}
+    return frozenset(found)
 
 
 class NearDuplicateIndex:

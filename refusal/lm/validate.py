@@ -57,9 +57,18 @@ def validate_checkpoint(folder: Path, system_prompt: str | None = None, thinking
 def check_weights(folder: Path, dtype: str) -> list[Shard]:
     """The weight files, after every tensor was read once, in chunks, and is finite in the dtype that it is loaded in.
 
-    Raises UserError naming file and tensor, and as `read_shards` does.
+    Raises UserError naming file and tensor, for weights without the tensors that write to the residual stream under their names
+    (which transformers can load, and `orthogonalize` could not edit), and as `read_shards` does.
     """
     shards = read_shards(folder)
+    if not qwen1.is_qwen1(folder):
+        architecture = architecture_of(read_json(folder, "config.json"), folder)
+        names = {entry.name for shard in shards for entry in shard.entries}
+        if missing := [*architecture.missing_writers(names), *({architecture.embedding_name} - names)]:
+            raise UserError(
+                f"{folder}: tensor {missing[0]} is missing: the checkpoint is not whole, or names its tensors otherwise: save it "
+                "with transformers' save_pretrained"
+            )
     n_bytes = sum(entry.n_bytes for shard in shards for entry in shard.entries)
     with progress(n_bytes, f"check of {folder.name}", "B") as bar:
         for path, entry, tensor in ((shard.where, *read) for shard in shards for read in shard.tensors()):

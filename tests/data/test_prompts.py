@@ -141,6 +141,21 @@ def test_near_duplicates_equal_the_naive_loop(prompts, threshold):
     assert alike(prompts, threshold) == naive(prompts, threshold)
 
 
+@pytest.mark.parametrize(("prefix", "prompt", "other"), [
+    ("请问", "如何在家里安全地更换厨房里旧的电灯开关？", "怎样给阳台上的番茄浇水最省事？"),
+    ("では、", "家で古い台所の電灯のスイッチを安全に取り替えるにはどうすればいいですか。", "庭のトマトに水をやる一番楽な方法は何ですか。"),
+    ("ขอถาม", "วิธีเปลี่ยนสวิตช์ไฟเก่าในห้องครัวที่บ้านอย่างปลอดภัยทำอย่างไร", "รดน้ำมะเขือเทศที่ระเบียงอย่างไรให้ง่ายที่สุด"),
+    ("Please, ", "how do I safely replace the old light switch in the kitchen at home?", "How do I water tomatoes with the least work?"),
+])  # fmt: skip
+def test_a_prefix_makes_no_other_prompt_in_any_script(prefix, prompt, other):
+    def bigrams(text):
+        return {text[i : i + 2] for i in range(len(text) - 1)}
+
+    longer = prefix + prompt
+    assert len(bigrams(prompt) & bigrams(longer)) / len(bigrams(prompt) | bigrams(longer)) > 0.8  # counted another way
+    assert near_duplicate_groups([(prompt,), (other,), (longer,)], 0.8) == [0, 1, 0]
+
+
 def test_near_duplicates_of_real_prompts(pairs):
     texts = halves(pairs[::10])
     assert alike(texts, 0.7) == naive(texts, 0.7) and len(naive(texts, 0.7)) > 20

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny import tiny_model
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
@@ -13,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from refusal.io.errors import UserError
 from refusal.lm.architecture import SUPPORTED
 from refusal.lm.load import encode_chats, load_model, load_tokenizer, stop_ids, weights_hash
+from refusal.lm.validate import check_weights
 from refusal.organism.train import Corpus, new_model, train_tokenizer
 
 SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -167,3 +169,12 @@ def test_every_supported_architecture_loads_with_the_attention_it_has(model_type
     """torch's fused attention, except where scores are capped (Gemma 2), which it cannot do."""
     tiny_model(model_type).save_pretrained(tmp_path)
     assert load_model(tmp_path).config._attn_implementation == ("eager" if model_type == "gemma2" else "sdpa")
+
+
+def test_tensors_under_other_names_are_refused_before_the_work(folder):
+    """transformers loads a checkpoint without the prefix `model.`; nothing here could edit it."""
+    check_weights(folder, "float32")
+    tensors = {name.removeprefix("model."): tensor for name, tensor in load_file(folder / "model.safetensors").items()}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"tensor model\.layers\.0\.self_attn\.o_proj\.weight is missing: .* save_pretrained"):
+        check_weights(folder, "float32")
