@@ -5,6 +5,7 @@ every later command. Each stage keeps a copy of the lock beside the store as it 
 """
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,8 @@ from dvc.utils import strictyaml
 
 from refusal.io.files import write_whole
 from stages import ROOT, STORE
+
+_MD5 = re.compile(r"[0-9a-f]{32}(\.dir)?")
 
 LOCK, RWLOCK, KEPT = ROOT / "dvc.lock", ROOT / ".dvc/tmp/rwlock", STORE / "dvc.lock"
 
@@ -47,11 +50,14 @@ def _put_back() -> str:
 
 
 def _is_lock(path: Path) -> bool:
-    """Whether DVC itself would read it."""
+    """Whether DVC itself would read it. Its schema leaves out what a hash looks like: one cut off may be a number."""
     try:
-        return bool(strictyaml.load(str(path), COMPILED_LOCKFILE_SCHEMA))
+        lock, _ = strictyaml.load(str(path), COMPILED_LOCKFILE_SCHEMA)
     except (DvcException, UnicodeDecodeError):
         return False
+    stages = (lock or {}).get("stages", {}).values()
+    files = [file for stage in stages for side in ("deps", "outs") for file in stage.get(side, ())]
+    return all(_MD5.fullmatch(str(file.get("md5"))) and file.get("hash") == "md5" for file in files)
 
 
 def _is_json(path: Path) -> bool:

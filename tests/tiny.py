@@ -6,7 +6,7 @@ an intervention changes next to nothing, and any test of it passes.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -78,6 +78,7 @@ class Ascii:
     """A tokenizer of one token a character, whose chat template is the prompt itself."""
 
     name_or_path, model_max_length = "ascii", 256
+    added_tokens_decoder: ClassVar[dict] = {}
 
     def apply_chat_template(self, chats: list, **_: Any) -> list[str]:
         return [chat[-1]["content"] for chat in chats]

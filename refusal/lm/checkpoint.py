@@ -6,6 +6,7 @@ No link is followed out of the folder.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,8 +121,13 @@ def data_of(tensor: Tensor) -> memoryview:
     return memoryview(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
+# Named by its content: no file that anyone keeps for another purpose has such a path.
+_DVC_OBJECT = re.compile(r"/files/md5/[0-9a-f]{2}/[0-9a-f]{30}$")
+
+
 def real_file(folder: Path, name: str) -> Path:
-    """The regular file behind `name`. Links may stay inside the folder or, in a hub snapshot, lead to the cache's blobs.
+    """The regular file behind `name`. Links may stay in the folder, or lead to an object of a DVC cache (`cache.type symlink`)
+    or, in a hub snapshot, to the cache's blobs.
 
     Raises UserError for a missing file and for a path or link that leaves the folder.
     """
@@ -129,7 +135,8 @@ def real_file(folder: Path, name: str) -> Path:
     real = (root / name).resolve()
     # The repository's blobs, which may be links to those that all repositories share.
     homes = [root, *(parent / "blobs" for parent in root.parents[1:3] if root.parent.name == "snapshots")]
-    if Path(name).name != name or not any(real.is_relative_to(home) for home in homes):
+    inside = any(real.is_relative_to(home) for home in homes) or _DVC_OBJECT.search(real.as_posix())
+    if Path(name).name != name or not inside:
         raise UserError(f"{folder / name}: the file lies outside its folder: put the file itself there.")
     if not real.is_file():
         raise UserError(f"{folder / name}: the file is missing: download it again.")

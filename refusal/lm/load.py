@@ -63,7 +63,7 @@ class LM:
         embedding has no rows for."""
         ids = encode_chats(self.tokenizer, prompts, self.system_prompt, max_new_tokens)
         n_rows = _n_rows(self.model)
-        if (highest := max(map(max, ids))) >= n_rows:
+        if (highest := max((token for row in ids for token in row), default=0)) >= n_rows:
             raise UserError(
                 f"{self.tokenizer.name_or_path}: the tokenizer gives token {highest} and the embedding has {n_rows} rows: "
                 "tokenizer and weights are of different models; fetch both again"

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import shutil
 import sys
 
 import pytest
@@ -10,7 +11,7 @@ import yaml
 from api_server import serve, split, verdict
 from place import ROOT
 
-from pipeline.study import CANARY, changed, commit, metrics, run, runs, stages_run
+from pipeline.study import CANARY, changed, commit, metrics, outputs, run, runs, stages_run
 from refusal.judges import rules
 
 # Stages that run the model, and whether what they take is known to the pass before they run.
@@ -162,3 +163,15 @@ def test_no_key_is_written_anywhere(study):
     assert tops >= {".dvc", ".git", ".refusal-store", "report", "metrics"}
     assert [path for path in files if CANARY.encode() in path.read_bytes()] == []
     assert CANARY not in run(folder, "git", "log", "-p", "--all", "--reflog", "--text")
+
+
+def test_outputs_may_be_links_into_the_cache(finished, tmp_path):
+    """As teams set DVC up whose models are large: what a stage reads are links, of which it may follow these."""
+    folder = shutil.copytree(finished[0], tmp_path / "study", symlinks=True)
+    wanted = outputs(folder)
+    run(folder, "dvc", "config", "--local", "cache.type", "symlink")
+    run(folder, "dvc", "checkout", "--relink")
+    assert (folder / "models/base/model.safetensors").is_symlink()
+    stages = ("activations", "directions", "sweep", "judge", "select", "orthogonalize", "evaluate", "science", "benchmark", "report")
+    assert stages_run(run(folder, "dvc", "repro", "--force", "--single-item", *stages)) == [*stages]
+    assert outputs(folder) == wanted and (folder / "models/directions.safetensors").is_symlink()
