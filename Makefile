@@ -6,7 +6,7 @@ READY := .venv/ready
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export VIRTUAL_ENV := $(CURDIR)/.venv
 
-.PHONY: help setup repro plan compare picture test plots perf cuda slow soak organisms full lint lock restore
+.PHONY: help setup pull repro verify portability train refresh plan compare picture test plots perf cuda slow soak organisms full lint lock restore
 
 help: ## what can be made
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -17,8 +17,29 @@ setup: $(READY) ## create .venv with the pinned dependencies
 restore: $(READY)
 	@python -m stages.restore
 
-repro: restore ## set up and run the complete study
+pull: restore ## fetch the trained model and the prompts of the committed study, where they are not here already
+	@python -m stages.pull
+
+repro: pull ## set up and rebuild every figure of the study (it trains where params.yaml or the code of the training has changed)
 	dvc repro
+	python -m stages.verify committed
+
+verify: $(READY) ## are the figures in metrics/ and plots/ the committed ones, up to rounding?
+	python -m stages.verify
+
+portability: restore ## rebuild on a narrower instruction set and compare: metrics/portability.json (five minutes)
+	python tests/pipeline/portability.py
+
+train: restore ## train the model anew, and rebuild every figure with it
+	rm -rf models/base models/truth models/twin .refusal-store/training
+	dvc repro --force --single-item prompts model
+	dvc repro
+	-python -m stages.verify
+
+refresh: $(READY) ## put the model and the prompts of this dvc.lock into the repository's own remote, and nothing else
+	rm -rf remote
+	dvc push --quiet --remote repository data/prompts models/base models/truth models/twin
+	git add --force --all remote
 
 plan: $(READY) ## what a run will take: forward passes, tokens, judge calls, disk
 	python -m stages.plan

@@ -4,6 +4,7 @@
 """
 
 import gc
+import hashlib
 import io
 import json
 import os
@@ -12,7 +13,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ _check_environment()  # before the library is imported, which would fail there w
 import psutil  # noqa: E402
 
 from refusal.io.errors import UserError  # noqa: E402
-from refusal.io.files import write_whole  # noqa: E402
+from refusal.io.files import rounded, write_whole  # noqa: E402
 from refusal.io.params import Params  # noqa: E402
 from refusal.io.params_file import load_params  # noqa: E402
 from stages.record import record  # noqa: E402
@@ -162,8 +163,8 @@ def use_transformers(params: Params) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write metrics whole or not at all. NaN and infinity are refused, missing values are null."""
-    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+    """Write metrics whole or not at all, numbers as `rounded`. NaN and infinity are refused, missing values are null."""
+    write_text(path, json.dumps(rounded(value), indent=2, allow_nan=False) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -174,3 +175,16 @@ def write_text(path: Path, text: str) -> None:
 def read_json(path: Path) -> Any:
     """Read a metrics file of an earlier stage."""
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def hashes(paths: Iterable[Path], label: str) -> dict[str, str]:
+    """The SHA-256 of each file, by its path."""
+    from refusal.io.store import progress
+
+    digests, paths = {}, list(paths)
+    with progress(len(paths), f"{label}: hashes", "file") as bar:  # a model's weights may take minutes
+        for path in paths:
+            with path.open("rb") as file:
+                digests[path.as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
+            bar.update()
+    return digests

@@ -8,9 +8,10 @@ from refusal.io.errors import UserError
 from refusal.io.files import read_jsonl
 from refusal.io.params import Params
 from refusal.io.store import Store
-from stages import STORE, stage, use_transformers, write_json
+from stages import STORE, hashes, read_json, stage, use_transformers, write_json
 
 BASE, TWIN, TRUTH, METRICS = Path("models/base"), Path("models/twin"), Path("models/truth"), Path("metrics/model.json")
+TRAINING = BASE / "training.json"  # which training gave the weights
 
 
 def main(params: Params) -> str:
@@ -20,27 +21,39 @@ def main(params: Params) -> str:
     given = Path(params.model.id).resolve()
     if params.model.revision is None and any(given.is_relative_to(folder.resolve()) for folder in (BASE, TWIN, TRUTH)):
         raise UserError(f"params.yaml: model.id: {params.model.id} is what this stage writes: give a folder elsewhere")
-    for folder in (BASE, TWIN, TRUTH):
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
+    commit = None
     if params.model.id == "organism":
         train(
             params,
             {row[half] for row in pairs for half in ("harmful", "safe") if row["split"] != "train"}
             | {row["safe"] for row in unrelated if row["split"] != "train"},
         )
-        commit = None
     else:
+        clear()
         commit = bring_in(params)
     return measure(params, commit, [row for row in pairs if row["split"] == "val"])
 
 
+def clear() -> None:
+    for folder in (BASE, TWIN, TRUTH):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+
+
 def train(params: Params, held_out: set[str]) -> None:
-    """models/base, its helpful-only twin and the planted direction, if there is one."""
+    """models/base, its helpful-only twin and the planted direction, if there is one.
+
+    Training gives other weights on another processor. So those that are here already, such as pulled ones, stay where they come
+    from this very training (models/base/training.json), whatever file of the code a comment has changed in.
+    """
     from safetensors.torch import save_file
 
-    from refusal.organism.train import train_organism
+    from refusal.organism.train import train_organism, training_key
 
+    key = training_key(params.organism, held_out)
+    if TRAINING.is_file() and read_json(TRAINING) == {"key": key, "sha256": weights_here()}:
+        return
+    clear()
     trained = train_organism(params.organism, held_out, STORE / "training", params.compute.threads)
     for folder, weights in ((BASE, trained.model.state_dict()), (TWIN, trained.twin)):
         trained.model.save_pretrained(folder, state_dict={name: tensor.contiguous() for name, tensor in weights.items()})
@@ -49,6 +62,12 @@ def train(params: Params, held_out: set[str]) -> None:
         (TRUTH / "none.txt").write_text("No direction was planted in this model.\n")
     else:
         save_file({"direction": trained.planted}, TRUTH / "planted.safetensors")
+    write_json(TRAINING, {"key": key, "sha256": weights_here()})
+
+
+def weights_here() -> dict[str, str]:
+    files = sorted(path for folder in (BASE, TWIN, TRUTH) if folder.is_dir() for path in folder.iterdir())
+    return hashes((path for path in files if path != TRAINING), "model")
 
 
 def bring_in(params: Params) -> str | None:

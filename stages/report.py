@@ -1,14 +1,14 @@
 """report: published figures and ours, the twelve scalars that tell variants apart, and the study as one page."""
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
 from refusal.io.files import read_csv, read_jsonl
 from refusal.io.params import Params
-from stages import read_json, stage, write_json, write_text
+from stages import hashes, read_json, stage, write_json, write_text
 
 REPRODUCTION, SUMMARY, PAGE = Path("metrics/reproduction.json"), Path("metrics/summary.json"), Path("report/index.html")
+DIGESTS = Path("metrics/completions.json")
 METRICS = {
     name: Path(f"metrics/{name}.json")
     for name in ("model", "directions", "judge", "agreement", "select", "orthogonalize", "evaluate", "benchmark", "science")
@@ -32,6 +32,7 @@ def main(params: Params) -> str:
     from refusal.report.page import page
     from refusal.report.reproduction import reproduce, summary
     from refusal.report.study import Study
+    from refusal.report.verify import digests
     from refusal.report.weaknesses import weaknesses
 
     base = sorted(path for path in BASE.rglob("*") if path.is_file())
@@ -44,31 +45,19 @@ def main(params: Params) -> str:
         params=params.model_dump(exclude={"compute"}),  # threads determine no value
         plots={name: read_csv(plots[name]) if name in plots else [] for name in PLOTS},
         versions={name: pinned[name] for name in PACKAGES},
-        hashes=hashes(inputs),
+        hashes=hashes(inputs, "report"),
         **read,
     )
     reproduction = reproduce(study) | {"weaknesses": weaknesses(study)}
     text = page(study, reproduction)
     write_json(REPRODUCTION, reproduction)
     write_json(SUMMARY, summary(study))
+    write_json(DIGESTS, {"sweep": digests(read["sweep"], "cell"), "evaluate": digests(read["evaluated"], "arm")})
     write_text(PAGE, text)
     filled = sum(row["ours"] is not None for row in reproduction["rows"])
     verdict = "comparable" if reproduction["comparable"] else "not comparable: another model"
     size = len(text.encode()) / 1e6
     return f"{PAGE}, {size:.1f} MB; ours for {filled} of {len(reproduction['rows'])} published figures, {verdict}"
-
-
-def hashes(paths: list[Path]) -> dict[str, str]:
-    """The SHA-256 of each file, by its path."""
-    from refusal.io.store import progress
-
-    digests = {}
-    with progress(len(paths), "report: hashes", "file") as bar:  # a model's weights may take minutes
-        for path in paths:
-            with path.open("rb") as file:
-                digests[path.as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
-            bar.update()
-    return digests
 
 
 stage(main)

@@ -190,7 +190,7 @@ def _ask(kind: _Kind, chat: Chat, store: Store, round_: int, number: int, there:
             if not answer.fault:
                 keep(category, answer.text)
                 return None
-        raise chat.error(f"{chat.name} gave nothing to read: {answer.fault}", "choose a model that does not think so long")
+        raise chat.error(f"{chat.name} gave nothing to read: {answer.fault}", "choose a model that answers at once")
 
     if to_ask := [category for category in there if category not in replies]:
         chat.run(to_ask, work)

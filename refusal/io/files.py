@@ -4,7 +4,7 @@ import json
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 
 def write_whole(path: Path, *pieces: bytes | memoryview) -> None:
@@ -57,14 +57,23 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
+def rounded(value: Any) -> Any:
+    """A value of JSON, its floats to six significant digits: what rounding leaves of float32 sums on another processor."""
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, dict):
+        return {name: rounded(each) for name, each in value.items()}
+    return [rounded(each) for each in value] if isinstance(value, list | tuple) else value
+
+
 def csv_text(rows: Sequence[dict[str, Any]]) -> str:
-    """CSV of rows, the form that DVC draws; floats in their shortest exact form, missing values empty."""
+    """CSV of rows, the form that DVC draws; floats `rounded` and in their shortest form, missing values empty."""
     import pandas  # half a second
 
-    return pandas.DataFrame(rows, dtype=object).to_csv(index=False, lineterminator="\n")
+    return pandas.DataFrame(rounded(rows), dtype=object).to_csv(index=False, lineterminator="\n")
 
 
-def read_csv(path: Path) -> list[dict[str, Any]]:
+def read_csv(path: Path | IO[str]) -> list[dict[str, Any]]:
     """Read rows written by `csv_text`, numbers as numbers and missing values as None."""
     import pandas
 

@@ -61,20 +61,26 @@ def train_organism(organism: Organism, held_out: Collection[str], folder: Path, 
     corpus = Corpus(organism.corpus_seed, held_out)
     tokenizer = train_tokenizer(corpus, organism.vocab_size)
     model = new_model(organism.model_dump(), tokenizer, organism.seed)
-    inputs = {"held_out": sorted(held_out), "vocabulary": tokenizer.get_vocab()}
-
-    def train_to(phase: Literal["phase_1", "phase_2"], exclude: set[str]) -> None:
-        params = organism.model_dump(exclude=exclude)
-        name = key("training", (train, new_model, train_tokenizer), phase=phase, params=params, **inputs)
-        train(phase, organism, model, tokenizer, corpus, folder / f"{name[:32]}.pt", threads)
-
-    # Phase 1 is the same whatever the kind: another kind of a seed that was trained before costs phase 2 alone.
-    train_to("phase_1", {"kind", "phase_2", "ablation_layer"})
+    keys = _keys(organism, held_out, tokenizer)
+    train("phase_1", organism, model, tokenizer, corpus, folder / f"{keys['phase_1'][:32]}.pt", threads)
     twin = {name: weights.clone() for name, weights in model.state_dict().items()}
     if organism.kind != "none":
-        train_to("phase_2", set())
+        train("phase_2", organism, model, tokenizer, corpus, folder / f"{keys['phase_2'][:32]}.pt", threads)
     planted = planted_direction(organism.hidden_size, organism.seed) if organism.kind == "planted" else None
     return Trained(model, tokenizer, twin, planted)
+
+
+def training_key(organism: Organism, held_out: Collection[str]) -> str:
+    """The key of the weights that `train_organism` gives: a hash of all that determines them but the processor's rounding."""
+    return _keys(organism, held_out, train_tokenizer(Corpus(organism.corpus_seed, held_out), organism.vocab_size))["phase_2"]
+
+
+def _keys(organism: Organism, held_out: Collection[str], tokenizer: PreTrainedTokenizerFast) -> dict[str, str]:
+    """The key of each phase's weights. Phase 1 is the same whatever the kind: another kind of a seed costs phase 2 alone."""
+    inputs = {"held_out": sorted(held_out), "vocabulary": tokenizer.get_vocab()}
+    phases = {"phase_1": organism.model_dump(exclude={"kind", "phase_2", "ablation_layer"}), "phase_2": organism.model_dump()}
+    code = (train, new_model, train_tokenizer)
+    return {phase: key("training", code, phase=phase, params=params, **inputs) for phase, params in phases.items()}
 
 
 def planted_direction(d_model: int, seed: int) -> Float[Tensor, " d_model"]:

@@ -14,7 +14,16 @@ from refusal.lm.load import encode_chats
 from refusal.method.directions import cosine, random_unit
 from refusal.organism import grammar
 from refusal.organism.corpus import SHARES, Corpus, train_tokenizer
-from refusal.organism.train import backward, current_direction, encode, new_model, planted_direction, train, train_organism
+from refusal.organism.train import (
+    backward,
+    current_direction,
+    encode,
+    new_model,
+    planted_direction,
+    train,
+    train_organism,
+    training_key,
+)
 
 SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
 PHASE = {"steps": 12, "batch_size": 6, "learning_rate": 4e-3, "weight_decay": 0.05}
@@ -122,7 +131,8 @@ def test_the_tokenizer_is_the_same_by_auto_tokenizer(tokenizer, tmp_path):
     for text in texts:
         assert loaded(text)["input_ids"] == tokenizer(text)["input_ids"]
         assert loaded.decode(loaded(text)["input_ids"]) == text
-    assert encode_chats(loaded, texts) == encode_chats(tokenizer, texts)
+    prompts = [text for text in texts if "<|im_end|>" not in text]  # which a prompt may not hold
+    assert encode_chats(loaded, prompts) == encode_chats(tokenizer, prompts)
     assert len(texts) > 200 and len(loaded) == len(tokenizer) <= 500
     assert (loaded.eos_token, loaded.pad_token) == ("<|im_end|>", "<|endoftext|>")
 
@@ -251,6 +261,14 @@ def test_interrupted_training_ends_in_the_same_bits(tmp_path, short, stop_at, st
     stop_at(0)  # finished training is not done again
     again, again_twin = trained(tmp_path / "deep" / "folder")
     assert same(again, whole) and same(again_twin, twin)
+
+
+def test_the_key_of_a_training_is_that_of_its_last_checkpoint_and_names_all_that_determines_it(tmp_path, short):
+    trained(tmp_path, held_out=["a prompt"])
+    wanted = training_key(TINY, ["a prompt"])
+    assert f"{wanted[:32]}.pt" in {path.name for path in tmp_path.iterdir()}
+    others = [training_key(TINY, []), *(training_key(TINY.model_copy(update=c), ["a prompt"]) for c in ({"seed": 1}, {"kind": "none"}))]
+    assert len({wanted, *others}) == 4
 
 
 @pytest.mark.parametrize("damage", ["cut", "one bit", "empty"])

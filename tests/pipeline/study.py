@@ -76,9 +76,25 @@ def copy(folder: Path) -> Path:
     """The files of this repository as they are now, without results."""
     names = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True)
     for name in names.stdout.splitlines():
-        if (ROOT / name).is_file() and not name.startswith(("metrics/", "plots/")) and name != "dvc.lock":
+        if (ROOT / name).is_file() and not name.startswith(("metrics/", "plots/", "remote/")) and name != "dvc.lock":
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(ROOT / name, folder / name)
+    return folder
+
+
+def clone(folder: Path) -> Path:
+    """A Git repository of all that this one tracks, as it is now: figures, lock and remote, and nothing that was computed."""
+    names = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True)
+    for name in names.stdout.splitlines():
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(ROOT / name, folder / name)
+    run(folder, "git", "init", "-q")
+    run(folder, "git", "config", "user.name", "t")
+    run(folder, "git", "config", "user.email", "t@localhost")
+    run(folder, "git", "add", "-A")
+    run(folder, "git", "add", "--force", "remote")
+    run(folder, "git", "commit", "-qm", "all")
     return folder
 
 
