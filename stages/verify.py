@@ -49,7 +49,7 @@ def compare() -> tuple[list[Difference], list[str], int]:
     fewest = min((len(arm.split()) for stage in texts.values() for arm in stage.values()), default=1)
     found = []
     for name in committed.keys() - {str(COMPLETIONS)}:
-        found += differences(read(name, committed[name]), read(name, here[name]), dtype, name, len(flipped) / fewest)
+        found += differences(read(name, committed[name]), read(name, here[name]), dtype, name, len(flipped), fewest)
     return sorted(found, key=lambda each: -each.excess), flipped, n
 
 

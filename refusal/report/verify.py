@@ -6,6 +6,7 @@ figures that differ in their last digits.
 
 import hashlib
 import math
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -14,6 +15,9 @@ RELATIVE = 1e-4
 EPS = {"float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
 FLOOR = 8
 MAX_FLIPS = 0.01  # the share of completions that may differ
+# What is counted over completions, which a flipped one moves by 1/n.
+_RATE = re.compile(r"compliance|coherence|score|exact|refusal|substring|agree|kappa|(low|high)$")
+_COUNT = re.compile(r"/n_(empty|degenerate|unfinished|tied)$")
 
 
 class Difference(NamedTuple):
@@ -46,11 +50,12 @@ def flips(committed: Mapping[str, Mapping[str, str]], rebuilt: Mapping[str, Mapp
     return found, n
 
 
-def differences(committed: Any, rebuilt: Any, dtype: str, name: str, slack: float = 0.0) -> list[Difference]:
+def differences(committed: Any, rebuilt: Any, dtype: str, name: str, n_flips: int = 0, n: int = 1) -> list[Difference]:
     """The figures of a file (JSON, or rows of CSV) that are not the same text, worst first.
 
     Texts, counts and null have to be equal; numbers agree to 1e-4 of the greater one, or to eight roundings of `dtype` at one.
-    `slack` is added to the tolerance of numbers between -1 and 1: what flipped completions can have moved a rate by.
+    What `n_flips` completions that differ, of `n` an arm, can have moved is added to the tolerance of rates, of their limits and
+    of counts of outcomes.
     """
     ours, theirs = _leaves(committed, name), _leaves(rebuilt, name)
     found = []
@@ -59,10 +64,11 @@ def differences(committed: Any, rebuilt: Any, dtype: str, name: str, slack: floa
         if one == other and type(one) is type(other):
             continue
         excess = math.inf
-        numbers = isinstance(one, int | float) and isinstance(other, int | float)
-        if numbers and (isinstance(one, float) or isinstance(other, float)):
+        if {type(one), type(other)} in ({float}, {int, float}):
             tolerance = max(RELATIVE * max(abs(one), abs(other)), FLOOR * EPS[dtype])
-            excess = abs(one - other) / (tolerance + (slack if max(abs(one), abs(other)) <= 1 else 0.0))
+            excess = abs(one - other) / (tolerance + (n_flips / n if _RATE.search(figure) else 0.0))
+        elif {type(one), type(other)} == {int} and n_flips and _COUNT.search(figure):
+            excess = abs(one - other) / n_flips
         found.append(Difference(figure, one, other, excess))
     return sorted(found, key=lambda each: (-each.excess, each.figure))
 

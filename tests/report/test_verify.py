@@ -56,9 +56,14 @@ def test_flipped_completions_are_counted_and_explain_that_much_of_a_rate():
     found, n = flips(one, two)
     assert (found, n) == (["sweep/b/3"], 80)
     assert flips(one, {}) == ([], 0)
-    within, beyond = (differences({"rate": 0.5}, {"rate": 0.5 + k / 40}, "float32", "a", slack=1 / 40)[0].excess for k in (1, 2))
-    assert within < 1 < beyond
-    assert differences({"norm": 5.0}, {"norm": 5.02}, "float32", "a", slack=1 / 40)[0].excess > 1  # no rate
+
+    def excess(name: str, one: float, other: float) -> float:
+        return differences({name: one}, {name: other}, "float32", "a", n_flips=1, n=40)[0].excess
+
+    assert excess("compliance", 0.5, 0.525) < 1 < excess("compliance", 0.5, 0.55)
+    assert excess("compliance_low", 0.5, 0.525) < 1 < excess("cosine", 0.5, 0.525)
+    assert excess("n_degenerate", 3, 4) == 1 and excess("n_degenerate", 3, 5) == 2 and excess("n", 3, 4) == math.inf
+    assert differences({"n_degenerate": 3}, {"n_degenerate": 4}, "float32", "a")[0].excess == math.inf
 
 
 @pytest.fixture
