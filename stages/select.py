@@ -17,7 +17,7 @@ def main(params: Params) -> str:
     first = chosen[0]
     return (
         f"rank_1 is {first['name']}, compliance {first['compliance']:.2f} [{first['low']:.2f}, {first['high']:.2f}] on val; "
-        f"{first['n_tied']} cells tie with it"
+        f"{first['n_tied']} cells have its score, ahead of the next by {first['margin_items'] or 0:.1f} prompts"
     )
 
 

@@ -27,7 +27,8 @@ def rank(cells: dict[str, dict[str, Any]], separation: Sequence[float | None], t
 
     Ties go to the alpha nearest 1, where run time and weights both remove the whole component and nothing more, then to
     the layer that separates better on val. `low` and `high` are the interval of compliance; `n_tied` counts the
-    cells whose score equals the chosen one's, itself included.
+    cells whose score equals the chosen one's, itself included; `margin_items` is how many prompts' worth of score it is ahead of
+    the next one by, None for the last: as many completions that fall the other way may change the choice.
     Raises UserError where the sweep has fewer cells than asked for.
     """
     swept = [cell for cell in cells.values() if cell["layer"] is not None]
@@ -37,6 +38,7 @@ def rank(cells: dict[str, dict[str, Any]], separation: Sequence[float | None], t
     def order(cell: dict[str, Any]) -> tuple[float, float, float, int]:
         return (-cell["score"], abs(cell["alpha"] - 1), -(separation[cell["layer"]] or 0.0), cell["layer"])
 
+    ordered = sorted(swept, key=order)
     return [
         {
             "layer": cell["layer"],
@@ -48,7 +50,8 @@ def rank(cells: dict[str, dict[str, Any]], separation: Sequence[float | None], t
             "score": cell["score"],
             "n": cell["n"],
             "n_tied": sum(other["score"] == cell["score"] for other in swept),
+            "margin_items": None if after is None else (cell["score"] - after["score"]) * cell["n"],
             "name": f"{method}_{cell_name(cell['layer'], cell['alpha'])}",
         }
-        for cell in sorted(swept, key=order)[:top]
+        for cell, after in zip(ordered[:top], [*ordered[1:], None], strict=False)
     ]

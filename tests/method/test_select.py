@@ -93,6 +93,7 @@ def test_rank_takes_the_best_and_breaks_ties_as_said():
         (1, 1.0),
     ]
     assert [cell["n_tied"] for cell in chosen] == [1, 5, 5, 5, 5, 5, 1]
+    assert [cell["margin_items"] for cell in chosen] == [pytest.approx(10), 0, 0, 0, 0, pytest.approx(20), None]  # of 200
     assert [cell["name"] for cell in chosen[:2]] == ["batched_layer_2_alpha_75", "batched_layer_3_alpha_100"]
     assert {k: chosen[0][k] for k in ("compliance", "low", "high", "coherence", "score", "n")} == {
         "compliance": 0.9,
