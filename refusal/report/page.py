@@ -136,7 +136,7 @@ def _answer(text: str, verdict: Metrics) -> Metrics:
 
 def _context(study: Study) -> Metrics:
     """What page.html needs beyond the metrics themselves: counts, tables, the sweep as a grid."""
-    d, method, pairing = study.directions, study.params["sweep"]["method"], study.params["sweep"]["pairing"]
+    d, method, pairing = study.directions, study.params["sweep"]["method"], study.pairing
     swept = {(c["layer"], c["alpha"]): {"name": name, **c} for name, c in study.judge.items() if c["layer"] is not None}
     alphas, layers = sorted({a for _, a in swept}), sorted({layer for layer, _ in swept})
     return {
