@@ -28,7 +28,7 @@ def main(params: Params) -> str:
     s, names = params.sweep, [f"{method}-{pairing}" for method in methods for pairing in pairings]
     swept = f"{s.method}-{resolve_pairing(s.pairing, s.method, names)}"  # before anything that takes time
     activations = {str(method): read_activations(Path(f"data/activations/{method}.safetensors")) for method in methods}
-    first = ("sequential", "matched") if "sequential" in methods and "matched" in pairings else (methods[0], pairings[0])
+    first = "sequential" if "sequential" in methods else methods[0], "matched" if "matched" in pairings else pairings[0]
     reference = contrast(activations[first[0]], first[1], d.seed).directions
     metrics: dict[str, Any] = {f"{method}-{pairing}": None for method in methods for pairing in d.pairings}
     directions = {}

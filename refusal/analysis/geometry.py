@@ -84,9 +84,10 @@ def monitor(study: Study) -> dict[str, Any]:
 def sensitivity(study: Study, n_resamples: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Cosine of directions from fewer prompts to the full-data ones, by method and pairing; at the selected layer, and all."""
     d = study.params.directions
-    pairings = [pairing for pairing in d.pairings if study.paired or pairing == "unrelated"]
+    # As the stage has them: the reference is of matched pairs, where there are any.
+    pairings = sorted((p for p in d.pairings if study.paired or p == "unrelated"), key=lambda p: p != "matched")
     contrasts = {(m, p): contrast(a, p, d.seed) for m, a in study.activations.items() for p in pairings}
-    reference = contrasts.get(("sequential", "matched"), next(iter(contrasts.values()))).directions
+    reference = contrasts.get(("sequential", pairings[0]), next(iter(contrasts.values()))).directions
     rows = []
     for (method, pairing), one in contrasts.items():
         sizes = by_size(one, reference, n_resamples, study.seed)

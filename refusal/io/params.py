@@ -132,10 +132,11 @@ class Prompts(Seeded):
 
     def contradictions(self) -> Iterator[str]:
         for source, count, files in (("source", "n_pairs", "harmful"), ("unrelated", "n_unrelated", "harmless")):
-            name, in_files = getattr(self, source), getattr(self, files) is not None
-            if in_files and name != "grammar":
+            name, given = getattr(self, source), getattr(self, files)
+            if given is not None and name != "grammar":
                 yield f"{files} stands in place of {source}: {name}: set {source} back to grammar, or {files} to null"
-            if not in_files and name in {"grammar", "api"} and getattr(self, count) is None:
+            drawn = name == "api" or (name == "grammar" and given is None and self.harmful is None)
+            if drawn and getattr(self, count) is None:
                 yield f"{count} must be a number where {source} is {name}"
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from refusal.io.prompts import resolve_pairing
+from refusal.io.prompts import is_paired, resolve_pairing
 
 Metrics = dict[str, Any]
 Rows = Sequence[dict[str, Any]]
@@ -40,6 +40,15 @@ class Study(NamedTuple):
     def arm(self) -> str:
         """The `<method>-<pairing>` that was swept."""
         return f"{self.params['sweep']['method']}-{self.pairing}"
+
+    @property
+    def paired(self) -> bool:
+        """Whether harmful prompts have safe counterparts."""
+        return is_paired(self.pairs)
+
+    def of(self, method: str) -> Metrics | None:
+        """The directions of a method that others are compared with: of matched pairs, or of prompts that are no pairs."""
+        return self.directions.get(f"{method}-{'matched' if self.paired else 'unrelated'}")
 
     @property
     def pairing(self) -> str:

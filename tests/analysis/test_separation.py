@@ -15,13 +15,14 @@ from refusal.analysis.separation import (
     contrast,
     describe,
     effective_rank,
+    harmless_sets,
     origin_between_means,
     plot_rows,
     separation_interval,
     sign_flip_null,
     spectrum,
 )
-from refusal.method.directions import cosine
+from refusal.method.directions import cohens_d, cosine
 
 TOPICS = [f"topic {i % 8}" for i in range(24)]
 
@@ -156,6 +157,45 @@ def test_separation_interval_covers():
     harmful, safe = (gaussian(120, 1500, seed=seed, dtype=torch.float64) for seed in (1, 2))
     low, high = separation_interval(harmful + 1.5, safe, [i // 2 for i in range(120)] * 2, 2000, 0)
     assert 0.92 < float(((low <= 1.5) & (high >= 1.5)).double().mean()) < 0.97
+
+
+def drawn_of_two_sets(topics, n_harmful, n_resamples, seed):
+    """The rows of each set in each bootstrap resample of whole topics, which both sets may share: [(harmful, safe)]."""
+    names = list(dict.fromkeys(topics))
+    counts = np.random.default_rng(seed).multinomial(len(names), [1 / len(names)] * len(names), size=n_resamples)
+    rows = [[i for i, topic in enumerate(topics) for _ in range(times[names.index(topic)])] for times in counts]
+    return [([i for i in some if i < n_harmful], [i - n_harmful for i in some if i >= n_harmful]) for some in rows]
+
+
+def test_intervals_of_prompts_that_are_no_pairs_draw_the_topics_of_both_sets():
+    """24 harmful and 33 safe prompts, two topics in both sets, by a loop over topics and prompts."""
+    harmful, safe = gaussian(24, 3, seed=1, dtype=torch.float64) + 1, gaussian(33, 3, seed=2, dtype=torch.float64)
+    topics = [*(f"group {i // 2}" for i in range(24)), *(f"group {i // 3 + 10}" for i in range(33))]
+    drawn = drawn_of_two_sets(topics, 24, 200, 5)
+    d = torch.stack([cohens_d(harmful[a], safe[b]) for a, b in drawn])
+    expected = [d.nanquantile(q, dim=0) for q in (0.025, 0.975)]
+    for ours, theirs in zip(separation_interval(harmful, safe, topics, 200, 5), expected, strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-12)
+    zero = [float(-safe[b, 0].mean() / (harmful[a, 0].mean() - safe[b, 0].mean())) for a, b in drawn]
+    figures = origin_between_means(harmful[:, 0], safe[:, 0], topics, 200, 5)
+    assert [figures["zero_low"], figures["zero_high"]] == pytest.approx(np.quantile(zero, [0.025, 0.975]).tolist())
+    area = [roc_auc_score([1] * len(a) + [0] * len(b), [*harmful[a, 0], *safe[b, 0]]) for a, b in drawn]
+    figures = auroc(harmful[:, 0], safe[:, 0], topics, 200, 5)
+    assert [figures["auroc_low"], figures["auroc_high"]] == pytest.approx(np.quantile(area, [0.025, 0.975]).tolist())
+    assert figures["auroc"] == pytest.approx(roc_auc_score([1] * 24 + [0] * 33, [*harmful[:, 0], *safe[:, 0]]))
+
+
+def test_without_pairs_the_safe_prompts_are_the_unrelated_ones_and_their_halves_the_control():
+    sets = {name: rows for name, rows in activations().items() if not name.endswith("safe")}
+    sets["val.unrelated"] = gaussian(33, 4, 12, seed=9)
+    topics = [*(f"a {i}" for i in range(24)), *(f"b {i}" for i in range(33))]
+    m = describe(of := contrast(sets, "unrelated", 0), sets, topics, of.directions, 20, 20, 0)
+    unit, val = of.directions.unit[1], (sets["val.harmful"][:, 1].double(), sets["val.unrelated"][:, 1].double())
+    pooled = (23 * (val[0] @ unit).var() + 32 * (val[1] @ unit).var()) / 55
+    assert m["separation"][1] == pytest.approx(float(((val[0] @ unit).mean() - (val[1] @ unit).mean()) / pooled.sqrt()))
+    assert m["n_val"] == 24 and "spectrum" not in m
+    both = torch.cat(harmless_sets(sets))
+    assert len(both) == len(sets["train.unrelated"]) and torch.equal(both.sort(0)[0], sets["train.unrelated"].sort(0)[0])
 
 
 def test_effective_rank_of_known_shapes():

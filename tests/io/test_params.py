@@ -164,6 +164,13 @@ def test_a_mistake_is_one_sentence_naming_file_and_key(tmp_path, key, value, sai
     assert len(refused(params_with(tmp_path, {key: value}), said)) < 2000
 
 
+def test_the_same_prompts_have_one_name(tmp_path):
+    file = params_with(tmp_path, {"prompts.harmful": "a.csv", "prompts.source": "b.csv"})
+    refused(file, r"prompts: harmful stands in place of source: b\.csv: set source back to grammar, or harmful to null")
+    params_with(tmp_path, {"prompts.source": "grammar", "prompts.n_pairs": None, "prompts.n_unrelated": None})
+    assert load_params(file).prompts.harmful == ["a.csv"]
+
+
 def test_several_mistakes_are_all_told(tmp_path):
     file = params_with(tmp_path, {"sweep.alphas": ["1"], "judge.kind": "mood", "report": REMOVED})
     refused(file, r"sweep\.alphas\.0: .*judge\.kind: .*report: .*required")
