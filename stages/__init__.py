@@ -47,6 +47,7 @@ from stages.record import record  # noqa: E402
 ROOT = Path(os.environ.get("DVC_ROOT", ".")).resolve()
 # Outside DVC's outputs, and in the main checkout for queued and temporary experiments too: what was computed survives.
 STORE = ROOT / ".refusal-store"
+OWN_HARMLESS = Path("data/raw/harmless.jsonl")  # the package's own, which go with harmful prompts where no others are named
 
 
 def stage(main: Callable[..., str], online: Callable[[Params], bool] = lambda params: False) -> None:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from refusal.io.files import read_jsonl
 from refusal.io.params import Params
+from refusal.io.prompts import prompt_sets
 from stages import STORE, stage, use_transformers
 
 BASE, OUT = Path("models/base"), Path("data/activations")
@@ -13,7 +14,7 @@ def main(params: Params) -> str:
     use_transformers(params)
     from refusal.io.store import Store
     from refusal.lm.load import load_lm
-    from refusal.method.activations import collect, prompt_sets
+    from refusal.method.activations import collect
 
     pairs, unrelated = (read_jsonl(Path(f"data/prompts/{name}.jsonl")) for name in ("pairs", "unrelated"))
     lm = load_lm(BASE, **params.model.loading)

@@ -5,6 +5,7 @@ from typing import Any
 
 from refusal.io.files import csv_text, read_jsonl
 from refusal.io.params import Params
+from refusal.io.prompts import is_paired, resolve_pairing, safe_rows
 from stages import stage, use_torch, write_json, write_text
 
 OUT, METRICS, PLOTS = Path("models/directions.safetensors"), Path("metrics/directions.json"), Path("plots")
@@ -14,33 +15,40 @@ def main(params: Params) -> str:
     use_torch(params)
     from safetensors.torch import save_file
 
-    from refusal.analysis.separation import contrast, describe, plot_rows
+    from refusal.analysis.separation import contrast, describe, harmless_sets, plot_rows
     from refusal.io.store import progress
     from refusal.method.activations_file import read_activations
     from refusal.method.directions import difference_in_means
 
     d, methods = params.directions, params.activations.methods
-    topics = [row["topic"] for row in read_jsonl(Path("data/prompts/pairs.jsonl")) if row["split"] == "val"]
+    pairs, unrelated = (read_jsonl(Path(f"data/prompts/{name}.jsonl")) for name in ("pairs", "unrelated"))
+    paired, safe = is_paired(pairs), safe_rows(pairs, unrelated)
+    topics = [row["topic"] for rows in (pairs, safe) for row in rows if row["split"] == "val"]
+    pairings = [pairing for pairing in d.pairings if paired or pairing == "unrelated"]
+    s, names = params.sweep, [f"{method}-{pairing}" for method in methods for pairing in pairings]
+    swept = f"{s.method}-{resolve_pairing(s.pairing, s.method, names)}"  # before anything that takes time
     activations = {str(method): read_activations(Path(f"data/activations/{method}.safetensors")) for method in methods}
-    first = ("sequential", "matched") if "sequential" in methods and "matched" in d.pairings else (methods[0], d.pairings[0])
+    first = "sequential" if "sequential" in methods else methods[0], "matched" if "matched" in pairings else pairings[0]
     reference = contrast(activations[first[0]], first[1], d.seed).directions
-    metrics, directions = {}, {}
-    with progress(len(methods) * len(d.pairings), "directions", "set") as bar:
+    metrics: dict[str, Any] = {f"{method}-{pairing}": None for method in methods for pairing in d.pairings}
+    directions = {}
+    with progress(len(methods) * len(pairings), "directions", "set") as bar:
         for method, sets in activations.items():
-            for pairing in d.pairings:
+            for pairing in pairings:
                 name, of = f"{method}-{pairing}", contrast(sets, pairing, d.seed)
                 metrics[name] = describe(of, sets, topics, reference, d.n_resamples, d.n_sign_flips, d.seed)
                 directions[name] = of.directions
                 bar.update()
             # The control: the difference between two sets of prompts of which neither is harmful.
-            directions[f"{method}-harmless"] = difference_in_means(sets["train.unrelated"], sets["train.safe"])
+            directions[f"{method}-harmless"] = difference_in_means(*harmless_sets(sets))
     tensors = {f"{name}.{key}": tensor.contiguous() for name, of in directions.items() for key, tensor in vars(of).items()}
     OUT.parent.mkdir(parents=True, exist_ok=True)
     save_file(tensors, OUT)
     write_json(METRICS, metrics)
-    for plot, rows in plot_rows(metrics).items():
+    described = {name: m for name, m in metrics.items() if m}
+    for plot, rows in plot_rows(described).items():
         write_text(PLOTS / f"{plot}.csv", csv_text(rows))
-    return _headline(metrics, f"{params.sweep.method}-{params.sweep.pairing}")
+    return _headline(described, swept)
 
 
 def _headline(metrics: dict[str, dict[str, Any]], name: str) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 from refusal.io.errors import UserError
 from refusal.io.files import read_jsonl
 from refusal.io.params import Params
+from refusal.io.prompts import prompt_sets, safe_rows
 from refusal.io.store import Store
 from stages import STORE, hashes, read_json, stage, use_transformers, write_json
 
@@ -25,13 +26,13 @@ def main(params: Params) -> str:
     if params.model.id == "organism":
         train(
             params,
-            {row[half] for row in pairs for half in ("harmful", "safe") if row["split"] != "train"}
-            | {row["safe"] for row in unrelated if row["split"] != "train"},
+            {prompt for prompts in prompt_sets(pairs, unrelated, ("val", "test")).values() for prompt in prompts},
         )
     else:
         clear()
         commit = bring_in(params)
-    return measure(params, commit, [row for row in pairs if row["split"] == "val"])
+    halves = {"harmful": pairs, "safe": safe_rows(pairs, unrelated)}
+    return measure(params, commit, *([row[half] for row in rows if row["split"] == "val"] for half, rows in halves.items()))
 
 
 def clear() -> None:
@@ -104,7 +105,7 @@ def bring_in(params: Params) -> str | None:
     return commit
 
 
-def measure(params: Params, commit: str | None, val: list[dict]) -> str:
+def measure(params: Params, commit: str | None, harmful: list[str], safe: list[str]) -> str:
     """Does it refuse what it should, on val; of an organism, what its helpful-only twin and its facts say too."""
     from refusal.judges.behaviour import behaviour
     from refusal.lm.load import load_lm, render_chats
@@ -114,8 +115,8 @@ def measure(params: Params, commit: str | None, val: list[dict]) -> str:
     )
     assert base is not None
     named = {} if params.model.id == "organism" else {"id": params.model.id, "commit": commit}
-    named["rendered_prompt"] = render_chats(base.tokenizer, [val[0]["harmful"]], base.system_prompt)[0]
-    metrics = named | behaviour(base, twin, val, params.generation, Store(STORE / "store.sqlite"))
+    named["rendered_prompt"] = render_chats(base.tokenizer, harmful[:1], base.system_prompt)[0]
+    metrics = named | behaviour(base, twin, harmful, safe, params.generation, Store(STORE / "store.sqlite"))
     write_json(METRICS, metrics)
     return (
         f"{params.model.id}, {metrics['n_parameters']:,} parameters; refuses {metrics['refusal_harmful']:.1%} of harmful "

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from refusal.io.params import Params
-from stages import ROOT, stage
+from stages import OWN_HARMLESS, ROOT, stage
 
 
 def main(params: Params) -> str:
@@ -42,14 +42,16 @@ def main(params: Params) -> str:
 
 def prompts_of(params: Params) -> tuple[list[dict], list[dict]]:
     """The rows that the prompts stage would write; the grammar's stand in for those that an API is still to write."""
-    from refusal.data.prompts import pairs_of, unrelated_of
+    from refusal.data.prompts import prompts_of as rows_of
 
     written = {name: getattr(params.prompts, name) for name in ("source", "unrelated")}
     for name in (name for name, source in written.items() if source == "api"):
         print(f"prompts.{name}: these are not written yet, so as many of the grammar's are counted in their place")
         written[name] = "grammar"
-    stand_in = params.prompts.model_copy(update=written)
-    return pairs_of(stand_in), unrelated_of(stand_in)
+    pairs, unrelated, said = rows_of(params.prompts.model_copy(update=written), OWN_HARMLESS)
+    for sentence in said:
+        print(f"prompts: {sentence}")
+    return pairs, unrelated
 
 
 def model_of(params: Params) -> tuple[Any, Any]:
@@ -93,8 +95,8 @@ def model_of(params: Params) -> tuple[Any, Any]:
 def counted(params: Params, tokenizer: Any, pairs: list[dict], unrelated: list[dict]) -> Any:
     """refusal.report.plan.Prompts: how many prompts and tokens each split of each half has."""
     from refusal.data.prompts import SPLITS
+    from refusal.io.prompts import is_paired, prompt_sets
     from refusal.lm.load import encode_chats
-    from refusal.method.activations import prompt_sets
     from refusal.organism.grammar import facts
     from refusal.report.plan import Prompts
 
@@ -105,7 +107,11 @@ def counted(params: Params, tokenizer: Any, pairs: list[dict], unrelated: list[d
         name: encode_chats(tokenizer, some, params.model.system_prompt, params.generation.max_new_tokens)
         for name, some in texts.items()
     }
-    return Prompts({name: len(some) for name, some in ids.items()}, {name: sum(map(len, some)) for name, some in ids.items()})
+    paired = is_paired(pairs)
+    if not paired:
+        ids |= {f"{split}.safe": ids[f"{split}.unrelated"] for split in SPLITS}
+    n, tokens = ({name: of(some) for name, some in ids.items()} for of in (len, lambda some: sum(map(len, some))))
+    return Prompts(n, tokens, paired)
 
 
 def number(n: int | None) -> str:

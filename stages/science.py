@@ -62,8 +62,9 @@ def main(params: Params, budget: str = "") -> str:
     v, random = metrics["verdict"], metrics["controls"]["random_1"]["compliance"]
     best = f" by {v['by']}" if v["by"] else f" ({v['reason']})"
     return (
-        f"verdict {v['verdict']}{best}; compliance on test: rank_1 {metrics['arms']['rank_1']['compliance']:.2f}, "
-        f"{v['best_subspace']} {metrics['arms'][v['best_subspace']]['compliance']:.2f}, random {random:.2f}"
+        f"verdict {v['verdict']}{best}; compliance on test: "
+        + "".join(f"{name} {metrics['arms'][name]['compliance']:.2f}, " for name in ("rank_1", v["best_subspace"]) if name)
+        + f"random {random:.2f}"
     )
 
 

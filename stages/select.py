@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from refusal.io.params import Params
+from refusal.io.prompts import resolve_pairing
 from refusal.method.select import rank
 from stages import read_json, stage, write_json
 
@@ -11,7 +12,8 @@ METRICS = Path("metrics/select.json")
 
 def main(params: Params) -> str:
     s = params.sweep
-    separation = read_json(Path("metrics/directions.json"))[f"{s.method}-{s.pairing}"]["separation"]
+    directions = {name: m for name, m in read_json(Path("metrics/directions.json")).items() if m}
+    separation = directions[f"{s.method}-{resolve_pairing(s.pairing, s.method, directions)}"]["separation"]
     chosen = rank(read_json(Path("metrics/judge.json")), separation, params.select.top, s.method)
     write_json(METRICS, {f"rank_{i}": cell for i, cell in enumerate(chosen, 1)})
     first = chosen[0]

@@ -5,6 +5,7 @@ from pathlib import Path
 from refusal.analysis.study import Study
 from refusal.io.files import read_jsonl
 from refusal.io.params import Params, Resampled
+from refusal.io.prompts import by_split
 from refusal.io.store import Store
 from refusal.judges.panel import judge_with
 from refusal.lm.load import load_lm
@@ -31,8 +32,8 @@ def load_study(params: Params, section: Resampled) -> Study:
         judge_with(params.judge, params.endpoint, store),
         matched,
         harmless,
-        {split: [row for row in pairs if row["split"] == split] for split in ("train", "val", "test")},
-        [row for row in unrelated if row["split"] == "test"],
+        by_split(pairs),
+        by_split(unrelated),
         rank_1,
         section.n_resamples,
         section.seed,

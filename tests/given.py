@@ -95,7 +95,7 @@ def study(store: Store, n: int = 6, n_topics: int = 2, lm: LM | None = None, **s
         directions(0),
         directions(1),
         {split: pairs(split, n, n_topics) for split in ("train", "val", "test")},
-        [{"safe": f"other {i}", "topic": f"meal {i // 3}"} for i in range(6)],
+        {split: [{"safe": f"other {i}", "topic": f"meal {i // 3}"} for i in range(6)] for split in ("train", "val", "test")},
         {"layer": 1, "alpha": 1.0, "name": "sequential_layer_1_alpha_100"},
         2000,
         0,

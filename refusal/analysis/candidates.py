@@ -7,9 +7,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from refusal.analysis.estimators import lda, logistic
+from refusal.analysis.separation import halves
 from refusal.analysis.study import Study
 from refusal.analysis.subspaces import paired_svd, qr_of_layers, random_subspaces
 from refusal.io.errors import UserError
+from refusal.method.activations_file import Activations
 from refusal.method.directions import random_unit
 from refusal.method.interventions import Intervention
 from refusal.stats import subsample_indices
@@ -17,20 +19,25 @@ from refusal.stats import subsample_indices
 RANKS = (2, 3, 5)
 
 
-def fitted_on(study: Study) -> list[int]:
-    """The train pairs that logistic regression and Fisher's discriminant see, which need them all in memory."""
-    return subsample_indices(len(_train(study, "harmful")), study.params.science.n_fit, study.seed)
+def fitted_on(study: Study) -> tuple[list[int], list[int]]:
+    """The harmful and the safe train prompts that logistic regression and Fisher's discriminant see, which need them in memory.
+
+    Of pairs both halves.
+    """
+    harmful, safe = (subsample_indices(len(some), study.params.science.n_fit, study.seed) for some in _train(study))
+    return harmful, safe
 
 
-def single_directions(study: Study, optimised: Float[Tensor, " d_model"]) -> list[Intervention]:
+def single_directions(study: Study, optimised: Float[Tensor, " d_model"] | None) -> list[Intervention]:
     """Interventions of rank 1. Names are `<estimator>.<layer>`; `rank_1` is the selected one. Ties on val go to the earlier.
 
-    At `resid_pre` each difference-in-means is also ablated towards the safe mean (`affine`).
+    At `resid_pre` each difference-in-means is also ablated towards the safe mean (`affine`). Where prompts are no pairs there is
+    no `paired_svd`, and no `optimised` where none is given.
     """
     unit, safe_mean = study.directions["unit"].double(), study.directions["safe_mean"].double()
-    harmful, safe = _train(study, "harmful"), _train(study, "safe")
-    some, sites = torch.tensor(fitted_on(study)), study.sites
-    few_harmful, few_safe = harmful[some], safe[some]
+    harmful, safe = _train(study)
+    sites = study.sites
+    few_harmful, few_safe = (some[torch.tensor(which)] for some, which in zip((harmful, safe), fitted_on(study), strict=True))
 
     def one(family: str, layer: int, v: Tensor, offset: Tensor | None = None) -> Intervention:
         return Intervention(f"{family}.{layer}", v, 1.0, sites, offset, layer, family)
@@ -41,18 +48,23 @@ def single_directions(study: Study, optimised: Float[Tensor, " d_model"]) -> lis
     for i in study.layers:
         candidates.append(one("logistic", i, logistic(few_harmful[:, i][:], few_safe[:, i][:])))
         candidates.append(one("lda", i, lda(few_harmful[:, i][:], few_safe[:, i][:])))
-        candidates.append(one("paired_svd", i, paired_svd(harmful[:, i], safe[:, i], 1)[0]))
+        if study.paired:
+            candidates.append(one("paired_svd", i, paired_svd(harmful[:, i], safe[:, i], 1)[0]))
         if sites == "resid_pre":
             candidates.append(one("affine", i, unit[i], (safe_mean @ unit[i])[:, None]))
-    return [*candidates, Intervention("optimised", optimised, 1.0, sites, family="optimised", direction_independent=True)]
+    if optimised is not None:
+        candidates.append(Intervention("optimised", optimised, 1.0, sites, family="optimised", direction_independent=True))
+    return candidates
 
 
 def subspaces(study: Study, layers_best_first: Sequence[int]) -> list[Intervention]:
-    """Subspaces of rank 2, 3 and 5: singular vectors of the paired differences at the selected layer, and the QR of the best
-    layers' directions as far as there are layers; and every layer's own direction ablated at that layer."""
+    """Subspaces of rank 2, 3 and 5: singular vectors of the paired differences (where prompts are pairs) at the selected layer,
+    and the QR of the best layers' directions as far as there are layers; and every layer's own direction ablated there."""
     unit, layer, sites = study.directions["unit"].double(), study.layer, study.sites
-    harmful, safe = _train(study, "harmful")[:, layer], _train(study, "safe")[:, layer]
-    svd = [Intervention(f"svd_{k}", paired_svd(harmful, safe, k), 1.0, sites, None, layer, "subspace") for k in RANKS]
+    harmful, safe = (some[:, layer] for some in _train(study))
+    svd = [
+        Intervention(f"svd_{k}", paired_svd(harmful, safe, k), 1.0, sites, None, layer, "subspace") for k in RANKS if study.paired
+    ]
     ranks = [k for k in RANKS if k <= len(layers_best_first)]
     qr = [Intervention(f"qr_{k}", qr_of_layers(unit, layers_best_first[:k]), 1.0, sites, family="subspace") for k in ranks]
     own = torch.zeros(len(unit), 1, unit.shape[1], dtype=unit.dtype)
@@ -65,8 +77,8 @@ def controls(study: Study) -> list[Intervention]:
     unit, layer, s = study.harmless_difference["unit"], study.layer, study.params.science
     if not study.harmless_difference["defined"][layer]:
         raise UserError(
-            f"params.yaml: prompts.unrelated: to the model at layer {layer} these are the safe prompts of the pairs, so their "
-            "difference is no control: give other safe prompts"
+            f"params.yaml: prompts.unrelated: to the model at layer {layer} these are all alike, or the safe halves of pairs, "
+            "so their difference is no control: give other safe prompts"
         )
 
     def drawn(name: str, family: str, basis: Tensor) -> Intervention:
@@ -101,6 +113,6 @@ def by_family(interventions: Sequence[Intervention]) -> Mapping[str, list[Interv
     return families
 
 
-def _train(study: Study, half: str):
-    """Train activations of one half of the pairs, [n, n_layers, d_model]."""
-    return study.activations[study.params.sweep.method][f"train.{half}"]
+def _train(study: Study) -> tuple[Activations, Activations]:
+    """Train activations of harmful and of safe prompts, [n, n_layers, d_model]."""
+    return halves(study.activations[study.params.sweep.method], "train")

@@ -31,10 +31,10 @@ def evaluate(study: Study, edited: LM) -> tuple[dict[str, Any], list[dict[str, A
     controls = {kind: [one for one in swept if one.name.startswith(f"{kind}_")] for kind in CONTROLS}
     members = {"baseline": [BASELINE], "runtime": [runtime], **{kind: some for kind, some in controls.items() if some}}
 
-    test = study.pairs["test"]
+    test = {half: study.rows("test", half) for half in ("harmful", "safe")}
     acting = [one for some in members.values() for one in some]
-    asked = {half: study.ask(test, half, acting, f"test, {half}") for half in ("harmful", "safe")}
-    by_weights = {half: study.ask(test, half, [BASELINE], f"test, weights, {half}", lm=edited) for half in ("harmful", "safe")}
+    asked = {half: study.ask(rows, half, acting, f"test, {half}") for half, rows in test.items()}
+    by_weights = {half: study.ask(rows, half, [BASELINE], f"test, weights, {half}", lm=edited) for half, rows in test.items()}
     metrics: dict[str, Any] = {"layer": study.layer, "alpha": runtime.alpha, "name": study.rank_1["name"]}
     rows: list[dict[str, Any]] = []
     for name, some in members.items():
@@ -69,11 +69,11 @@ def _behaviour(study: Study, name: str, members: Sequence[str], asked: Mapping[s
     figures = study.summary(harmful, asked["harmful"].topics * len(members), f"{name}, harmful prompts")
     figures |= {f"refusal_harmful{end}": figures[f"refusal{end}"] for end in ("", "_low", "_high")}
     kept = present(safe, f"{name}, safe prompts", study.params.judge.allow_missing)
-    figures |= rate("refusal_safe", [verdict.refusal for _, verdict in kept])
-    expected = [row[f"{half}_answer"] for half in ("harmful", "safe") for row in asked["harmful"].rows]
+    figures |= rate("refusal_safe", [verdict.refusal for _, verdict in kept]) | {"n_safe": len(kept)}
+    expected = [row.get(f"{half}_answer") for half in ("harmful", "safe") for row in asked[half].rows]
     for key, half in (("exact", "harmful"), ("exact_safe", "safe")):
         right = [
-            text.strip() == row[f"{half}_answer"]
+            text.strip() == row.get(f"{half}_answer")
             for one in members
             for text, row in zip(asked[half].texts[one], asked[half].rows, strict=True)
         ]
@@ -87,7 +87,7 @@ def _rows(name: str, member: str, asked: Mapping[str, Judgements]) -> list[dict[
         {
             "arm": name,
             "id": row["id"],
-            "category": row["category"],
+            "category": row.get("category"),
             "half": half,
             "prompt": prompt,
             "completion": text,
@@ -101,7 +101,7 @@ def _rows(name: str, member: str, asked: Mapping[str, Judgements]) -> list[dict[
 def _addition(study: Study) -> dict[str, Any]:
     """Refusal of safe prompts with the raw difference added at the whole prompt."""
     addition = Addition(study.directions["difference"][study.layer], study.layer)
-    judged = study.ask(study.pairs["test"], "safe", [BASELINE], "test, addition", addition).verdicts["baseline"]
+    judged = study.ask(study.rows("test", "safe"), "safe", [BASELINE], "test, addition", addition).verdicts["baseline"]
     kept = [verdict for _, verdict in present(judged, "addition, safe prompts", study.params.judge.allow_missing)]
     return {
         **rate("refusal_safe", [verdict.refusal for verdict in kept]),

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from refusal.analysis.sensitivity import by_size, collect, common_suffix, padding, positions
-from refusal.analysis.separation import auroc, contrast, effective_rank, origin_between_means, sign_flip_null, spectrum
+from refusal.analysis.separation import auroc, contrast, effective_rank, halves, origin_between_means, sign_flip_null, spectrum
 from refusal.analysis.study import Study
 from refusal.analysis.subspaces import captured, paired_svd
 from refusal.io.params import Padding
@@ -16,8 +16,10 @@ from refusal.method.directions import project
 ByLayer = list[dict[str, Any] | None]  # None where the direction is undefined
 
 
-def spectra(study: Study) -> ByLayer:
-    """The spectrum of the paired differences of each layer, beside the sign-flip null."""
+def spectra(study: Study) -> ByLayer | None:
+    """The spectrum of the paired differences of each layer, beside the sign-flip null; None where prompts are no pairs."""
+    if not study.paired:
+        return None
     train, d = study.activations[study.params.sweep.method], study.params.directions
     return [
         spectrum_row(train["train.harmful"][:, i], train["train.safe"][:, i], d.n_sign_flips, d.seed)
@@ -47,8 +49,8 @@ def spectrum_row(harmful: Tensor, safe: Tensor, n_flips: int, seed: int) -> dict
 def origins(study: Study) -> ByLayer:
     """Where the origin lies between the class means of val prompts, by layer."""
     activations = study.activations[study.params.sweep.method]
-    harmful, safe = (project(activations[f"val.{side}"], study.directions["unit"]) for side in ("harmful", "safe"))
-    topics, how = [row["topic"] for row in study.pairs["val"]], (study.n_resamples, study.seed)
+    harmful, safe = (project(some, study.directions["unit"]) for some in halves(activations, "val"))
+    topics, how = study.topics("val"), (study.n_resamples, study.seed)
     return [
         origin_between_means(harmful[:, i], safe[:, i], topics, *how) if i in study.layers else None
         for i in range(study.lm.n_layers)
@@ -57,22 +59,23 @@ def origins(study: Study) -> ByLayer:
 
 def monitor(study: Study) -> dict[str, Any]:
     """Projections as a detector of harmful test prompts, by layer: AUROC on all, and on seen and unseen cues where known."""
-    test, unit = study.pairs["test"], study.directions["unit"]
+    test, safe_rows, unit = study.pairs["test"], study.rows("test", "safe"), study.directions["unit"]
     size = study.params.activations.batch_size
     harmful, safe = (
-        collect(study.lm, study.lm.encode([row[side] for row in test]), 1, size, of=lambda at: project(at[:, 0], unit))
-        for side in ("harmful", "safe")
+        collect(study.lm, study.lm.encode([row[side] for row in rows]), 1, size, of=lambda at: project(at[:, 0], unit))
+        for side, rows in (("harmful", test), ("safe", safe_rows))
     )
-    cues = {"all": list(range(len(test)))}
+    cues = {"all": (list(range(len(test))), list(range(len(safe_rows))))}
     if any(row.get("seen") is False for row in test):
         cues |= {
-            name: [i for i, row in enumerate(test) if row["seen"] is seen] for name, seen in (("seen", True), ("unseen", False))
+            name: ([i for i, row in enumerate(test) if row["seen"] is seen],) * 2
+            for name, seen in (("seen", True), ("unseen", False))
         }
     figures: dict[str, Any] = {"layer": study.layer}
-    for name, which in cues.items():
-        topics = [test[i]["topic"] for i in which]
+    for name, (which, of_safe) in cues.items():
+        topics = [*(test[i]["topic"] for i in which), *(safe_rows[i]["topic"] for i in of_safe)]
         figures[name] = [
-            auroc(harmful[which, i], safe[which, i], topics, study.n_resamples, study.seed) if i in study.layers else None
+            auroc(harmful[which, i], safe[of_safe, i], topics, study.n_resamples, study.seed) if i in study.layers else None
             for i in range(len(unit))
         ]
     return figures
@@ -81,8 +84,10 @@ def monitor(study: Study) -> dict[str, Any]:
 def sensitivity(study: Study, n_resamples: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Cosine of directions from fewer prompts to the full-data ones, by method and pairing; at the selected layer, and all."""
     d = study.params.directions
-    contrasts = {(m, p): contrast(a, p, d.seed) for m, a in study.activations.items() for p in d.pairings}
-    reference = contrasts.get(("sequential", "matched"), next(iter(contrasts.values()))).directions
+    # As the stage has them: the reference is of matched pairs, where there are any.
+    pairings = sorted((p for p in d.pairings if study.paired or p == "unrelated"), key=lambda p: p != "matched")
+    contrasts = {(m, p): contrast(a, p, d.seed) for m, a in study.activations.items() for p in pairings}
+    reference = contrasts.get(("sequential", pairings[0]), next(iter(contrasts.values()))).directions
     rows = []
     for (method, pairing), one in contrasts.items():
         sizes = by_size(one, reference, n_resamples, study.seed)
@@ -99,7 +104,7 @@ def positions_and_padding(study: Study, settings: Padding) -> tuple[list[dict[st
     """The position that the direction is taken at, and what padding does, masked and not."""
     size = study.params.activations.batch_size
     ids = {
-        (split, side): study.lm.encode([row[side] for row in study.sample(split, settings.n)])
+        (split, side): study.lm.encode([row[side] for row in study.sample(split, settings.n, side)])
         for split in ("train", "val")
         for side in ("harmful", "safe")
     }

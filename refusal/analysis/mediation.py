@@ -83,11 +83,11 @@ def mediation(
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The table of interventions on test prompts, their controls, what each costs, and the verdict; and the table's plot.
 
-    truth: the planted direction. score: the best compliance x coherence of each layer's cells on val.
+    truth: the planted direction. score: the best compliance x coherence of each layer's cells on val. What needs pairs, the
+    optimised direction among it, is left out where prompts are none.
     """
-    s, train = study.params.science, study.pairs["train"]
-    ids = {half: study.lm.encode([row[half] for row in train], study.decoding.max_new_tokens) for half in ("harmful", "safe")}
-    vector, loss = optimised(study.lm, ids["harmful"], ids["safe"], study.sites, s.optimised, study.seed, study.store)
+    s = study.params.science
+    vector, loss = _optimised(study) if study.paired else (None, None)
     single = candidates.single_directions(study, vector)
     several = candidates.subspaces(study, sorted(score, key=lambda i: (i != study.layer, -score[i], i)))
     random = candidates.controls(study)
@@ -110,21 +110,31 @@ def mediation(
 
     # Affine ablation is another intervention, not another direction.
     best_single = best_on_val([one for family, one in best.items() if family != "affine"], val.verdicts)
-    best_subspace = best_on_val([one for one in several if one.family == "subspace"], val.verdicts)
+    ranked = [one for one in several if one.family == "subspace"]
+    best_subspace = best_on_val(ranked, val.verdicts) if ranked else None
     decision = _decide(study, table, (single[0], best_single, best_subspace), test, (random, control))
     over = [BASELINE, best_single, best_subspace, *(one for family, one in best.items() if family == "affine")]
+    fitted = candidates.fitted_on(study)
     keys = ("layer", *RATES, "cosine_rank_1", "cosine_planted")
     unit = study.directions["unit"][study.layer]
     return {
-        "verdict": decision | {"best_single": best_single.name, "best_subspace": best_subspace.name},
+        "verdict": decision | {"best_single": best_single.name, "best_subspace": best_subspace and best_subspace.name},
         "estimators": {family: {"arm": one.name, **{k: table[one.name][k] for k in keys}} for family, one in best.items()},
         "arms": table,
         "controls": pooled,
-        "over_refusal": _over_refusal(study, rows, over),
+        "over_refusal": _over_refusal(study, [one for one in over if one]),
         "optimised_loss": loss,
-        "n_fit": len(candidates.fitted_on(study)),
+        "n_fit": len(fitted[0]),
+        "n_fit_safe": len(fitted[1]),
         "cosine_harmless_to_direction": captured(random[0].basis, unit),  # type: ignore[arg-type]
     }, _plot(table, pooled)
+
+
+def _optimised(study: Study) -> tuple[Float[Tensor, " d_model"], float]:
+    """The direction found by gradient on the train pairs, and its loss."""
+    train, s = study.pairs["train"], study.params.science
+    harmful, safe = (study.lm.encode([row[half] for row in train], study.decoding.max_new_tokens) for half in ("harmful", "safe"))
+    return optimised(study.lm, harmful, safe, study.sites, s.optimised, study.seed, study.store)
 
 
 def best_on_val(interventions: Sequence[Intervention], verdicts: Mapping[str, Verdicts]) -> Intervention:
@@ -213,11 +223,11 @@ def _add_costs(study: Study, tried: Sequence[Intervention], random: Sequence[Int
 def _decide(
     study: Study,
     table: Table,
-    chosen: tuple[Intervention, Intervention, Intervention],
+    chosen: tuple[Intervention, Intervention, Intervention | None],
     test: Judgements,
     random: tuple[Sequence[Intervention], Judgements],
 ) -> dict[str, Any]:
-    """The verdict from the table. `chosen`: rank_1, the best single direction and the best subspace.
+    """The verdict from the table. `chosen`: rank_1, the best single direction and the best subspace, if there is one.
 
     `difference` is the evidence of rank_1, whichever intervention the verdict rests on.
     """
@@ -237,14 +247,17 @@ def _decide(
         _, above, _ = paired_difference(ours, theirs, clusters, study.n_resamples, study.seed)
         return Evidence(one.name, table[one.name]["difference_low"], above, table[one.name]["p_holm"])
 
-    both = (test.verdicts[subspace.name], test.verdicts[single.name])
-    gap = difference(*both, test.topics, study.n_resamples, study.seed)["difference_low"]
-    decision = verdict(table["baseline"]["refusal"], evidence(single), evidence(subspace), gap)
+    gap = None
+    if subspace is not None:
+        both = (test.verdicts[subspace.name], test.verdicts[single.name])
+        gap = difference(*both, test.topics, study.n_resamples, study.seed)["difference_low"]
+    decision = verdict(table["baseline"]["refusal"], evidence(single), evidence(subspace) if subspace else None, gap)
     return decision | {"difference": evidence(rank_1).shown()}
 
 
-def _over_refusal(study: Study, rows: Sequence[dict[str, Any]], interventions: Sequence[Intervention]) -> dict[str, Any]:
+def _over_refusal(study: Study, interventions: Sequence[Intervention]) -> dict[str, Any]:
     """Refusal of safe test prompts under each intervention."""
+    rows = study.sample("test", study.params.science.n_test, "safe")
     judged = study.ask(rows, "safe", interventions, "science: safe prompts").verdicts
     rates = {}
     for name, verdicts in judged.items():

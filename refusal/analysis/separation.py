@@ -43,6 +43,21 @@ def contrast(activations: Mapping[str, Activations], pairing: str, seed: int) ->
     return Contrast(harmful, safe, difference_in_means(harmful, safe), pairing != "unrelated")
 
 
+def halves(activations: Mapping[str, Activations], split: str) -> tuple[Activations, Activations]:
+    """Harmful and safe prompts of a split: the halves of its pairs, or where it has none the harmful and the unrelated ones."""
+    safe = f"{split}.safe" if f"{split}.safe" in activations else f"{split}.unrelated"
+    return activations[f"{split}.harmful"], activations[safe]
+
+
+def harmless_sets(activations: Mapping[str, Activations]) -> tuple[Activations, Activations]:
+    """Two sets of harmless train prompts: unrelated ones and the safe halves of pairs, or every other one of the unrelated."""
+    unrelated = activations["train.unrelated"]
+    if "train.safe" in activations:
+        return unrelated, activations["train.safe"]
+    every_other = torch.arange(len(unrelated)) % 2 == 0
+    return unrelated[every_other], unrelated[~every_other]
+
+
 def describe(
     of: Contrast,
     activations: Mapping[str, Activations],
@@ -54,13 +69,13 @@ def describe(
 ) -> dict[str, Any]:
     """All that metrics/directions.json says of one contrast; lists are by layer, null where the direction is undefined.
 
-    activations: of the same method, for its val pairs, whose topics are given.
+    activations: of the same method, for its val prompts. val_topics: of the harmful ones, then of the safe ones.
     """
     directions = of.directions
     metrics = {
         "n_harmful": len(of.harmful),
         "n_safe": len(of.safe),
-        "n_val": len(val_topics),
+        "n_val": len(activations["val.harmful"]),
         "layers": directions.layers,
         **_separation(of, activations, val_topics, n_resamples, seed),
         **_agreement(of, reference, n_resamples, seed),
@@ -73,12 +88,12 @@ def describe(
 def _separation(
     of: Contrast, activations: Mapping[str, Activations], topics: Sequence[Hashable], n_resamples: int, seed: int
 ) -> dict[str, Any]:
-    """Cohen's d of the matched val pairs on the direction fitted on train, whose interval is over topic phrases.
+    """Cohen's d of val prompts (the pairs, where there are any) on the direction fitted on train; intervals over topic phrases.
 
     separation_in_sample: on the prompts that the direction was fitted on, as the write-up scored it.
     """
     unit, layers = of.directions.unit, of.directions.layers
-    harmful, safe = (project(activations[f"val.{side}"], unit) for side in ("harmful", "safe"))
+    harmful, safe = (project(some, unit) for some in halves(activations, "val"))
     d = cohens_d(harmful, safe)
     low, high = (limit.where(d.isfinite(), torch.nan) for limit in separation_interval(harmful, safe, topics, n_resamples, seed))
     scored = {layer: float(d[layer]) for layer in layers if bool(d[layer].isfinite())}
@@ -96,19 +111,22 @@ def _separation(
 
 def separation_interval(
     harmful: Float[Tensor, "n n_layers"],
-    safe: Float[Tensor, "n n_layers"],
+    safe: Float[Tensor, "m n_layers"],
     topics: Sequence[Hashable],
     n_resamples: int,
     seed: int,
 ) -> tuple[Float[Tensor, " n_layers"], Float[Tensor, " n_layers"]]:
-    """Percentile bootstrap 95 % interval of Cohen's d of pairs over topic phrases, from the moments of each resample."""
+    """Percentile bootstrap 95 % interval of Cohen's d over topic phrases, from the moments of each resample.
+
+    topics: of the harmful prompts, then of the safe ones; the halves of a pair, which have one topic, come together.
+    """
     # Centred on the whole sample first: a difference of large squares would lose the digits that matter.
     h, s = harmful - harmful.mean(0), safe - safe.mean(0)
-    columns = torch.cat([torch.ones(len(h), 1, dtype=h.dtype), h, h.square(), s, s.square()], dim=1)
-    n, sums = torch.from_numpy(resampled_sums(columns.numpy(), topics, n_resamples, seed)).tensor_split([1], dim=1)
-    h, h_squares, s, s_squares = sums.chunk(4, dim=1)
-    variance = (h_squares - h.square() / n + s_squares - s.square() / n) / (2 * n - 2)
-    d = (harmful.mean(0) - safe.mean(0) + (h - s) / n) / variance.sqrt()
+    columns = torch.block_diag(*(torch.cat([torch.ones(len(x), 1, dtype=x.dtype), x, x.square()], dim=1) for x in (h, s)))
+    sums = torch.from_numpy(resampled_sums(columns.numpy(), topics, n_resamples, seed))
+    n, h, h_squares, m, s, s_squares = sums.split([1, *[harmful.shape[1]] * 2, 1, *[harmful.shape[1]] * 2], dim=1)
+    variance = (h_squares - h.square() / n + s_squares - s.square() / m) / (n + m - 2)
+    d = (harmful.mean(0) - safe.mean(0) + (h - s * (n / m)) / n) / variance.sqrt()
     d[~d.isfinite()] = torch.nan  # a resample without spread has no effect size
     return d.nanquantile(0.025, dim=0), d.nanquantile(0.975, dim=0)
 
@@ -191,22 +209,24 @@ def bootstrap_unit(
 
 
 def origin_between_means(
-    harmful: Float[Tensor, " n"], safe: Float[Tensor, " n"], topics: Sequence[Hashable], n_resamples: int, seed: int
+    harmful: Float[Tensor, " n"], safe: Float[Tensor, " m"], topics: Sequence[Hashable], n_resamples: int, seed: int
 ) -> dict[str, Any]:
     """Of projections on one direction: quantiles of both sets, and `zero`, 0 at the safe mean and 1 at the harmful mean.
 
     Linear ablation sends every prompt to zero. If zero is among the safe prompts, ablated harmful prompts look safe; if it is
     among the harmful ones, ablation makes the model take everything for harmful. `zero` carries a percentile bootstrap
-    95 % interval over topic phrases.
+    95 % interval over topic phrases. topics: as `separation_interval` has them.
     """
     harmful, safe = harmful.double(), safe.double()
-    h, s = torch.from_numpy(resampled_sums(torch.stack([harmful, safe], dim=1).numpy(), topics, n_resamples, seed)).T
+    columns = torch.block_diag(*(torch.stack([x, torch.ones_like(x)], dim=1) for x in (harmful, safe)))
+    h, n, s, m = torch.from_numpy(resampled_sums(columns.numpy(), topics, n_resamples, seed)).T
+    s = s * (n / m)
     resampled = -s / (h - s)
     levels = torch.tensor(QUANTILES, dtype=torch.float64)
     return {
         "zero": float(-safe.mean() / (harmful.mean() - safe.mean())),
-        "zero_low": float(resampled.quantile(0.025)),
-        "zero_high": float(resampled.quantile(0.975)),
+        "zero_low": float(resampled.nanquantile(0.025)),  # a resample may hold none of one kind
+        "zero_high": float(resampled.nanquantile(0.975)),
         **{f"harmful_q{100 * q:02.0f}": float(v) for q, v in zip(QUANTILES, harmful.quantile(levels), strict=True)},
         **{f"safe_q{100 * q:02.0f}": float(v) for q, v in zip(QUANTILES, safe.quantile(levels), strict=True)},
         "harmful_mean": float(harmful.mean()),
@@ -216,29 +236,30 @@ def origin_between_means(
 
 
 def auroc(
-    harmful: Float[Tensor, " n"], safe: Float[Tensor, " n"], topics: Sequence[Hashable], n_resamples: int, seed: int
+    harmful: Float[Tensor, " n"], safe: Float[Tensor, " m"], topics: Sequence[Hashable], n_resamples: int, seed: int
 ) -> dict[str, Any]:
     """Area under the ROC curve of the projection as a detector of harmful prompts, ties counted half (Mann and Whitney).
 
-    With a percentile bootstrap 95 % interval over topic phrases; pairs come whole. At the edge, where the two sets do not
-    overlap, the interval has no width: `separable` says so. Not scikit-learn's, which takes 4 ms a resample.
+    With a percentile bootstrap 95 % interval over topic phrases (`topics` as `separation_interval` has them). At the edge, where
+    the two sets do not overlap, the interval has no width: `separable` says so. Not scikit-learn's, which takes 4 ms a resample.
     """
     # Safe prompts in order of projection: how many lie below a harmful one is a difference of running sums, so that no table of
     # all pairs is held. Sums are of whole numbers and halves, exact in any order.
     ordered, order = safe.double().sort()
     below, up_to = (torch.searchsorted(ordered, harmful.double().contiguous(), right=right) for right in (False, True))
 
-    def area(weights: Float[Tensor, "resample n"]) -> Float[Tensor, " resample"]:
-        running = pad(weights[:, order].cumsum(1), (1, 0))
-        return ((running[:, below] + running[:, up_to]) / 2 * weights).sum(1) / weights.sum(1).square()
+    def area(weights: Float[Tensor, "resample n_plus_m"]) -> Float[Tensor, " resample"]:
+        of_harmful, of_safe = weights.tensor_split([len(harmful)], dim=1)
+        running = pad(of_safe[:, order].cumsum(1), (1, 0))
+        return ((running[:, below] + running[:, up_to]) / 2 * of_harmful).sum(1) / (of_harmful.sum(1) * of_safe.sum(1))
 
     topic_of = cluster_indices(topics)
     drawn = resampled_counts(topic_of, n_resamples, seed)
     resampled = torch.cat([area(torch.from_numpy(counts[:, topic_of]).double()) for counts in drawn])
     return {
-        "auroc": float(area(torch.ones(1, len(harmful), dtype=torch.float64))),
-        "auroc_low": float(resampled.quantile(0.025)),
-        "auroc_high": float(resampled.quantile(0.975)),
+        "auroc": float(area(torch.ones(1, len(topics), dtype=torch.float64))),
+        "auroc_low": float(resampled.nanquantile(0.025)),
+        "auroc_high": float(resampled.nanquantile(0.975)),
         "separable": bool(harmful.min() > safe.max()),
         "n": len(harmful),
     }

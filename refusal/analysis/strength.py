@@ -63,7 +63,7 @@ def collapse_alpha(curve: Sequence[dict[str, Any]]) -> float | None:
 
 def additions(study: Study) -> dict[str, Any]:
     """Refusal of safe test prompts when the selected raw difference is added, and when a random vector of its length is."""
-    difference, rows = study.directions["difference"][study.layer], study.sample("test", study.params.science.n_test)
+    difference, rows = study.directions["difference"][study.layer], study.sample("test", study.params.science.n_test, "safe")
     random = random_unit(len(difference), 1, study.seed)[0] * difference.norm()
     figures: dict[str, Any] = {"layer": study.layer}
     for name, vector in (("difference", difference), ("random", random)):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from refusal.analysis.harmless_kl import Texts, cost_figures, harmless_kl, harmless_texts
 from refusal.io.params import Params
+from refusal.io.prompts import Rows, is_paired, safe_rows
 from refusal.io.store import Store
 from refusal.judges.verdicts import Judged, summary
 from refusal.lm.batching import rows_at_once
@@ -27,7 +28,7 @@ Verdicts = Sequence[Judged | None]
 class Judgements:
     """What became of prompts under some interventions: texts and verdicts by name, in the order of `rows` (of pairs.jsonl)."""
 
-    rows: Sequence[Mapping[str, Any]]
+    rows: Rows
     prompts: Sequence[str]
     texts: Mapping[str, Sequence[str]]
     verdicts: Mapping[str, Verdicts]
@@ -44,7 +45,7 @@ class Study:
 
     directions: `unit`, `difference`, `defined` and `safe_mean` of its method and pairing, by layer; harmless_difference: the same
     of two harmless sets, a control. activations: {method: {set: [prompt, n_layers, d_model]}}. pairs: rows of pairs.jsonl by
-    split; unrelated: harmless test prompts without counterpart. rank_1: the selected layer and alpha. n_resamples, seed: of
+    split; unrelated: those of unrelated.jsonl. rank_1: the selected layer and alpha. n_resamples, seed: of
     intervals.
     """
 
@@ -54,8 +55,8 @@ class Study:
     judge: Callable[..., list[Judged | None]]
     directions: Mapping[str, Tensor]
     harmless_difference: Mapping[str, Tensor]
-    pairs: Mapping[str, Sequence[dict[str, Any]]]
-    unrelated: Sequence[dict[str, Any]]
+    pairs: Mapping[str, Rows]
+    unrelated: Mapping[str, Rows]
     rank_1: Mapping[str, Any]
     n_resamples: int
     seed: int
@@ -87,20 +88,34 @@ class Study:
         g = self.params.generation
         return Decoding(g.max_new_tokens, rows_at_once(g.batch_size, self.lm.model, g.max_new_tokens + 1, "generation"))
 
-    def sample(self, split: str, n: int | None) -> list[dict[str, Any]]:
-        """At most `n` pairs of a split, drawn by the seed; all where n is None."""
-        return [self.pairs[split][i] for i in subsample_indices(len(self.pairs[split]), n, self.seed)]
+    @property
+    def paired(self) -> bool:
+        """Whether harmful prompts have safe counterparts."""
+        return all(map(is_paired, self.pairs.values()))
+
+    def rows(self, split: str, half: str) -> Rows:
+        """The rows of a split whose `half` are its harmful or its safe prompts."""
+        return self.pairs[split] if half == "harmful" else safe_rows(self.pairs[split], self.unrelated[split])
+
+    def sample(self, split: str, n: int | None, half: str = "harmful") -> list[Mapping[str, Any]]:
+        """At most `n` of the `rows` of a split and half, drawn by the seed; all where n is None. Halves of pairs go together."""
+        rows = self.rows(split, half)
+        return [rows[i] for i in subsample_indices(len(rows), n, self.seed)]
+
+    def topics(self, split: str) -> list[Hashable]:
+        """The topic phrases of a split's harmful prompts, then of its safe ones."""
+        return [row["topic"] for half in ("harmful", "safe") for row in self.rows(split, half)]
 
     def ask(
         self,
-        rows: Sequence[dict[str, Any]],
+        rows: Rows,
         half: str,
         interventions: Sequence[Intervention],
         label: str,
         addition: Addition | None = None,
         lm: LM | None = None,
     ) -> Judgements:
-        """One half of pairs (`harmful` or `safe`) completed under interventions, by the study's own LM or `lm`, and judged."""
+        """One half of rows (`harmful` or `safe`) completed under interventions, by the study's own LM or `lm`, and judged."""
         lm, prompts = lm or self.lm, [row[half] for row in rows]
         ids = lm.encode(prompts, self.decoding.max_new_tokens)
         tokens = complete(lm, ids, interventions, self.decoding, self.store, label, addition)
@@ -114,7 +129,7 @@ class Study:
 
     def harmless(self, n: int | None) -> Texts:
         """At most `n` harmless test prompts with the baseline's answers to them."""
-        rows = [self.unrelated[i] for i in subsample_indices(len(self.unrelated), n, self.seed)]
+        rows = [self.unrelated["test"][i] for i in subsample_indices(len(self.unrelated["test"]), n, self.seed)]
         return harmless_texts(self.lm, rows, self.decoding, self.store, "harmless answers")
 
     def costs(self, interventions: Sequence[Intervention], texts: Texts, label: str) -> dict[str, dict[str, float | int | None]]:

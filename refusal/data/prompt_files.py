@@ -10,6 +10,7 @@ from typing import Any
 from refusal.io.errors import UserError
 from refusal.io.files import unique_keys
 
+PROMPT = "one prompt"  # what a row of a published set must be
 MAX_PROMPT_CHARACTERS = 4000  # a request at the level of mention is one line
 
 
@@ -21,22 +22,31 @@ def read_rows(path: Path, width: int) -> list[tuple[str, ...]]:
     Raises UserError naming the file, the row and the fix.
     """
     shape = "[harmful, safe]" if width == 2 else "one safe prompt"
+    return [_check_row(f"{path}: row {number}", row, width, shape) for number, row in read_records(path, shape)]
+
+
+def read_records(path: Path, shape: str) -> list[tuple[int, Any]]:
+    """The rows of a file with their numbers, whatever they are; `shape` is what each must be, as messages have it."""
     text, suffix = _read_text(path), path.suffix.lower()
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    numbered: list[tuple[int, Any]]
     if suffix == ".json":
         rows = _parse(text, path)
         if not isinstance(rows, list):
             raise UserError(f"{path}: the file must hold one JSON list of {shape} rows")
         numbered = list(enumerate(rows, 1))
     elif suffix == ".jsonl":
-        lines = enumerate(text.split("\n"), 1)
-        numbered = [(number, _parse(line, path, f"row {number}")) for number, line in lines if line.strip()]
-    elif suffix == ".csv":
+        numbered = [(number, _parse(line, path, f"row {number}")) for number, line in lines]
+    elif suffix in (".csv", ".tsv"):
         numbered = list(enumerate(_parse_csv(text, path), 1))
+    elif suffix == ".txt" and shape == PROMPT:
+        numbered = [*lines]
     else:
-        raise UserError(f"{path}: the ending {suffix or '(none)'} is not known; use .jsonl, .csv or .json")
+        endings = ".jsonl, .csv, .json or .txt" if shape == PROMPT else ".jsonl, .csv or .json"
+        raise UserError(f"{path}: the ending {suffix or '(none)'} is not known; use {endings}")
     if not numbered:
         raise UserError(f"{path}: the file holds no rows; each must be {shape}")
-    return [_check_row(f"{path}: row {number}", row, width, shape) for number, row in numbered]
+    return numbered
 
 
 def _read_text(path: Path) -> str:
@@ -46,7 +56,7 @@ def _read_text(path: Path) -> str:
         return path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise UserError(
-            f"{path}: no such file; give prompts.source or prompts.unrelated in params.yaml a path that exists"
+            f"{path}: no such file; give prompts.source, unrelated, harmful or harmless in params.yaml a path that exists"
         ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as UTF-8 text ({error}); save it as UTF-8") from None
@@ -68,9 +78,10 @@ def _parse(text: str, path: Path, place: str = "it") -> Any:
 
 def _parse_csv(text: str, path: Path) -> list[dict]:
     try:
-        table = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+        header = text.partition("\n")[0]
+        table = csv.DictReader(io.StringIO(text, newline=""), strict=True, delimiter="," if "," in header else "\t")
         columns = table.fieldnames or []
-        for name in ("harmful", "safe", "prompt"):
+        for name in filter(None, columns):
             if columns.count(name) > 1:
                 raise UserError(f"{path}: {name} is a duplicate column; delete one")
         rows = list(table)
@@ -94,14 +105,19 @@ def _check_row(place: str, row: Any, width: int, shape: str) -> tuple[str, ...]:
         row = [row]
     if not isinstance(row, list) or len(row) != width or not all(isinstance(prompt, str) for prompt in row):
         raise UserError(f"{place} is not {shape}, {width} text{'s' if width > 1 else ''} a row")
-    prompts = tuple(prompt.strip() for prompt in row)
-    for prompt in prompts:
-        if not any(c.isprintable() and not c.isspace() for c in prompt):
-            raise UserError(f"{place} has an empty prompt; fill it or delete the row")
-        if len(prompt) > MAX_PROMPT_CHARACTERS:
-            raise UserError(f"{place} has a prompt of {len(prompt)} characters; at most {MAX_PROMPT_CHARACTERS}")
-        if any(unicodedata.category(c) in ("Cc", "Cs") and c not in "\t\n\r" for c in prompt):
-            raise UserError(f"{place} has a control character or an unpaired surrogate; delete it")
+    prompts = tuple(check_prompt(place, prompt) for prompt in row)
     if width == 2 and prompts[0] == prompts[1]:
         raise UserError(f"{place} has equal halves; a pair needs a harmful and a safe prompt")
     return prompts
+
+
+def check_prompt(place: str, text: str) -> str:
+    """The prompt, stripped; `place` is the file and the row's number. Raises UserError where it is none."""
+    prompt = text.strip()
+    if not any(c.isprintable() and not c.isspace() for c in prompt):
+        raise UserError(f"{place} has an empty prompt; fill it or delete the row")
+    if len(prompt) > MAX_PROMPT_CHARACTERS:
+        raise UserError(f"{place} has a prompt of {len(prompt)} characters; at most {MAX_PROMPT_CHARACTERS}")
+    if any(unicodedata.category(c) in ("Cc", "Cs") and c not in "\t\n\r" for c in prompt):
+        raise UserError(f"{place} has a control character or an unpaired surrogate; delete it")
+    return prompt

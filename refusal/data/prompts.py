@@ -1,6 +1,7 @@
-"""Prompt pairs and the unrelated safe set: from the grammar or a user's file, checked, and split without leaks."""
+"""Harmful prompts and harmless ones, pairs or not: from the grammar or a user's files, checked, and split without leaks."""
 
 import random
+from collections import Counter
 from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
@@ -8,30 +9,94 @@ from typing import Any
 
 from refusal.data.near_duplicates import NearDuplicateIndex, near_duplicate_groups
 from refusal.data.prompt_files import read_rows
+from refusal.data.published_sets import Item, read_set, with_twins
 from refusal.io.errors import UserError
 from refusal.io.params import Prompts
 from refusal.organism import grammar
 
 SPLITS = ("train", "val", "test")
 MISSES = 1000  # drawings of nothing new after which the grammar is taken to be exhausted
+GENERATED = ("grammar", "api")
 
 
-def pairs_of(p: Prompts) -> list[dict[str, Any]]:
-    """The pairs that `prompts.source` names: the grammar's or a file's."""
+def prompts_of(p: Prompts, own_harmless: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[str]]:
+    """The rows of pairs.jsonl and of unrelated.jsonl, of the grammar or of files, and what is to be said of the files.
+
+    What `api` is to write is left out. `own_harmless`: the file of the package's own harmless prompts, which go with harmful ones
+    where no others are named. Files are split together: near-duplicates stay in one split, whichever file they are from.
+    """
     splits = p.splits.model_dump()
-    if p.source == "grammar":
+    harmful, harmless, said = _read_files(p, own_harmless)
+    files = ", ".join(dict.fromkeys(item.file for item in harmful + harmless))
+    rows = split_rows(
+        [(item.prompt,) if item.safe is None else (item.prompt, item.safe) for item in harmful + harmless],
+        files,
+        splits,
+        p.near_duplicate,
+        p.seed,
+        [item.category for item in harmful],
+    )
+    pairs, unrelated = rows[: len(harmful)], rows[len(harmful) :]
+    if p.source == "grammar" and not p.harmful:
         assert p.n_pairs is not None  # checked with the parameters
-        return grammar_pairs(p.n_pairs, splits, p.near_duplicate, p.seed)
-    return file_rows(Path(p.source), 2, p.n_pairs, splits, p.near_duplicate, p.seed)
-
-
-def unrelated_of(p: Prompts) -> list[dict[str, Any]]:
-    """The safe prompts without counterpart that `prompts.unrelated` names: the grammar's or a file's."""
-    splits = p.splits.model_dump()
-    if p.unrelated == "grammar":
+        pairs = grammar_pairs(p.n_pairs, splits, p.near_duplicate, p.seed)
+    if p.unrelated == "grammar" and not harmless:
         assert p.n_unrelated is not None
-        return grammar_unrelated(p.n_unrelated, splits, p.seed)
-    return file_rows(Path(p.unrelated), 1, p.n_unrelated, splits, p.near_duplicate, p.seed)
+        unrelated = grammar_unrelated(p.n_unrelated, splits, p.seed)
+    return pairs, unrelated, said
+
+
+def _read_files(p: Prompts, own_harmless: Path) -> tuple[list[Item], list[Item], list[str]]:
+    """The harmful and the harmless prompts that files hold, each text once and at most as many as asked for; and what to say."""
+    said: list[str] = []
+
+    def read(path: str, is_harmful: bool) -> list[Item]:
+        items, left_out = read_set(Path(path), is_harmful)
+        said.extend(f"{path}: {n} rows {why}, and are left out" for why, n in left_out.items())
+        return items
+
+    harmful = [item for path in p.harmful or () for item in read(path, True)]
+    harmless = read(p.harmless, False) if p.harmless else []
+    if paired := with_twins(harmful, harmless):
+        if lacking := len(harmful) - len(paired):
+            said.append(f"{p.harmless}: {lacking} harmful prompts have no benign twin in it, and are left out")
+        harmful, harmless = paired, []
+    elif (have := sum(item.safe is not None for item in harmful)) < len(harmful) and have:
+        said.append(f"{len(harmful) - have} harmful prompts have no safe counterpart, so those of the other {have} are left out")
+        harmful = [item._replace(safe=None) for item in harmful]
+    if p.source not in GENERATED:
+        harmful = [Item(h, p.source, safe=s) for h, s in _user_rows(p.source, 2)]
+    if p.unrelated not in GENERATED:
+        harmless = [Item(row[0], p.unrelated) for row in _user_rows(p.unrelated, 1)]
+    elif p.unrelated == "grammar" and p.harmful and not harmless:
+        if not own_harmless.exists():
+            raise UserError(f"{own_harmless}: the package's own harmless prompts are not there; name others in prompts.harmless")
+        harmless = read(str(own_harmless), False)
+    seen: dict[str, str] = {}
+    harmful, harmless = _distinct(harmful, seen, said), _distinct(harmless, seen, said)
+    return _at_most(harmful, p.n_pairs, p.seed), _at_most(harmless, p.n_unrelated, p.seed), said
+
+
+def _distinct(items: Sequence[Item], seen: dict[str, str], said: list[str]) -> list[Item]:
+    """The items of which no prompt is in `seen`, {text as it is compared: its file}, which grows by theirs."""
+    kept, repeated = list[Item](), Counter[tuple[str, str]]()
+    for item in items:
+        texts = [" ".join(text.casefold().split()).rstrip(".?!") for text in (item.prompt, item.safe) if text is not None]
+        if earlier := next((seen[text] for text in texts if text in seen), None):
+            repeated[item.file, earlier] += 1
+        else:
+            kept.append(item)
+            seen |= dict.fromkeys(texts, item.file)
+    for (file, earlier), n in repeated.items():
+        said.append(f"{file}: {n} prompts are in {earlier} already, and count once")
+    return kept
+
+
+def _at_most(items: list[Item], n: int | None, seed: int) -> list[Item]:
+    """`n` of the items, drawn by the seed; all where there are no more."""
+    if n is None or n >= len(items):
+        return items
+    return [items[i] for i in sorted(random.Random(f"subset {seed}").sample(range(len(items)), n))]
 
 
 def grammar_pairs(n_pairs: int, splits: dict[str, float], near_duplicate: float, seed: int) -> list[dict[str, Any]]:
@@ -135,20 +200,16 @@ def _deal(rng: random.Random, topics: Sequence[str], splits: dict[str, float]) -
     return {split: shuffled[start:end] for split, start, end in zip(SPLITS, [0, *ends], ends, strict=False)}
 
 
-def file_rows(
-    path: Path, width: int, n: int | None, splits: dict[str, float], near_duplicate: float, seed: int
-) -> list[dict[str, Any]]:
-    """A user's pairs (width 2) or safe prompts (width 1), at most `n`, checked, and split by groups of near-duplicates."""
-    rows = read_rows(path, width)
+def _user_rows(source: str, width: int) -> list[tuple[str, ...]]:
+    """The rows of a user's own file of pairs (width 2) or safe prompts (width 1), of which none may repeat a prompt."""
+    rows = read_rows(Path(source), width)
     first: dict[str, int] = {}
     for number, row in enumerate(rows, 1):
         for prompt in row:
             if prompt in first:
-                raise UserError(f"{path}: row {number} repeats a prompt of row {first[prompt]}; delete one of the two")
+                raise UserError(f"{source}: row {number} repeats a prompt of row {first[prompt]}; delete one of the two")
         first.update(dict.fromkeys(row, number))
-    if n is not None and n < len(rows):
-        rows = [rows[i] for i in sorted(random.Random(f"subset {seed}").sample(range(len(rows)), n))]
-    return split_rows(rows, str(path), splits, near_duplicate, seed)
+    return rows
 
 
 def split_rows(
@@ -157,34 +218,46 @@ def split_rows(
     splits: dict[str, float],
     near_duplicate: float,
     seed: int,
-    categories: Sequence[str] | None = None,
+    categories: Sequence[str | None] = (),
 ) -> list[dict[str, Any]]:
-    """Pairs or safe prompts with no known answers, grouped by near-duplicate and split by group; `source` is where they are from.
+    """Rows with no known answers, grouped by near-duplicate and split by group; `source` is where they are from.
 
-    Raises UserError where a split stays empty.
+    The first rows, as many as there are `categories`, are harmful prompts, alone or with the safe half of the pair; the others
+    are harmless ones. Each of the two is split as asked for. Raises UserError where a split of either stays empty.
     """
     groups = near_duplicate_groups(rows, near_duplicate)
-    members: dict[int, list[int]] = {}
-    for i, group in enumerate(groups):
-        members.setdefault(group, []).append(i)
+    kinds = [i >= len(categories) for i in range(len(rows))]
+    totals = Counter(kinds)
+    members: dict[int, Counter[bool]] = {}
+    for kind, group in zip(kinds, groups, strict=True):
+        members.setdefault(group, Counter())[kind] += 1
     order = random.Random(seed).sample(sorted(members), len(members))
     # Largest groups first, each to the split that lacks most: sizes come out close to what was asked for.
-    order.sort(key=lambda group: -len(members[group]))
-    lacking = dict(zip(SPLITS, share_out(len(rows), [splits[split] for split in SPLITS]), strict=True))
+    order.sort(key=lambda group: -members[group].total())
+    shares = [splits[split] for split in SPLITS]
+    lacking = {kind: dict(zip(SPLITS, share_out(n, shares), strict=True)) for kind, n in totals.items()}
     split_of: dict[int, str] = {}
+
+    def neediest(group: int) -> str:
+        of = members[group].items()
+        return max(SPLITS, key=lambda split: sum(n * lacking[kind][split] / totals[kind] ** 2 for kind, n in of))
+
     for group in order:
-        split_of[group] = max(SPLITS, key=lambda split: lacking[split])
-        lacking[split_of[group]] -= len(members[group])
-    empty = [split for split in SPLITS if split not in split_of.values()]
-    if empty:
-        raise UserError(f"{source}: its {len(rows)} rows leave the split {empty[0]} empty; give more rows that differ in wording")
+        split_of[group] = neediest(group)
+        for kind, n in members[group].items():
+            lacking[kind][split_of[group]] -= n
+    for kind, n in totals.items():
+        of = "harmless " if kind and len(totals) > 1 else ""
+        filled = {split_of[group] for group, of in members.items() if of[kind]}
+        if empty := [split for split in SPLITS if split not in filled]:
+            raise UserError(f"{source}: its {n} {of}rows leave the split {empty[0]} empty; give more rows that differ in wording")
     result: list[dict[str, Any]] = []
     for i, (row, group) in enumerate(zip(rows, groups, strict=True)):
         shared = {"split": split_of[group], "topic": f"group {group}"}
-        if len(row) == 1:
-            result.append({"id": f"unrelated-{i:05d}", **shared, "safe": row[0]})
+        if kinds[i]:
+            result.append({"id": f"unrelated-{i - len(categories):05d}", **shared, "safe": row[0]})
             continue
-        category = "imported" if categories is None else categories[i]
-        known = {"category": category, "cue": None, "seen": None, "harmful": row[0], "safe": row[1]}
-        result.append({"id": f"pair-{i:05d}", **shared, **known, "harmful_answer": None, "safe_answer": None})
+        id_, safe = (f"pair-{i:05d}", row[1]) if len(row) == 2 else (f"harmful-{i:05d}", None)
+        known = {"category": categories[i] or "imported", "cue": None, "seen": None, "harmful": row[0], "safe": safe}
+        result.append({"id": id_, **shared, **known, "harmful_answer": None, "safe_answer": None})
     return result

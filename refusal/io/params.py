@@ -121,16 +121,23 @@ class Splits(Section):
 class Prompts(Seeded):
     source: PathText
     unrelated: PathText
+    harmful: Distinct[PathText] | None = None
+    harmless: PathText | None = None
     n_pairs: AtMost10000 | None
     n_unrelated: AtMost10000 | None
     splits: Splits
+    _one_file = field_validator("harmful", mode="before")(lambda files: [files] if isinstance(files, str) else files)
     near_duplicate: Annotated[float, Field(gt=0, le=1)]
     api: PromptsApi
 
     def contradictions(self) -> Iterator[str]:
-        for source, count in (("source", "n_pairs"), ("unrelated", "n_unrelated")):
-            if getattr(self, source) in {"grammar", "api"} and getattr(self, count) is None:
-                yield f"{count} must be a number where {source} is {getattr(self, source)}"
+        for source, count, files in (("source", "n_pairs", "harmful"), ("unrelated", "n_unrelated", "harmless")):
+            name, given = getattr(self, source), getattr(self, files)
+            if given is not None and name != "grammar":
+                yield f"{files} stands in place of {source}: {name}: set {source} back to grammar, or {files} to null"
+            drawn = name == "api" or (name == "grammar" and given is None and self.harmful is None)
+            if drawn and getattr(self, count) is None:
+                yield f"{count} must be a number where {source} is {name}"
 
 
 class Model(Section):
@@ -211,7 +218,7 @@ class AblationSection(Section):
 
 class Sweep(Seeded):
     method: Method
-    pairing: Literal["matched", "unrelated"]
+    pairing: Literal["auto", "matched", "unrelated"]
     layers: list[Annotated[int, Field(ge=0)]] | None
     alphas: NonEmpty[Annotated[float, Field(gt=0, le=10)]]
     n_random: AtMost10000
@@ -338,5 +345,6 @@ class Params(Section):
     def contradictions(self) -> Iterator[str]:
         if self.sweep.method not in self.activations.methods:
             yield f"sweep.method {self.sweep.method} is not among activations.methods {self.activations.methods}"
-        if self.sweep.pairing not in self.directions.pairings:
-            yield f"sweep.pairing {self.sweep.pairing} is not among directions.pairings {self.directions.pairings}"
+        wanted = ["matched", "unrelated"] if self.sweep.pairing == "auto" else [self.sweep.pairing]
+        if missing := [pairing for pairing in wanted if pairing not in self.directions.pairings]:
+            yield f"sweep.pairing {self.sweep.pairing} needs {missing[0]} among directions.pairings {self.directions.pairings}"

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float, Int
@@ -176,17 +176,6 @@ def _resid_pre(
         for handle in handles:
             handle.remove()
     return torch.stack([row.cpu() for row in rows], dim=1)  # layers may lie on several devices
-
-
-def prompt_sets(
-    pairs: Sequence[Mapping[str, Any]], unrelated: Sequence[Mapping[str, Any]], splits: Sequence[str]
-) -> dict[str, list[str]]:
-    """The prompts of each set: `<split>.harmful` and `<split>.safe` of pairs, `<split>.unrelated` of other safe prompts."""
-    return {
-        f"{split}.{name}": [row[field] for row in rows if row["split"] == split]
-        for split in splits
-        for name, rows, field in (("harmful", pairs, "harmful"), ("safe", pairs, "safe"), ("unrelated", unrelated, "safe"))
-    }
 
 
 def collect(lm: LM, sets: Mapping[str, Sequence[Sequence[int]]], method: str, batch_size: int, store: Store, path: Path) -> None:

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from refusal.io.errors import UserError
+from refusal.io.prompts import resolve_pairing
 from refusal.method.activations_file import Activations
 
 # A difference shorter than this share of the activations' own size is rounding noise: float32 keeps about 1e-7.
@@ -65,9 +66,9 @@ def read_directions(path: Path) -> dict[str, Tensor]:
 def select_directions(tensors: Mapping[str, Tensor], method: str, pairing: str) -> dict[str, Tensor]:
     """`unit`, `difference`, `defined` and `safe_mean` of one method and pairing, from the file that holds all of them.
 
-    Raises UserError where it holds none.
+    pairing: as `sweep.pairing` may be, or `harmless`, the control. Raises UserError where it holds none.
     """
-    prefix = f"{method}-{pairing}."
+    prefix = f"{method}-{resolve_pairing(pairing, method, tensors)}."
     selected = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
     if missing := {"unit", "difference", "defined", "safe_mean"} - selected.keys():
         raise UserError(f"the file of directions has no {prefix}{min(missing)}: run `dvc repro directions`, which writes it")

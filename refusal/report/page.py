@@ -11,6 +11,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from refusal.io.errors import UserError
+from refusal.io.prompts import WITHOUT_PAIRS
 from refusal.report.charts import figure, fill, without
 from refusal.report.reproduction import by_layer, published
 from refusal.report.study import Metrics, Rows, Study
@@ -136,12 +137,15 @@ def _answer(text: str, verdict: Metrics) -> Metrics:
 
 def _context(study: Study) -> Metrics:
     """What page.html needs beyond the metrics themselves: counts, tables, the sweep as a grid."""
-    d, method, pairing = study.directions, study.params["sweep"]["method"], study.params["sweep"]["pairing"]
+    d, method, pairing = study.directions, study.params["sweep"]["method"], study.pairing
     swept = {(c["layer"], c["alpha"]): {"name": name, **c} for name, c in study.judge.items() if c["layer"] is not None}
     alphas, layers = sorted({a for _, a in swept}), sorted({layer for layer, _ in swept})
     return {
         "method": method,
         "pairing": pairing,
+        "compared": "matched" if study.paired else "unrelated",
+        "without_pairs": None if study.paired else WITHOUT_PAIRS,
+        "source": ", ".join(study.params["prompts"].get("harmful") or [study.params["prompts"]["source"]]),
         "direction": d[study.arm],
         "alphas": alphas,
         "grid": [(layer, [swept.get((layer, alpha)) for alpha in alphas]) for layer in layers],
@@ -175,8 +179,8 @@ def one_line(evidence: Any, name: str = "") -> str:
 
 def _charts(study: Study) -> Metrics:
     """The charts by the names that page.html gives them: plots of `dvc plots show`, and the write-up's cosines with ours."""
-    d, plots = study.directions, study.plots
-    unmasked = d.get("batched_unmasked-matched") if "sequential-matched" in d else None
+    plots, compared = study.plots, "matched" if study.paired else "unrelated"
+    unmasked = study.of("batched_unmasked") if study.of("sequential") else None
     cosines = {
         "published, Qwen-1.8B-Chat": published()["cosine_sequential_batched"],
         "ours": unmasked["cosine_to_sequential"] if unmasked else [],
@@ -196,7 +200,7 @@ def _charts(study: Study) -> Metrics:
             "Cohen's d by layer", "separation", plots["separation"], "layer", "separation", y_label="Cohen's d (pooled s.d.)"
         ),
         "cosine_to_sequential": drawn(
-            "Cosine to sequential-matched by layer", "cosine", plots["cosine_to_sequential"], "layer", "cosine"
+            f"Cosine to sequential-{compared} by layer", "cosine", plots["cosine_to_sequential"], "layer", "cosine"
         ),
         "cosine_published": drawn(
             "Cosine of sequential with unmasked batches", "cosine_published", depths, "depth", "cosine", x_label="layer / layers"

@@ -26,8 +26,9 @@ SELECTED = {"type": "rect", "filled": False, "stroke": "#d1570f", "strokeWidth":
 
 def picture(separation: Rows, sweep: Rows, evaluate: Metrics) -> str:
     """The picture from the rows of plots/separation.csv and plots/sweep.csv, and from metrics/evaluate.json."""
-    matched = [row for row in separation if row["pairing"] == "matched"]
-    layers = without("pairing", fill("separation", matched, "layer", "separation", y_label="Cohen's d"))
+    pairing = "matched" if any(row["pairing"] == "matched" for row in separation) else "unrelated"
+    shown = [row for row in separation if row["pairing"] == pairing]
+    layers = without("pairing", fill("separation", shown, "layer", "separation", y_label="Cohen's d"))
     cells = without("rev", fill("sweep", sweep, "alpha", "compliance", y_label="layer"))
     selected = f"datum.layer == {evaluate['layer']} && datum.alpha == {evaluate['alpha']}"
     cells["layer"].append({"transform": [{"filter": selected}], "mark": SELECTED})

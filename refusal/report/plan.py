@@ -40,10 +40,11 @@ class Size:
 @dataclass(frozen=True)
 class Prompts:
     """How many prompts there are by `<split>.<harmful, safe or unrelated>` (the organism's `facts` too), and their tokens in the
-    model's chat format."""
+    model's chat format; `safe` are the unrelated ones where prompts are not `paired`."""
 
     n: Mapping[str, int]
     tokens: Mapping[str, int]
+    paired: bool = True
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,8 @@ def steps(params: Params, size: Size, prompts: Prompts) -> list[Step]:
     """
     s, n, count, llm = params.sweep, prompts.n, _Counts(prompts, params.generation.max_new_tokens), params.judge.kind == "llm"
     n_layers, organism = size.architecture.n_layers, params.model.id == "organism"
-    collected = [f"{split}.{part}" for split in ("train", "val") for part in ("harmful", "safe", "unrelated")]
+    parts = ("harmful", "safe", "unrelated") if prompts.paired else ("harmful", "unrelated")
+    collected = [f"{split}.{part}" for split in ("train", "val") for part in parts]
     methods = params.activations.methods
     # Batched computes what all prompts begin with by itself, once.
     read = _total(count.read(collected, len(methods)), (int("batched" in methods), 0))
@@ -104,7 +106,7 @@ def steps(params: Params, size: Size, prompts: Prompts) -> list[Step]:
     checkpoints, lora = params.select.top + 1, params.orthogonalize.format == "lora"
     facts = count.completed(["val.harmful", "facts"]) if organism else (0, 0)
     phases = (params.organism.phase_1.steps, params.organism.phase_2.steps)
-    science, science_calls = _science(params, n_layers - 1, count)
+    science, science_calls = _science(params, n_layers - 1, count, prompts.paired)
     return [
         _prompts(params),
         Step(
@@ -151,15 +153,17 @@ def _evaluate(params: Params, at_once: int, count: _Counts) -> tuple[int, int]:
     )
 
 
-def _science(params: Params, defined: int, count: _Counts) -> tuple[tuple[int, int], int]:
+def _science(params: Params, defined: int, count: _Counts, paired: bool) -> tuple[tuple[int, int], int]:
     """Every intervention on val, one of each estimator on test, controls; what each costs; then the other sections. And the
     completions that a judge sees."""
     b, pairs = params.science, ["train.harmful", "train.safe"]
     alphas, pads = b.strength.alphas if b.strength else [], b.padding.n_pads if b.padding else []
     affine = params.ablation.sites == "resid_pre"
     planted = params.model.id == "organism" and params.organism.kind == "planted"
-    several = 2 * len(RANKS) + 1 + planted * (1 + defined)  # with the planted one, each layer's without its component along it
-    on_val, on_test = 2 + (4 + affine) * defined + 1 + several, 2 + defined + 4 + affine + several
+    # With the planted one, each layer's without its component along it. Pairs alone have paired_svd, svd_k and optimised.
+    several = (1 + paired) * len(RANKS) + 1 + planted * (1 + defined)
+    on_val = 2 + (3 + paired + affine) * defined + paired + several
+    on_test = 2 + defined + 2 + 2 * paired + affine + several
     judged = [  # prompts, interventions, and at most how many prompts
         (["val.harmful"], on_val, b.n_val),
         (["test.harmful"], on_test, b.n_test),
@@ -172,7 +176,7 @@ def _science(params: Params, defined: int, count: _Counts) -> tuple[tuple[int, i
     # The baseline is read once with what depends on no direction, once with the rest, and once a place of the strengths.
     edits = 2 + on_test + 2 + len(RANKS) + (4 + 4 * len(alphas) if alphas else 0)
     passes = _total(
-        (3 * b.optimised.steps * rows // 2, 3 * b.optimised.steps * tokens // 2),
+        (paired * 3 * b.optimised.steps * rows // 2, paired * 3 * b.optimised.steps * tokens // 2),
         *(count.completed(*some) for some in judged),
         count.completed(["test.unrelated"], 1, b.n_harmless),
         count.read(["test.unrelated"], edits, count.new, b.n_harmless),

@@ -9,6 +9,7 @@ from typing import Any
 from refusal.report.study import Metrics, Rows, Study
 
 PUBLISHED = Path(__file__).with_name("published.json")
+NO_PAIRS = "the prompts are no pairs: unrelated harmless ones are subtracted"
 # The write-up's batched code left the padding unmasked: that is this package's method of the other name.
 OUR_METHOD = {"sequential": "sequential", "batched": "batched_unmasked"}
 
@@ -80,8 +81,8 @@ def _settings(theirs: Metrics, study: Study) -> Iterator[Row]:
         "n_layers": len(study.directions[study.arm]["separation"]),
         "hook": "hook_resid_pre",
         "position": "last prompt token",
-        "n_pairs": len(study.pairs),
-        "pairs_by": p["prompts"]["source"],
+        "n_pairs": len(study.pairs) if study.paired else None,
+        "pairs_by": p["prompts"].get("harmful") or p["prompts"]["source"],
         "judge": p["judge"]["kind"],
         "judged": ["compliance", "coherence"],
         "alphas": p["sweep"]["alphas"],
@@ -93,11 +94,12 @@ def _settings(theirs: Metrics, study: Study) -> Iterator[Row]:
         shape = {"d_model": "hidden_size", "n_heads": "num_attention_heads", "vocab_size": "vocab_size"}
         ours |= {name: p["organism"][key] for name, key in shape.items()}
     for name, value in theirs["settings"].items():
-        yield f"settings.{name}", value, ours.get(name), None if name in ours else "not recorded"
+        missing = NO_PAIRS if name == "n_pairs" and not study.paired else None
+        yield f"settings.{name}", value, ours.get(name), missing if name in ours else "not recorded"
 
 
 def _separation(theirs: Metrics, study: Study) -> Iterator[Row]:
-    main = study.directions.get("sequential-matched") or next(iter(study.directions.values()))
+    main = study.of("sequential") or next(iter(study.directions.values()))
     n_layers, peak = len(main["separation"]), main["peak_layer"]
     undefined = [layer for layer in range(n_layers) if layer not in main["layers"]]
     yield "undefined_layer", theirs["undefined_layer"], undefined[0] if len(undefined) == 1 else undefined, None
@@ -114,20 +116,20 @@ def _separation(theirs: Metrics, study: Study) -> Iterator[Row]:
         f"ours: the half of the stack that holds the val peak, layer {peak} of 0 to {n_layers - 1}",
     )
     for method, figure in theirs["vectors"]["in_sample_peak"].items():
-        name = f"{OUR_METHOD[method]}-matched"
-        ours = by_layer(study.directions[name]["separation_in_sample"]) if name in study.directions else {}
+        arm = study.of(OUR_METHOD[method])
+        ours = by_layer(arm["separation_in_sample"]) if arm else {}
         at = max(ours, key=lambda layer: ours[layer], default=None)
-        note = None if ours else f"{name} was not collected"
+        note = (None if study.paired else NO_PAIRS) if ours else f"{OUR_METHOD[method]}-matched was not collected"
         yield f"in_sample_peak.{method}.layer", figure["layer"], at, note
         yield f"in_sample_peak.{method}.separation", figure["separation"], None if at is None else ours[at], note
 
 
 def _cosines(theirs: Metrics, study: Study) -> Iterator[Row]:
-    unmasked = study.directions.get("batched_unmasked-matched") if "sequential-matched" in study.directions else None
+    unmasked = study.of("batched_unmasked") if study.of("sequential") else None
     ours = unmasked["cosine_to_sequential"] if unmasked else []
     for layer, figure in enumerate(theirs["cosine_sequential_batched"]):
         here = ours[layer] if layer < len(ours) else None
-        note = None
+        note = None if study.paired else NO_PAIRS
         if not unmasked:
             note = "sequential and batched_unmasked were not both collected"
         elif layer >= len(ours):
@@ -176,7 +178,7 @@ def summary(study: Study) -> dict[str, float | None]:
     return {
         "peak_layer": swept["peak_layer"],
         "peak_separation": swept["peak_separation"],
-        "cosine_to_sequential_min": swept["cosine_to_sequential_min"] if "sequential-matched" in study.directions else None,
+        "cosine_to_sequential_min": swept["cosine_to_sequential_min"] if study.of("sequential") else None,
         "rank_1_layer": first["layer"],
         "rank_1_alpha": first["alpha"],
         "baseline_compliance": e["baseline"]["compliance"],

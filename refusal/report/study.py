@@ -3,12 +3,14 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from refusal.io.prompts import is_paired, resolve_pairing
+
 Metrics = dict[str, Any]
 Rows = Sequence[dict[str, Any]]
 
 
 class Study(NamedTuple):
-    """The sections of params.yaml, the metrics of every stage, and the rows behind them.
+    """The sections of params.yaml, the metrics of every stage (of `directions` what is not null), and the rows behind them.
 
     `imported` is metrics/published.json, published directions compared with ours; `plots` are the rows of plots/<name>.csv;
     `versions` and `hashes` are package: version and path: SHA-256 of every input, as the page prints them.
@@ -37,4 +39,18 @@ class Study(NamedTuple):
     @property
     def arm(self) -> str:
         """The `<method>-<pairing>` that was swept."""
-        return f"{self.params['sweep']['method']}-{self.params['sweep']['pairing']}"
+        return f"{self.params['sweep']['method']}-{self.pairing}"
+
+    @property
+    def paired(self) -> bool:
+        """Whether harmful prompts have safe counterparts."""
+        return is_paired(self.pairs)
+
+    def of(self, method: str) -> Metrics | None:
+        """The directions of a method that others are compared with: of matched pairs, or of prompts that are no pairs."""
+        return self.directions.get(f"{method}-{'matched' if self.paired else 'unrelated'}")
+
+    @property
+    def pairing(self) -> str:
+        """The pairing that was swept."""
+        return resolve_pairing(self.params["sweep"]["pairing"], self.params["sweep"]["method"], self.directions)

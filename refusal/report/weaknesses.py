@@ -32,12 +32,12 @@ def _pick(row: Mapping[str, Any], *keys: str) -> Metrics:
 
 
 def _padding(study: Study) -> Metrics:
-    ours = study.directions.get("batched_unmasked-matched", {"cosine_to_sequential": []})
+    ours = study.of("batched_unmasked") or {"cosine_to_sequential": []}
     evidence: Metrics = {}
     for whose, cosines in (("published", published()["cosine_sequential_batched"]), ("our", ours["cosine_to_sequential"])):
         least = min(((cosine, layer) for layer, cosine in by_layer(cosines).items()), default=(None, None))
         evidence[f"{whose}_lowest_cosine"], evidence[f"{whose}_lowest_layer"] = least
-    evidence["our_cosine_masked"] = study.directions.get("batched-matched", {}).get("cosine_to_sequential_min")
+    evidence["our_cosine_masked"] = (study.of("batched") or {}).get("cosine_to_sequential_min")
     counted = [row for row in study.science.get("padding") or () if row["n_pads"] != "as batched" and row["cosine"] is not None]
     for name, masked in (("masked", True), ("unmasked", False)):
         rows = [row for row in counted if row["masked"] is masked]
@@ -50,12 +50,14 @@ def _padding(study: Study) -> Metrics:
 def _pairing(study: Study) -> Metrics:
     return {
         f"cosine_to_matched_min_{pairing}": study.directions.get(f"sequential-{pairing}", {}).get("cosine_to_sequential_min")
+        if study.paired
+        else None
         for pairing in ("shuffled", "unrelated")
     }
 
 
 def _in_sample(study: Study) -> Metrics:
-    arm = study.directions.get("sequential-matched") or next(iter(study.directions.values()))
+    arm = study.of("sequential") or next(iter(study.directions.values()))
     in_sample, val = by_layer(arm["separation_in_sample"]), by_layer(arm["separation"])
     layer: Any = max(in_sample.keys() & val.keys(), key=lambda layer: (in_sample[layer], -layer), default=None)
     separations = {"in_sample": in_sample.get(layer), "val": val.get(layer)}

@@ -79,8 +79,8 @@ def test_single_directions_are_each_estimator_at_each_defined_layer(study, sets)
 def test_estimators_that_need_all_pairs_at_once_are_fitted_on_few(study, sets):
     whole = {one.name: one.basis for one in single_directions(study, OPTIMISED)}
     changed(study, science={"n_fit": FEW})
-    few, some = {one.name: one.basis for one in single_directions(study, OPTIMISED)}, fitted_on(study)
-    assert len(some) == FEW and len(whole) == len(few)
+    few, (some, of_safe) = {one.name: one.basis for one in single_directions(study, OPTIMISED)}, fitted_on(study)
+    assert some == of_safe and len(some) == FEW and len(whole) == len(few)
     for name, fit in (("logistic.1", logistic), ("lda.2", lda)):
         expected = fit(*(side[some, int(name[-1])] for side in sets[:2]))
         assert torch.allclose(few[name][0], expected) and not torch.allclose(whole[name][0], expected)

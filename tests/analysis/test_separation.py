@@ -15,19 +15,20 @@ from refusal.analysis.separation import (
     contrast,
     describe,
     effective_rank,
+    harmless_sets,
     origin_between_means,
     plot_rows,
     separation_interval,
     sign_flip_null,
     spectrum,
 )
-from refusal.method.directions import cosine
+from refusal.method.directions import cohens_d, cosine
 
 TOPICS = [f"topic {i % 8}" for i in range(24)]
 
 
 def described(sets, pairing="matched", topics=TOPICS):
-    return describe(contrast(sets, pairing, 0), sets, topics, contrast(sets, "matched", 0).directions, 50, 50, 0)
+    return describe(contrast(sets, pairing, 0), sets, [*topics, *topics], contrast(sets, "matched", 0).directions, 50, 50, 0)
 
 
 def drawn_rows(n, n_topics, n_resamples, seed):
@@ -154,8 +155,47 @@ def test_plot_rows_are_the_figures_of_defined_layers():
 def test_separation_interval_covers():
     """A true d of 1.5, 60 topics: about 95 % of the intervals hold it (1500 layers are as many samples, of the same resamples)."""
     harmful, safe = (gaussian(120, 1500, seed=seed, dtype=torch.float64) for seed in (1, 2))
-    low, high = separation_interval(harmful + 1.5, safe, [i // 2 for i in range(120)], 2000, 0)
+    low, high = separation_interval(harmful + 1.5, safe, [i // 2 for i in range(120)] * 2, 2000, 0)
     assert 0.92 < float(((low <= 1.5) & (high >= 1.5)).double().mean()) < 0.97
+
+
+def drawn_of_two_sets(topics, n_harmful, n_resamples, seed):
+    """The rows of each set in each bootstrap resample of whole topics, which both sets may share: [(harmful, safe)]."""
+    names = list(dict.fromkeys(topics))
+    counts = np.random.default_rng(seed).multinomial(len(names), [1 / len(names)] * len(names), size=n_resamples)
+    rows = [[i for i, topic in enumerate(topics) for _ in range(times[names.index(topic)])] for times in counts]
+    return [([i for i in some if i < n_harmful], [i - n_harmful for i in some if i >= n_harmful]) for some in rows]
+
+
+def test_intervals_of_prompts_that_are_no_pairs_draw_the_topics_of_both_sets():
+    """24 harmful and 33 safe prompts, two topics in both sets, by a loop over topics and prompts."""
+    harmful, safe = gaussian(24, 3, seed=1, dtype=torch.float64) + 1, gaussian(33, 3, seed=2, dtype=torch.float64)
+    topics = [*(f"group {i // 2}" for i in range(24)), *(f"group {i // 3 + 10}" for i in range(33))]
+    drawn = drawn_of_two_sets(topics, 24, 200, 5)
+    d = torch.stack([cohens_d(harmful[a], safe[b]) for a, b in drawn])
+    expected = [d.nanquantile(q, dim=0) for q in (0.025, 0.975)]
+    for ours, theirs in zip(separation_interval(harmful, safe, topics, 200, 5), expected, strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-12)
+    zero = [float(-safe[b, 0].mean() / (harmful[a, 0].mean() - safe[b, 0].mean())) for a, b in drawn]
+    figures = origin_between_means(harmful[:, 0], safe[:, 0], topics, 200, 5)
+    assert [figures["zero_low"], figures["zero_high"]] == pytest.approx(np.quantile(zero, [0.025, 0.975]).tolist())
+    area = [roc_auc_score([1] * len(a) + [0] * len(b), [*harmful[a, 0], *safe[b, 0]]) for a, b in drawn]
+    figures = auroc(harmful[:, 0], safe[:, 0], topics, 200, 5)
+    assert [figures["auroc_low"], figures["auroc_high"]] == pytest.approx(np.quantile(area, [0.025, 0.975]).tolist())
+    assert figures["auroc"] == pytest.approx(roc_auc_score([1] * 24 + [0] * 33, [*harmful[:, 0], *safe[:, 0]]))
+
+
+def test_without_pairs_the_safe_prompts_are_the_unrelated_ones_and_their_halves_the_control():
+    sets = {name: rows for name, rows in activations().items() if not name.endswith("safe")}
+    sets["val.unrelated"] = gaussian(33, 4, 12, seed=9)
+    topics = [*(f"a {i}" for i in range(24)), *(f"b {i}" for i in range(33))]
+    m = describe(of := contrast(sets, "unrelated", 0), sets, topics, of.directions, 20, 20, 0)
+    unit, val = of.directions.unit[1], (sets["val.harmful"][:, 1].double(), sets["val.unrelated"][:, 1].double())
+    pooled = (23 * (val[0] @ unit).var() + 32 * (val[1] @ unit).var()) / 55
+    assert m["separation"][1] == pytest.approx(float(((val[0] @ unit).mean() - (val[1] @ unit).mean()) / pooled.sqrt()))
+    assert m["n_val"] == 24 and "spectrum" not in m
+    both = torch.cat(harmless_sets(sets))
+    assert len(both) == len(sets["train.unrelated"]) and torch.equal(both.sort(0)[0], sets["train.unrelated"].sort(0)[0])
 
 
 def test_effective_rank_of_known_shapes():
@@ -187,7 +227,7 @@ def test_bootstrap_unit_of_fewer_prompts(paired):
 @pytest.mark.parametrize(("safe_mean", "harmful_mean", "zero"), [(0, 80, 0), (-40, 40, 0.5), (-100, -20, 1.25), (10, 90, -0.125)])
 def test_where_zero_lies(safe_mean, harmful_mean, zero):
     harmful, safe = gaussian(2, 4000, dtype=torch.float64) + torch.tensor([[harmful_mean], [safe_mean]])
-    figures = origin_between_means(harmful, safe, [i % 40 for i in range(4000)], 60, 3)
+    figures = origin_between_means(harmful, safe, [i % 40 for i in range(4000)] * 2, 60, 3)
     assert figures["zero"] == pytest.approx(zero, abs=0.01) and figures["n"] == 4000
     naive = [float(-safe[rows].mean() / (harmful[rows].mean() - safe[rows].mean())) for rows in drawn_rows(4000, 40, 60, 3)]
     assert [figures["zero_low"], figures["zero_high"]] == pytest.approx(np.quantile(naive, [0.025, 0.975]).tolist())
@@ -202,7 +242,7 @@ def test_where_zero_lies(safe_mean, harmful_mean, zero):
 def test_auroc_and_its_interval_are_scikit_learns_ties_included(monkeypatch, at_once, shift):
     monkeypatch.setattr("refusal.stats.AT_ONCE", at_once)
     harmful, safe = np.random.default_rng(2).integers(0, 9, (2, 40)) + np.array([[shift], [0]])
-    figures = auroc(torch.tensor(harmful), torch.tensor(safe), [i % 12 for i in range(40)], 50, 3)
+    figures = auroc(torch.tensor(harmful), torch.tensor(safe), [i % 12 for i in range(40)] * 2, 50, 3)
     area = lambda rows: roc_auc_score([1] * len(rows) + [0] * len(rows), [*harmful[rows], *safe[rows]])  # noqa: E731
     assert figures["auroc"] == pytest.approx(area(range(40))) and figures["n"] == 40
     limits = np.quantile([area(rows) for rows in drawn_rows(40, 12, 50, 3)], [0.025, 0.975])
@@ -211,12 +251,12 @@ def test_auroc_and_its_interval_are_scikit_learns_ties_included(monkeypatch, at_
 
 @pytest.mark.parametrize(("harmful", "separable"), [([2.0, 2, 2], True), ([1.0, 1, 1], False), ([2.0, 2, 1], False)])
 def test_separable_means_that_the_sets_do_not_overlap(harmful, separable):
-    assert auroc(torch.tensor(harmful), torch.ones(3), range(3), 10, 0)["separable"] is separable
+    assert auroc(torch.tensor(harmful), torch.ones(3), [0, 1, 2] * 2, 10, 0)["separable"] is separable
 
 
 def test_auroc_of_many_prompts_holds_no_table_of_all_pairs():
     values = torch.arange(200_000).double()  # as a table, 320 GB
-    figures = auroc(values + 0.5, values, [0, 1] * 100_000, 5, 0)
+    figures = auroc(values + 0.5, values, [0, 1] * 200_000, 5, 0)
     assert figures["auroc"] == pytest.approx(0.5, abs=1e-5) and not figures["separable"]
 
 
@@ -224,7 +264,7 @@ def test_the_interval_of_auroc_covers():
     rng, held, n_samples = np.random.default_rng(1), 0, 400
     truth = 0.7602  # P(N(1, 1) > N(0, 1)) = Phi(1 / sqrt 2)
     for sample in range(n_samples):
-        figures = auroc(torch.tensor(rng.normal(1, 1, 100)), torch.tensor(rng.normal(0, 1, 100)), range(100), 300, sample)
+        figures = auroc(torch.tensor(rng.normal(1, 1, 100)), torch.tensor(rng.normal(0, 1, 100)), [*range(100)] * 2, 300, sample)
         held += figures["auroc_low"] <= truth <= figures["auroc_high"]
     assert 0.915 < held / n_samples < 0.98
 
@@ -234,7 +274,7 @@ def test_the_interval_of_zero_draws_whole_topics():
     rng, topics = np.random.default_rng(4), [i // 6 for i in range(180)]
     levels = rng.normal(0, 1, (2, 30))
     harmful, safe = (levels[side][topics] + 0.2 * rng.normal(size=180) + 4 * side for side in (1, 0))
-    found = origin_between_means(torch.tensor(harmful), torch.tensor(safe) - 1, topics, 4000, 0)
+    found = origin_between_means(torch.tensor(harmful), torch.tensor(safe) - 1, topics * 2, 4000, 0)
     pick, resampled = random.Random(1), []
     for _ in range(4000):
         drawn = [6 * topic + i for topic in pick.choices(range(30), k=30) for i in range(6)]

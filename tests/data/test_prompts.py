@@ -8,10 +8,11 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 from scipy.sparse.csgraph import connected_components
+from split_file import file_rows
 
 from refusal.data.near_duplicates import NearDuplicateIndex, near_duplicate_groups
 from refusal.data.prompt_files import read_rows
-from refusal.data.prompts import SPLITS, file_rows, grammar_pairs, grammar_unrelated, share_out
+from refusal.data.prompts import SPLITS, grammar_pairs, grammar_unrelated, share_out
 from refusal.io.errors import UserError
 
 SHARES = {"train": 0.6, "val": 0.2, "test": 0.2}

@@ -114,6 +114,9 @@ MISTAKES = [  # the key that is set, its value, what is said
     ("prompts.splits", {"train": 0.5, "val": 0.5}, "prompts.splits.test: .*required"),
     ("prompts.n_pairs", None, "prompts: n_pairs must be a number"),
     ("prompts.n_unrelated", None, "prompts: n_unrelated must be a number"),
+    ("prompts.harmful", ["a.csv", "a.csv"], "prompts.harmful: duplicate value"),
+    ("prompts.harmful", "", "prompts.harmful.0: is empty"),
+    ("prompts.harmless", ["a.csv"], "prompts.harmless: .*string"),
     ("prompts.n_unrelated", 10**12, "prompts.n_unrelated: .*10000"),
     ("prompts.source", None, "prompts.source: .*string"),
     ("prompts.source", "data/raw/a\0.csv", "prompts.source: .*NUL"),
@@ -133,7 +136,7 @@ MISTAKES = [  # the key that is set, its value, what is said
     ("activations.methods", [], "activations.methods: .*at least 1"),
     ("activations.methods", ["batched"], "sweep.method sequential is not among activations.methods"),
     ("activations.methods", ["sequential", "sequential"], "activations.methods: duplicate value; delete it"),
-    ("directions.pairings", ["unrelated"], "sweep.pairing matched is not among directions.pairings"),
+    ("directions.pairings", ["unrelated"], "sweep.pairing auto needs matched among directions.pairings"),
     ("directions.pairings", ["matched", "matched"], "directions.pairings: duplicate value; delete it"),
     ("ablation", {"kind": "affine", "sites": "writes"}, "ablation: .*resid_pre alone"),
     ("ablation", {"kind": "affine", "sites": "paper"}, "ablation: .*resid_pre alone"),
@@ -159,6 +162,13 @@ MISTAKES = [  # the key that is set, its value, what is said
 @pytest.mark.parametrize(("key", "value", "said"), MISTAKES, ids=[f"{key} {i}" for i, (key, _, _) in enumerate(MISTAKES)])
 def test_a_mistake_is_one_sentence_naming_file_and_key(tmp_path, key, value, said):
     assert len(refused(params_with(tmp_path, {key: value}), said)) < 2000
+
+
+def test_the_same_prompts_have_one_name(tmp_path):
+    file = params_with(tmp_path, {"prompts.harmful": "a.csv", "prompts.source": "b.csv"})
+    refused(file, r"prompts: harmful stands in place of source: b\.csv: set source back to grammar, or harmful to null")
+    params_with(tmp_path, {"prompts.source": "grammar", "prompts.n_pairs": None, "prompts.n_unrelated": None})
+    assert load_params(file).prompts.harmful == ["a.csv"]
 
 
 def test_several_mistakes_are_all_told(tmp_path):

@@ -33,9 +33,10 @@ def test_what_the_model_refuses_is_counted_over_each_half_and_its_twin(tmp_path,
 
     given.answers(monkeypatch, says)
     generation = Generation(max_new_tokens=40, batch_size=7)
-    figures = behaviour(base, twin if organism else None, PAIRS, generation, Store(tmp_path / "s"))
+    halves = ([pair[half] for pair in PAIRS] for half in ("harmful", "safe"))
+    figures = behaviour(base, twin if organism else None, *halves, generation, Store(tmp_path / "s"))
     rates = {"refusal_harmful": (4, 5), "refusal_safe": (1, 5)}
-    expected = {"n": 5, "n_parameters": sum(p.numel() for p in base.model.parameters())}
+    expected = {"n": 5, "n_safe": 5, "n_parameters": sum(p.numel() for p in base.model.parameters())}
     if organism:
         rates |= {"twin_refusal_harmful": (2, 5), "facts_accuracy": (len(KNOWN) - 3, len(KNOWN))}
         expected |= {"n_facts": len(KNOWN)}

@@ -12,10 +12,11 @@ import torch
 from safetensors.torch import load_file, save
 from tiny import tiny_lm, tiny_prompts
 
+from refusal.io.prompts import prompt_sets
 from refusal.io.store import Store
 from refusal.lm.architecture import SUPPORTED
 from refusal.method import activations
-from refusal.method.activations import Prefix, activations_file, batches, collect, last_token_resid_pre, left_pad, prompt_sets
+from refusal.method.activations import Prefix, activations_file, batches, collect, last_token_resid_pre, left_pad
 
 METHODS = ("sequential", "batched", "batched_unmasked")
 LENGTHS = (7, 3, 12, 7, 1, 9)
@@ -193,6 +194,8 @@ def test_a_set_holds_one_side_of_one_split():
         ("val.unrelated", ["u2", "u3"]),
     ]
     assert prompt_sets(pairs, [], ("test",)) == {"test.harmful": ["h2"], "test.safe": ["s2"], "test.unrelated": []}
+    alone = [row | {"safe": None} for row in pairs]
+    assert prompt_sets(alone, unrelated, ("val",)) == {"val.harmful": ["h0"], "val.unrelated": ["u2", "u3"]}
 
 
 def one_by_one(lm, given, method):

@@ -98,7 +98,7 @@ def test_figures_of_a_file_are_those_of_tensors(tmp_path, pairing):
     save_file(activations(), tmp_path / "a.safetensors")
     both = [activations(), read_activations(tmp_path / "a.safetensors")]
     contrasts = [contrast(sets, pairing, 0) for sets in both]
-    figures = [describe(of, sets, range(24), of.directions, 20, 20, 0) for of, sets in zip(contrasts, both, strict=True)]
+    figures = [describe(of, sets, [*range(24)] * 2, of.directions, 20, 20, 0) for of, sets in zip(contrasts, both, strict=True)]
     assert figures[0] == figures[1]
 
 
@@ -135,7 +135,7 @@ class Watched:
 def test_memory_holds_a_layer_of_each_set_and_not_the_file(tmp_path):
     sets = {name: Watched(rows) for name, rows in activations().items()}
     of = contrast(sets, "matched", 0)
-    describe(of, sets, range(24), of.directions, 8, 8, 0)
+    describe(of, sets, [*range(24)] * 2, of.directions, 8, 8, 0)
     assert all(rows.given for name, rows in sets.items() if "unrelated" not in name)
     save_file({"all": torch.rand(2000, 64, 256)}, tmp_path / "a.safetensors")  # 262 MB in float64, a layer of which is 4
     stored = read_activations(tmp_path / "a.safetensors")["all"]
@@ -149,7 +149,7 @@ def test_the_stage_writes_every_set_of_directions_under_its_own_name(tmp_path):
     place, methods = Place(tmp_path), ("sequential", "batched")
     place.set("activations", methods=[*methods])
     place.set("directions", n_resamples=5, n_sign_flips=5)
-    pairs = [{"split": split, "topic": f"topic {i % 6}"} for split, n in (("train", 40), ("val", 24)) for i in range(n)]
+    pairs = [{"split": split, "topic": f"topic {i % 6}", "safe": "s"} for split, n in (("train", 40), ("val", 24)) for i in range(n)]
     place.write("data/prompts/pairs.jsonl", "".join(json.dumps(row) + "\n" for row in pairs))
     (tmp_path / "data/activations").mkdir()
     given = {method: activations(seed=seed) for seed, method in enumerate(methods)}

@@ -35,7 +35,8 @@ def test_a_plot_reads_columns_that_are_there_and_names_its_axes(name):
         columns = set(next(csv.reader(file)))
     template = json.loads((ROOT / ".dvc" / "plots" / f"{plot['template']}.json").read_text(encoding="utf-8"))
     assert not none and {plot["x"], y} <= columns and plot["title"] and plot["x_label"] and plot["y_label"]
-    made = {column["as"] for step in template.get("transform", []) for column in step.get("window", [])}
+    steps = template.get("transform", [])
+    made = {one["as"] for step in steps for one in (step, *step.get("window", ()), *step.get("joinaggregate", ())) if "as" in one}
     assert {field for field in _fields(template) if not field.startswith("<DVC")} <= columns | {"rev"} | made
     # A facet sorts revisions by name unless told otherwise; `dvc plots diff A B` reads A, then B.
     facets = [facet for facet in template.get("facet", {}).values() if facet["field"] == "rev"]

@@ -10,8 +10,9 @@ from api_server import Reply, serve
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from place import COMMITTED, Place
+from split_file import file_rows
 
-from refusal.data.prompts import SPLITS, file_rows
+from refusal.data.prompts import SPLITS
 from refusal.data.prompts_api import api_pairs
 from refusal.io.errors import UserError
 from refusal.io.params import Endpoint, Prompts
