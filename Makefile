@@ -6,7 +6,7 @@ READY := .venv/ready
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export VIRTUAL_ENV := $(CURDIR)/.venv
 
-.PHONY: help setup repro plan compare picture test plots perf cuda slow soak organisms full lint lock restore
+.PHONY: help setup repro plan compare picture test plots perf cuda slow soak organisms full study real lint lock restore
 
 help: ## what can be made
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -20,8 +20,8 @@ restore: $(READY)
 repro: restore ## set up and run the complete study
 	dvc repro
 
-plan: $(READY) ## what a run will take: forward passes, tokens, judge calls, disk
-	python -m stages.plan
+plan: $(READY) ## what a run will take: forward passes, tokens, judge calls, disk; of a study: make plan STUDY=name
+	python -m stages.plan $(STUDY)
 
 test: $(READY) ## set up and run the tests
 	python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
@@ -55,6 +55,12 @@ organisms: restore ## train and study every kind of organism on three seeds: met
 full: restore ## the science stage on all prompts, beside the study's own: metrics/science_full.json (five minutes)
 	dvc repro select
 	python -m stages.science full
+
+study: $(READY) ## run studies/<name>.yaml beside the default study: make study STUDY=name; without a name, list all
+	python -m stages.studies $(STUDY)
+
+real: $(READY) ## the study of a real Qwen, from the hub or from REAL_MODEL=/path/to/its.gguf
+	python -m stages.studies qwen2.5-coder-0.5b-instruct $(if $(REAL_MODEL),"$(REAL_MODEL)")
 
 lint: $(READY) ## ruff and mypy
 	ruff check .

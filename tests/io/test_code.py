@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import refusal.io.code
-from refusal.io.code import ARITHMETIC, ROOT, _bound, closure
+from refusal.io.code import ARITHMETIC, ROOT, _bound, closure, code_of_file
 
 # Of each value of the store, some of what it hangs on; of a reply, what no code of ours determines, there is nothing.
 INTERVENTIONS = "method.interventions:Ablation method.interventions:Intervention method.interventions:edited_weights"
@@ -177,3 +177,13 @@ def test_a_root_that_is_none_is_an_error():
         closure((("refusal.io.store", "nothing"),))
     with pytest.raises(ValueError, match=r"tests.x is no module"):
         closure((("tests.x", "f"),))
+
+
+def test_a_file_of_code_is_its_syntax_and_any_other_its_bytes(tmp_path):
+    python, text = tmp_path / "a.py", tmp_path / "a.txt"
+    hashes = []
+    for code in ("x = 1\n", '"""A title."""\n\nx = 1  # one\n', "x = 2\n"):
+        python.write_text(code)
+        text.write_text(code)
+        hashes.append((code_of_file(python), code_of_file(text)))
+    assert [len(set(column)) for column in zip(*hashes, strict=True)] == [2, 3] and hashes[0][0] == hashes[1][0]
