@@ -22,7 +22,7 @@ from typing import Any
 
 import yaml
 
-from refusal.io.code import code_of_file
+from refusal.io.code import age, code_of_stages
 from refusal.io.errors import UserError
 from refusal.io.params import Params
 from refusal.io.params_file import overlaid
@@ -181,13 +181,11 @@ def made_by(name: str, raw: dict[str, Any]) -> dict[str, str]:
 
 def code(root: Path) -> dict[str, str]:
     """A hash of the code that each stage depends on, in the repository or a workspace, as dvc.yaml declares it."""
-    files = (file for folder in ("refusal", "stages") for file in (root / folder).rglob("*"))
-    known = {file.relative_to(root): code_of_file(file) for file in files if file.is_file() and file.suffix != ".pyc"}
-    hashes = {}
-    for name, declared in yaml.safe_load((root / "dvc.yaml").read_text(encoding="utf-8"))["stages"].items():
-        of = {file.as_posix(): known[file] for file in known if any(file.is_relative_to(dep) for dep in declared["deps"])}
-        hashes[name] = hashlib.sha256(json.dumps(of, sort_keys=True).encode()).hexdigest()
-    return hashes
+    stages = yaml.safe_load((root / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
+    of_code = ("refusal/", "stages/")
+    return code_of_stages(
+        {name: [dep for dep in declared["deps"] if dep.startswith(of_code)] for name, declared in stages.items()}, root
+    )
 
 
 def state(name: str) -> str:
@@ -196,10 +194,9 @@ def state(name: str) -> str:
     if not made.is_file():
         return "not run yet"
     known, now = read_json(made), made_by(name, parameters(name))
-    older = [stage for stage, of in code(Path()).items() if of != known["code"].get(stage)]
     changed = "overlay" if known["overlay"] != now["overlay"] else "params.yaml" if known["params"] != now["params"] else None
-    said = [f"{changed} has changed since"] * bool(changed) + [f"older than today's code of {', '.join(older)}"] * bool(older)
-    return "; ".join(said) or "up to date"
+    said = [f"{changed} has changed since" if changed else "", age(known["code"], code(Path()))]
+    return "; ".join(filter(None, said)) or "up to date"
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import refusal.io.code
-from refusal.io.code import ARITHMETIC, ROOT, _bound, closure, code_of_file
+from refusal.io.code import ARITHMETIC, ROOT, _bound, age, closure, code_of_file, code_of_stages
 
 # Of each value of the store, some of what it hangs on; of a reply, what no code of ours determines, there is nothing.
 INTERVENTIONS = "method.interventions:Ablation method.interventions:Intervention method.interventions:edited_weights"
@@ -187,3 +187,18 @@ def test_a_file_of_code_is_its_syntax_and_any_other_its_bytes(tmp_path):
         text.write_text(code)
         hashes.append((code_of_file(python), code_of_file(text)))
     assert [len(set(column)) for column in zip(*hashes, strict=True)] == [2, 3] and hashes[0][0] == hashes[1][0]
+
+
+def test_a_stage_is_older_where_code_that_it_declares_is(tmp_path):
+    (tmp_path / "lib").mkdir()
+    for name in ("lib/a.py", "lib/b.txt", "stage.py"):
+        (tmp_path / name).write_text("x = 1\n")
+    declared = {"first": ["lib", "stage.py"], "second": ["stage.py"], "third": []}
+    made = code_of_stages(declared, tmp_path)
+    assert age(made, made) == "" and len(set(made.values())) == 3
+    for name, said in (("lib/b.txt", "first"), ("lib/c.py", "first"), ("stage.py", "first, second"), ("none.py", "")):
+        (tmp_path / name).write_text("x = 2\n")
+        assert age(made, code_of_stages(declared, tmp_path)) == (f"older than today's code of {said}" if said else "")
+        (tmp_path / name).write_text("x = 1\n")
+        (tmp_path / "lib/c.py").unlink(missing_ok=True)
+    assert age({}, made) == "older than today's code of first, second, third"
