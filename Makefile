@@ -6,7 +6,7 @@ READY := .venv/ready
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export VIRTUAL_ENV := $(CURDIR)/.venv
 
-.PHONY: help setup pull repro verify portability train refresh plan compare picture test plots perf cuda slow soak organisms full lint lock restore
+.PHONY: help setup pull repro verify portability train refresh plan compare picture test plots perf cuda slow soak organisms full study real lint lock restore
 
 help: ## what can be made
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -41,8 +41,8 @@ refresh: $(READY) ## put the model and the prompts of this dvc.lock into the rep
 	dvc push --quiet --remote repository data/prompts models/base models/truth models/twin
 	git add --force --all remote
 
-plan: $(READY) ## what a run will take: forward passes, tokens, judge calls, disk
-	python -m stages.plan
+plan: $(READY) ## what a run will take: forward passes, tokens, judge calls, disk; of a study: make plan STUDY=name
+	python -m stages.plan $(STUDY)
 
 test: $(READY) ## set up and run the tests
 	python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
@@ -76,6 +76,12 @@ organisms: restore ## train and study every kind of organism on three seeds: met
 full: restore ## the science stage on all prompts, beside the study's own: metrics/science_full.json (five minutes)
 	dvc repro select
 	python -m stages.science full
+
+study: $(READY) ## run studies/<name>.yaml beside the default study: make study STUDY=name; without a name, list all
+	python -m stages.studies $(STUDY)
+
+real: $(READY) ## the study of a real Qwen, from the hub or from REAL_MODEL=/path/to/its.gguf
+	python -m stages.studies qwen2.5-coder-0.5b-instruct $(if $(REAL_MODEL),"$(REAL_MODEL)")
 
 lint: $(READY) ## ruff and mypy
 	ruff check .

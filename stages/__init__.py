@@ -45,12 +45,18 @@ from refusal.io.params_file import load_params  # noqa: E402
 from stages.record import record  # noqa: E402
 
 ROOT = Path(os.environ.get("DVC_ROOT", ".")).resolve()
-# Outside DVC's outputs, and in the main checkout for queued and temporary experiments too: what was computed survives.
-STORE = ROOT / ".refusal-store"
+# Outside DVC's outputs, and in the main checkout for queued and temporary experiments too: what was computed survives. A study
+# of studies/ is told where that is.
+STORE = Path(os.environ.get("REFUSAL_STORE", ROOT / ".refusal-store")).resolve()
+LOCK_KEPT = ROOT / ".refusal-store/dvc.lock"  # stages/restore.py says what for
 OWN_HARMLESS = Path("data/raw/harmless.jsonl")  # the package's own, which go with harmful prompts where no others are named
 
 
-def stage(main: Callable[..., str], online: Callable[[Params], bool] = lambda params: False) -> None:
+def stage(
+    main: Callable[..., str],
+    online: Callable[[Params], bool] = lambda params: False,
+    read: Callable[[], Params] = lambda: load_params(Path("params.yaml")),
+) -> None:
     """Run a stage's `main(params, *arguments)`, print the line it returns, and turn bad input into one sentence.
 
     The hub's clients stay offline unless `online` says that these params ask for the network; HF_HUB_OFFLINE overrides it.
@@ -66,15 +72,15 @@ def stage(main: Callable[..., str], online: Callable[[Params], bool] = lambda pa
     if "DVC_STAGE" in os.environ:
         _exit_with_dvc(name)
     try:
-        params = load_params(Path("params.yaml"))
+        params = read()
         _set_environment(params.compute.threads, online(params))
         line = main(params, *sys.argv[1:])
         record(STORE / "runs.jsonl", name, params, time.monotonic() - started)
         if "DVC_STAGE" in os.environ and Path.cwd() == ROOT and Path("dvc.lock").is_file():
-            # DVC has read it, and writes it again when this stage is over; stages/restore.py says what for.
-            write_whole(STORE / "dvc.lock", Path("dvc.lock").read_bytes())
+            # DVC has read it, and writes it again when this stage is over.
+            write_whole(LOCK_KEPT, Path("dvc.lock").read_bytes())
     except KeyboardInterrupt:
-        print(f"{name}: interrupted; what is computed is kept, `make repro` goes on", file=sys.stderr)
+        print(f"{name}: interrupted; what is computed is kept, the same command goes on", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
         sentence = _sentence(error)
@@ -102,7 +108,7 @@ def _exit_with_dvc(name: str) -> None:
     def watch() -> None:
         while all(map(runs, parents[: dvc + 1])):
             time.sleep(0.5)
-        print(f"{name}: dvc is gone; what is computed is kept, `make repro` goes on", file=sys.stderr, flush=True)
+        print(f"{name}: dvc is gone; what is computed is kept, the same command goes on", file=sys.stderr, flush=True)
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()

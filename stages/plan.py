@@ -1,18 +1,22 @@
-"""plan: what a run with these parameters will take, before anything is computed, downloaded or paid for (`make plan`).
+"""plan: what a run with these parameters will take, before anything is computed, downloaded or paid for (`make plan`), or with
+those of a study (`make plan STUDY=<name>`).
 
 No stage of the pipeline. Of a hub model, configuration and tokenizer (megabytes) are fetched and kept, so that layers and
 tokens are counted rather than guessed; no weight is.
 """
 
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
 from refusal.io.params import Params
+from refusal.io.params_file import load_params
 from stages import OWN_HARMLESS, ROOT, stage
+from stages.studies import parameters
 
 
-def main(params: Params) -> str:
+def main(params: Params, *study: str) -> str:
     from refusal.report.plan import Step, steps
 
     pairs, unrelated = prompts_of(params)
@@ -122,4 +126,9 @@ def gigabytes(n: int) -> str:
     return f"{n / 1e9:.1f} GB" if n >= 1e8 else f"{n / 1e6:.1f} MB"
 
 
-stage(main, online=lambda params: params.model.revision is not None)
+def chosen() -> Params:
+    """The parameters of the study that is named, or of params.yaml."""
+    return Params.model_validate(parameters(sys.argv[1])) if sys.argv[1:] else load_params(Path("params.yaml"))
+
+
+stage(main, online=lambda params: params.model.revision is not None, read=chosen)

@@ -17,11 +17,11 @@ from dvc.schema import COMPILED_LOCKFILE_SCHEMA
 from dvc.utils import strictyaml
 
 from refusal.io.files import write_whole
-from stages import ROOT, STORE
+from stages import LOCK_KEPT, ROOT
 
 _MD5 = re.compile(r"[0-9a-f]{32}(\.dir)?")
 
-LOCK, RWLOCK, KEPT = ROOT / "dvc.lock", ROOT / ".dvc/tmp/rwlock", STORE / "dvc.lock"
+LOCK, RWLOCK = ROOT / "dvc.lock", ROOT / ".dvc/tmp/rwlock"
 
 
 def main() -> None:
@@ -38,9 +38,9 @@ def main() -> None:
 
 def _put_back() -> str:
     """Restore the lock from the copy of the last stage that ended, or the committed one; what was done."""
-    if KEPT.is_file() and _is_lock(KEPT):
-        write_whole(LOCK, KEPT.read_bytes())
-        return f"put back as it was when the last stage ended ({KEPT.relative_to(ROOT)})"
+    if LOCK_KEPT.is_file() and _is_lock(LOCK_KEPT):
+        write_whole(LOCK, LOCK_KEPT.read_bytes())
+        return f"put back as it was when the last stage ended ({LOCK_KEPT.relative_to(ROOT)})"
     committed = subprocess.run(["git", "show", "HEAD:./dvc.lock"], cwd=ROOT, capture_output=True)
     if committed.returncode == 0:
         write_whole(LOCK, committed.stdout)

@@ -13,7 +13,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class Hub:
-    """Repositories {id: {path: content}} at one commit, with the tag v1.0; what was asked of it is in `requests`."""
+    """Repositories {id: {path: content}} at one `commit`, with the tag v1.0; what was asked of it is in `requests`."""
 
     def __init__(self, repositories: dict[str, dict[str, bytes]], gated: str | None = None, token: str | None = None):
         self.repositories, self.gated, self.token = repositories, gated, token
@@ -23,6 +23,7 @@ class Hub:
         self.patience: dict[str, int] = {}  # requests after which a file's connection is dropped at once
         self.stall: dict[str, int] = {}  # bytes after which nothing more comes
         self.spoiled: set[str] = set()  # files that come with one byte changed
+        self.commit = COMMIT
         self.url = ""
 
 
@@ -69,18 +70,18 @@ def serve(hub: Hub) -> Iterator[Hub]:
             files = hub.repositories[model_id]
             if path.startswith("api/models/"):
                 what, _, revision = path.removeprefix(f"api/models/{model_id}/").partition("/")
-                if revision not in (COMMIT, "v1.0"):
+                if revision not in (hub.commit, "v1.0"):
                     return self.fail(404, "RevisionNotFound")
                 tree = [listed(name, content) for name, content in files.items()]
-                return self.send(200, json.dumps(tree if what == "tree" else {"id": model_id, "sha": COMMIT}).encode())
+                return self.send(200, json.dumps(tree if what == "tree" else {"id": model_id, "sha": hub.commit}).encode())
             authorised = hub.token is not None and self.headers.get("Authorization") == f"Bearer {hub.token}"
             if model_id == hub.gated and not authorised:
                 return self.fail(403, "GatedRepo")
             revision, _, name = path.removeprefix(f"{model_id}/resolve/").partition("/")
-            if revision not in (COMMIT, "v1.0") or name not in files:
+            if revision not in (hub.commit, "v1.0") or name not in files:
                 return self.fail(404, "EntryNotFound")
             content = files[name]
-            headers = {"ETag": f'"{etag(name, content)}"', "X-Repo-Commit": COMMIT}
+            headers = {"ETag": f'"{etag(name, content)}"', "X-Repo-Commit": hub.commit}
             if name in hub.spoiled:
                 content = bytes([content[0] ^ 1]) + content[1:]
             start = int((self.headers.get("Range") or "bytes=0-").removeprefix("bytes=").rstrip("-"))

@@ -26,7 +26,7 @@ from refusal.judges import rules
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-GUIDE = README + "".join((ROOT / f"docs/{page}.md").read_text() for page in ("models", "judges", "sharing", "mediation", "variants", "speed"))
+GUIDE = README + "".join((ROOT / f"docs/{page}.md").read_text() for page in ("models", "judges", "sharing", "studies", "mediation", "variants", "speed"))
 PAGES = ("README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")))
 
 # Where a command is not run as it stands: what is put in its place, and why. Each must occur.
@@ -103,6 +103,10 @@ INLINE = {
     "make perf": "tests/test_perf.py and tests/test_perf_sweep.py hold its parts; whole it takes half an hour",
     "python -m perf extraction": "as make perf",
     "make full": None,
+    **dict.fromkeys(("make study", "make study STUDY=<name>"), "tests/pipeline/test_studies.py"),
+    "make plan STUDY=<name>": "tests/stages/test_studies.py",
+    **dict.fromkeys(("make real", "make real REAL_MODEL=/path/to.gguf"), "a real model; tests/stages/test_studies.py has what is its own"),
+    **dict.fromkeys(("dvc gc --workspace", "dvc gc --workspace --projects .refusal-store/studies/<name>"), "deletes"),
 }
 
 

@@ -10,7 +10,7 @@ of its code: the caller's key names that.
 import ast
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from functools import cache
 from importlib.metadata import version
@@ -32,6 +32,35 @@ ARITHMETIC = {
 def code_of(*functions: Callable) -> str:
     """SHA-256 over all that `closure` finds of these functions of the package, or of the functions that they are nested in."""
     return _hash(tuple(sorted((f.__module__, f.__qualname__.split(".")[0]) for f in functions)))
+
+
+def code_of_file(file: Path) -> str:
+    """SHA-256 of a whole file: of Python its syntax tree, as above, of anything else its bytes."""
+    if file.suffix != ".py":
+        return hashlib.sha256(file.read_bytes()).hexdigest()
+    tree = _Plain().visit(ast.parse(file.read_text(encoding="utf-8")))
+    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()
+
+
+def code_of_stages(declared: Mapping[str, Sequence[str]], root: Path) -> dict[str, str]:
+    """A hash of the code behind each stage's figures: `code_of_file` over the files and folders below `root` that it declares."""
+
+    def files(of: Path) -> list[Path]:
+        found = [of] if of.is_file() else sorted(of.rglob("*"))
+        return [file for file in found if file.is_file() and file.suffix != ".pyc"]
+
+    known = {file: code_of_file(file) for path in set().union(*declared.values()) for file in files(root / path)}
+    hashes = {}
+    for stage, paths in declared.items():
+        of = {file.relative_to(root).as_posix(): known[file] for path in paths for file in files(root / path)}
+        hashes[stage] = hashlib.sha256(json.dumps(of, sort_keys=True).encode()).hexdigest()
+    return hashes
+
+
+def age(made: Mapping[str, str], now: Mapping[str, str]) -> str:
+    """What a page of figures says of the code that made them, by `code_of_stages` then and now; empty where it is today's."""
+    older = [stage for stage, code in now.items() if made.get(stage) != code]
+    return f"older than today's code of {', '.join(older)}" if older else ""
 
 
 @cache

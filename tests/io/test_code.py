@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import refusal.io.code
-from refusal.io.code import ARITHMETIC, ROOT, _bound, closure
+from refusal.io.code import ARITHMETIC, ROOT, _bound, age, closure, code_of_file, code_of_stages
 
 # Of each value of the store, some of what it hangs on; of a reply, what no code of ours determines, there is nothing.
 INTERVENTIONS = "method.interventions:Ablation method.interventions:Intervention method.interventions:edited_weights"
@@ -177,3 +177,28 @@ def test_a_root_that_is_none_is_an_error():
         closure((("refusal.io.store", "nothing"),))
     with pytest.raises(ValueError, match=r"tests.x is no module"):
         closure((("tests.x", "f"),))
+
+
+def test_a_file_of_code_is_its_syntax_and_any_other_its_bytes(tmp_path):
+    python, text = tmp_path / "a.py", tmp_path / "a.txt"
+    hashes = []
+    for code in ("x = 1\n", '"""A title."""\n\nx = 1  # one\n', "x = 2\n"):
+        python.write_text(code)
+        text.write_text(code)
+        hashes.append((code_of_file(python), code_of_file(text)))
+    assert [len(set(column)) for column in zip(*hashes, strict=True)] == [2, 3] and hashes[0][0] == hashes[1][0]
+
+
+def test_a_stage_is_older_where_code_that_it_declares_is(tmp_path):
+    (tmp_path / "lib").mkdir()
+    for name in ("lib/a.py", "lib/b.txt", "stage.py"):
+        (tmp_path / name).write_text("x = 1\n")
+    declared = {"first": ["lib", "stage.py"], "second": ["stage.py"], "third": []}
+    made = code_of_stages(declared, tmp_path)
+    assert age(made, made) == "" and len(set(made.values())) == 3
+    for name, said in (("lib/b.txt", "first"), ("lib/c.py", "first"), ("stage.py", "first, second"), ("none.py", "")):
+        (tmp_path / name).write_text("x = 2\n")
+        assert age(made, code_of_stages(declared, tmp_path)) == (f"older than today's code of {said}" if said else "")
+        (tmp_path / name).write_text("x = 1\n")
+        (tmp_path / "lib/c.py").unlink(missing_ok=True)
+    assert age({}, made) == "older than today's code of first, second, third"

@@ -12,7 +12,7 @@ from place import COMMITTED, REMOVED, params_with
 
 from refusal.io.errors import UserError
 from refusal.io.params import Endpoint, Params
-from refusal.io.params_file import RENAMED, load_params
+from refusal.io.params_file import RENAMED, load_params, overlaid
 
 RAW = yaml.safe_load(COMMITTED)
 SETTINGS = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -80,10 +80,10 @@ def test_a_renamed_key_answers_with_its_new_name(tmp_path, old):
 
 INFINITE, NAN = float("inf"), float("nan")
 MISTAKES = [  # the key that is set, its value, what is said
-    ("swep", {}, "swep: .*not permitted"),
+    ("swep", {}, "swep: there is no such key"),
     ("sweep", REMOVED, "sweep: .*required"),
     ("report", REMOVED, "report: .*required"),
-    ("sweep.alpha", 1.0, "sweep.alpha: .*not permitted"),
+    ("sweep.alpha", 1.0, "sweep.alpha: there is no such key"),
     ("sweep.alphas", REMOVED, "sweep.alphas: .*required"),
     ("sweep.alphas", ["1.0"], r"sweep.alphas.0: .*valid number \(it is '1.0'\)"),
     ("sweep.alphas", 1.0, "sweep.alphas: .*list"),
@@ -210,8 +210,8 @@ FILES = [  # no parameters, or two in one
     (COMMITTED.replace("  seed: 0", "  seed: 0\n  seed: 1", 1), r"line \d+: seed is a duplicate key; delete one"),
     (COMMITTED + "\n? [1, 2]\n: 3\n", "unhashable"),
     (COMMITTED + "\n1: 2\n", "1: Keys should be strings"),
-    (COMMITTED + "\nmore: &a [*a]\n", "more: Extra inputs are not permitted"),
-    (COMMITTED + "\n" + BOMB, "a0: Extra inputs .*a8: Extra inputs"),
+    (COMMITTED + "\nmore: &a [*a]\n", "more: there is no such key"),
+    (COMMITTED + "\n" + BOMB, "a0: there is no such key .*a8: there is no such key"),
     (COMMITTED + "\n---\na: 1\n", "single document"),
     (COMMITTED.replace("seed: 0", "seed: " + "9" * 5000), "cannot be read as YAML"),
     (COMMITTED.replace("seed: 0", "seed: 2020-01-01", 1), "seed: .*integer"),
@@ -267,3 +267,28 @@ def test_any_value_of_any_key_is_taken_as_it_is_or_named(tmp_path, key, value):
         if value is REMOVED:  # an endpoint's have defaults, and some are the file's own
             value = Endpoint.model_fields[name].default if section == "endpoint" else RAW[name]
         assert taken == value
+
+
+def test_an_overlay_changes_the_keys_it_names_and_no_other(tmp_path):
+    file, overlay = params_with(tmp_path, {}), tmp_path / "overlay.yaml"
+    overlay.write_text(
+        "sweep: {alphas: [1.0], seed: 3}\nscience:\n  padding: null\n  optimised: {steps: 7}\nmodel: {system_prompt: 1e5}\n"
+    )
+    wanted = yaml.safe_load(COMMITTED)
+    wanted["sweep"] |= {"alphas": [1.0], "seed": 3}
+    wanted["science"]["padding"] = None
+    wanted["science"]["optimised"]["steps"] = 7
+    with pytest.raises(UserError, match=r"overlay.yaml: model.system_prompt: .* \(it is 100000.0\)$"):
+        overlaid(file, overlay)
+    overlay.write_text(overlay.read_text().replace("1e5", "'1e5'"))
+    wanted["model"]["system_prompt"] = "1e5"
+    assert overlaid(file, overlay) == wanted
+    overlay.write_text("# nothing yet\n")
+    assert overlaid(file, overlay) == RAW
+
+
+def test_what_is_wrong_with_params_yaml_is_not_said_of_the_overlay(tmp_path):
+    file, overlay = params_with(tmp_path, {"select.top": 0}), tmp_path / "overlay.yaml"
+    overlay.write_text("select: {top: 0}\n")
+    with pytest.raises(UserError, match=r"params.yaml: select.top: "):
+        overlaid(file, overlay)

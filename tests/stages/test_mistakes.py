@@ -1,5 +1,6 @@
 """The likeliest mistakes of a user, each made as a user makes it: one sentence that says where and what to do, and no traceback."""
 
+import fcntl
 import json
 import re
 import shutil
@@ -154,10 +155,29 @@ def no_remote(place: Place) -> Result:
     return place.dvc("push")
 
 
+def study(overlay: str, *arguments: str) -> Mistake:
+    """A study that is run with this overlay, studies/mine.yaml."""
+
+    def make(place: Place) -> Result:
+        place.write("studies/mine.yaml", overlay)
+        return place.run(sys.executable, "-m", "stages.studies", *arguments)
+
+    return make
+
+
+def study_at_work(place: Place) -> Result:
+    with place.write(".refusal-store/studies/mine.lock", "").open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        return study("", "mine")(place)
+
+
 # What is done, and what is said of it.
 MISTAKES: dict[str, tuple[Mistake, str]] = {
     "alpha as a string": (stage("prompts", "sweep", alphas=["1.0"]), r"params.yaml: sweep.alphas.0: .*number \(it is '1.0'\)"),
-    "a misspelt key": (stage("prompts", "sweep", alpha=1.0), r"params.yaml: sweep.alpha: .*not permitted"),
+    "a misspelt key": (
+        stage("prompts", "sweep", alpha=1.0),
+        r"params.yaml: sweep.alpha: there is no such key \(the nearest is sweep.alphas\): correct or delete it",
+    ),
     "an old key": (stage("prompts", "judge", model="m"), "params.yaml: judge.model is now endpoint.model: change the name"),
     "an old key, added by -S": (renamed_added, "params.yaml: sweep.max_new_tokens is now generation.max_new_tokens: change the"),
     "merge marks in params.yaml": (
@@ -215,6 +235,23 @@ MISTAKES: dict[str, tuple[Mistake, str]] = {
         lambda place: place.run(sys.executable, "-S", "-m", "stages.prompts"),  # -S: without the environment's packages
         "has no version of torch, and requirements.lock pins .* run `source .venv/bin/activate`",
     ),
+    "no such study": (study("", "mein"), r"studies/mein.yaml: no such study; the nearest is mine"),
+    "a path for a study": (study("", "../studies/mine"), r"studies/../studies/mine.yaml: no such study"),
+    "a misspelt key of a study": (
+        study("model:\n  revison: v1.0\n", "mine"),
+        r"studies/mine.yaml: model.revison: there is no such key \(the nearest is model.revision\): correct or delete it",
+    ),
+    "a key of a study in no section": (study("alphas: [1.0]\n", "mine"), r"mine.yaml: alphas: .*the nearest is sweep.alphas"),
+    "a study that contradicts params.yaml": (
+        study("sweep: {method: batched}\nactivations: {methods: [sequential]}\n", "mine"),
+        "mine.yaml: the file: sweep.method batched is not among activations.methods",
+    ),
+    "a study that is a list": (
+        study("- 1\n", "mine"),
+        r"mine.yaml: give the keys that differ from params.yaml, in their sections",
+    ),
+    "a study that is at work": (study_at_work, "mine is at work already; wait for its end"),
+    "no such file for a real model": (study("", "mine", "/none/a.gguf"), "REAL_MODEL: /none/a.gguf is no .gguf file; give the"),
     "an old python": (old_python, "make: .*python3.9 is older than Python 3.11; set PYTHON=/path/to/python3.11"),
 }
 # DVC's own words, which docs/mistakes.md explains.

@@ -1,0 +1,203 @@
+"""studies: the same pipeline with other parameters, beside the default study: `make study STUDY=<name>`; no name lists them all.
+
+`studies/<name>.yaml` holds the keys that differ from params.yaml. The pipeline runs in a workspace of its own, which holds the
+code and the raw data as they are now, committed or not, and shares the repository's DVC cache and resume store. What may be
+committed is then copied to `studies/<name>/`. docs/studies.md says why it is no DVC experiment.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from refusal.io.code import age, code_of_stages
+from refusal.io.errors import UserError
+from refusal.io.params import Params
+from refusal.io.params_file import overlaid
+from stages import ROOT, STORE, read_json, stage, write_json, write_text
+
+ENVIRONMENT = dict(os.environ)  # before `stage` says what a stage that is not online may do
+STUDIES = Path("studies")
+# What a run reads that no stage makes.
+SOURCES = (
+    ".dvc/config",
+    ".dvc/plots",
+    ".dvcignore",
+    "data/published",
+    "data/raw",
+    "dvc.yaml",
+    "refusal",
+    "requirements.lock",
+    "stages",
+)
+RESULTS = ("metrics", "plots")
+
+
+def main(params: Params, *arguments: str) -> str:
+    if not arguments:
+        names = sorted(path.stem for path in STUDIES.glob("*.yaml"))
+        for name in names:
+            print(f"{name}: {state(name)}")
+        return f"{len(names)} studies in {STUDIES}/; `make study STUDY=<name>` runs one"
+    name, *given = arguments
+    overlay_of(name)
+    place = STORE / "studies" / name
+    place.mkdir(parents=True, exist_ok=True)
+    with alone(name) as lock:
+        asked = parameters(name)
+        mirror(place, adapted(asked, place, *map(Path, given)))
+        repro(name, place, lock)
+        collect(name, place, asked)
+    return f"{STUDIES / name}/ is ready to commit; the page is {report_of(name)}"
+
+
+def overlay_of(name: str) -> Path:
+    """The overlay of a study. Raises UserError where there is none."""
+    names = sorted(path.stem for path in STUDIES.glob("*.yaml"))
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name) or name not in names:
+        nearest = get_close_matches(name, names, n=1, cutoff=0)
+        raise UserError(f"{STUDIES}/{name}.yaml: no such study" + "".join(f"; the nearest is {other}" for other in nearest))
+    return STUDIES / f"{name}.yaml"
+
+
+def parameters(name: str) -> dict[str, Any]:
+    """The params.yaml of a study."""
+    return overlaid(Path("params.yaml"), overlay_of(name))
+
+
+def adapted(raw: dict[str, Any], place: Path, given: Path | None = None) -> dict[str, Any]:
+    """The parameters as they hold in the workspace, with the file `given` in place of the model that they name.
+
+    What is committed names such a file by its hash, never by where it lies.
+    """
+    model = raw["model"]
+    if given is not None:
+        if given.suffix != ".gguf" or not given.is_file():
+            raise UserError(
+                f"REAL_MODEL: {given} is no .gguf file; give the path of one, or none to fetch the model from the hub"
+            )
+        with given.open("rb") as file:
+            link = Path("given", f"{hashlib.file_digest(file, 'sha256').hexdigest()}.gguf")
+        (place / "given").mkdir(exist_ok=True)
+        (place / link).unlink(missing_ok=True)
+        try:
+            os.link(given.resolve(), place / link)
+        except OSError:  # on another disk, or another's file
+            shutil.copyfile(given, place / link)
+        model = model | {key: None for key in ("revision", "file") if key in model} | {"id": link.as_posix()}
+    elif model["id"] != "organism" and model["revision"] is None and not Path(model["id"]).is_absolute():
+        model = model | {"id": os.path.relpath(ROOT / model["id"], place)}
+    return raw | {"model": model}
+
+
+@contextmanager
+def alone(name: str) -> Iterator[int]:
+    """A lock on a study, as a file that its DVC holds open too: a run whose parent was killed still has it."""
+    with (STORE / "studies" / f"{name}.lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"studies: {name} is at work already; wait for its end, or kill its dvc and run this again") from None
+        yield file.fileno()
+
+
+def mirror(place: Path, raw: dict[str, Any]) -> None:
+    """Make the workspace one of the code, the data and the parameters as they are now; the results in it stay."""
+    from dvc.config import Config
+    from dvc.repo import Repo
+
+    for source in SOURCES:
+        copy = place / source
+        if Path(source).is_dir():
+            shutil.rmtree(copy, ignore_errors=True)
+            shutil.copytree(source, copy, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(source, copy)
+    write_text(place / "params.yaml", json.dumps(raw, indent=2, ensure_ascii=False) + "\n")  # as YAML strings may read as numbers
+    with Repo(str(ROOT)) as repo, Config(str(place / ".dvc")).edit("local") as config:
+        # Git ignores the workspace, and DVC would skip a dvc.yaml that Git ignores.
+        config["core"] = {"no_scm": True}
+        config["cache"] = {key: value for key, value in repo.config["cache"].items() if key in ("type", "shared")}
+        config["cache"]["dir"] = repo.cache.local_cache_dir
+
+
+def repro(name: str, place: Path, lock: int) -> None:
+    """Run the pipeline in the workspace. Raises UserError where it stops."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{ENVIRONMENT['PATH']}"
+    environment = {key: value for key, value in ENVIRONMENT.items() if key != "DVC_ROOT"} | {
+        "REFUSAL_STORE": str(STORE),
+        "PATH": path,
+    }
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # else DVC would be left at work
+    for command in (["stages.restore"], ["dvc", "repro"]):
+        with subprocess.Popen([sys.executable, "-m", *command], cwd=place, env=environment, pass_fds=(lock,)) as process:
+            try:
+                failed = process.wait()
+            except BaseException:
+                process.terminate()
+                raise
+        if failed:
+            raise UserError(f"{name} stopped as it says above; fix that, and `make study STUDY={name}` goes on")
+
+
+def collect(name: str, place: Path, asked: dict[str, Any]) -> None:
+    """Copy what may be committed, and the page, to where they belong; study.json last, which says what made them."""
+    target = STUDIES / name
+    for folder in RESULTS:
+        shutil.rmtree(target / folder, ignore_errors=True)
+        shutil.copytree(place / folder, target / folder)
+    shutil.copyfile(place / "dvc.lock", target / "dvc.lock")
+    report_of(name).parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(place / "report/index.html", report_of(name))
+    write_json(target / "study.json", made_by(name, asked) | {"code": code(place)})
+
+
+def report_of(name: str) -> Path:
+    """The page of a study, which holds completions and is not committed."""
+    return Path("report") / name / "index.html"
+
+
+def made_by(name: str, raw: dict[str, Any]) -> dict[str, str]:
+    """Hashes of a study's overlay and of all its parameters but those that determine no value."""
+    text = json.dumps({key: value for key, value in raw.items() if key != "compute"}, sort_keys=True)
+    return {
+        "overlay": hashlib.sha256(overlay_of(name).read_bytes()).hexdigest(),
+        "params": hashlib.sha256(text.encode()).hexdigest(),
+    }
+
+
+def code(root: Path) -> dict[str, str]:
+    """A hash of the code that each stage depends on, in the repository or a workspace, as dvc.yaml declares it."""
+    stages = yaml.safe_load((root / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
+    of_code = ("refusal/", "stages/")
+    return code_of_stages(
+        {name: [dep for dep in declared["deps"] if dep.startswith(of_code)] for name, declared in stages.items()}, root
+    )
+
+
+def state(name: str) -> str:
+    """Whether the committed figures of a study are those of its overlay, of params.yaml and of the code as they are now."""
+    made = STUDIES / name / "study.json"
+    if not made.is_file():
+        return "not run yet"
+    known, now = read_json(made), made_by(name, parameters(name))
+    changed = "overlay" if known["overlay"] != now["overlay"] else "params.yaml" if known["params"] != now["params"] else None
+    said = [f"{changed} has changed since" if changed else "", age(known["code"], code(Path()))]
+    return "; ".join(filter(None, said)) or "up to date"
+
+
+if __name__ == "__main__":
+    stage(main)

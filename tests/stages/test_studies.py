@@ -1,0 +1,113 @@
+"""The overlays that lie ready in studies/: each is planned and brought in, on a hub on loopback that has small stand-ins."""
+
+import hashlib
+import json
+import shutil
+import sys
+
+import pytest
+import yaml
+from checkpoints import GEMMA, LLAMA, byte_level
+from hub_server import Hub, serve
+from place import ROOT, Place, params_with
+from qwen1_layout import LATE, tensors, write
+
+from refusal.io.errors import UserError
+from refusal.io.params_file import load_params, overlaid
+from stages import studies
+
+CHATML = (
+    "{% for m in messages %}<start_of_turn>{{ m['role'] }}\n{{ m['content'] }}<end_of_turn>\n{% endfor %}"
+    "{% if add_generation_prompt %}<start_of_turn>assistant\n{% endif %}"
+)
+# What stands in for the model of each overlay: the same architecture, three layers of random weights.
+STAND_INS = {
+    "qwen-1_8b-chat": lambda folder: write(folder, LATE | {"seq_length": 512}, tensors(), buffers=False),
+    "qwen2.5-7b-instruct": lambda folder: byte_level(folder, "qwen2", CHATML),
+    "llama-3.2-1b-instruct": lambda folder: byte_level(folder, "llama", LLAMA, tie_word_embeddings=True),
+    "gemma-2-2b-it": lambda folder: byte_level(folder, "gemma2", GEMMA),
+}
+
+
+@pytest.fixture
+def place(tmp_path):
+    """A folder with the studies, and pairs and harmless prompts of few words."""
+    shutil.copytree(ROOT / "studies", tmp_path / "studies")
+    place = Place(tmp_path)
+    pairs = [{"harmful": f"Pick lock w{i} x{i}?", "safe": f"Paint wall y{i} z{i}?"} for i in range(30)]
+    place.write("data/raw/pairs.jsonl", "".join(json.dumps(row) + "\n" for row in pairs))
+    place.write("data/raw/harmless.jsonl", "".join(json.dumps({"prompt": f"Bake cake u{i} v{i}."}) + "\n" for i in range(30)))
+    return place
+
+
+def test_every_overlay_that_lies_ready_is_tested_here():
+    found = {path.stem for path in (ROOT / "studies").glob("*.yaml")}
+    assert found - {"qwen2.5-coder-0.5b-instruct"} == set(STAND_INS)
+    table = (ROOT / "docs/studies.md").read_text()
+    assert all(f"| `{name}` |" in table for name in found)
+
+
+@pytest.mark.parametrize("name", STAND_INS)
+def test_a_study_of_a_gpu_is_planned_and_its_model_brought_in(tmp_path, place, name):
+    STAND_INS[name](tmp_path / "source")
+    model = overlaid(tmp_path / "params.yaml", tmp_path / f"studies/{name}.yaml")["model"]
+    with serve(Hub({model["id"]: {path.name: path.read_bytes() for path in (tmp_path / "source").iterdir()}})) as hub:
+        hub.commit = model["revision"]
+        planned = place.run(sys.executable, "-m", "stages.plan", name, HF_ENDPOINT=hub.url)
+        assert planned.status == 0, planned.said
+        assert f"{model['id']}: " in planned.said and ", 3 layers, " in planned.said
+        assert "4 adapters of kilobytes" in planned.said
+        assert not [path for _, path, _ in hub.requests if path.endswith(".safetensors")]
+        # As the workspace of the study has it, but for the GPU.
+        params = overlaid(tmp_path / "params.yaml", tmp_path / f"studies/{name}.yaml")
+        (tmp_path / "params.yaml").write_text(json.dumps(params))
+        params_with(tmp_path, {"model.device": "cpu", "generation.max_new_tokens": 4})
+        brought_in = place.stage("model", HF_ENDPOINT=hub.url)
+        assert brought_in.status == 0, brought_in.said
+    found = json.loads((tmp_path / "metrics/model.json").read_text())
+    assert (found["id"], found["commit"], found["n"]) == (model["id"], model["revision"], 3)
+
+
+def test_a_given_file_is_named_by_its_hash(place, tmp_path, monkeypatch):
+    work = tmp_path / "work"
+    work.mkdir()
+    given = place.write("elsewhere/a model.gguf", "GGUF")
+    asked = {"model": {"id": "owner/name", "revision": "v1.0", "file": "b.gguf", "dtype": "float32"}, "seed": 0}
+    digest = hashlib.sha256(b"GGUF").hexdigest()
+    for _ in range(2):  # a second run finds it there
+        adapted = studies.adapted(asked, work, given)
+        assert adapted["model"] == {"id": f"given/{digest}.gguf", "revision": None, "file": None, "dtype": "float32"}
+        assert (work / adapted["model"]["id"]).read_bytes() == b"GGUF" and adapted["seed"] == 0
+    monkeypatch.setattr(studies.os, "link", lambda *_: (_ for _ in ()).throw(OSError))  # another disk
+    assert studies.adapted(asked, work, given) == adapted and (work / adapted["model"]["id"]).read_bytes() == b"GGUF"
+    with pytest.raises(UserError, match=r"REAL_MODEL: \S+ is no .gguf file"):
+        studies.adapted(asked, work, tmp_path)
+
+
+def test_a_folder_is_that_of_the_repository(tmp_path, monkeypatch):
+    work = tmp_path / ".refusal-store/studies/mine"
+    monkeypatch.setattr(studies, "ROOT", tmp_path)
+    for model, wanted in (
+        ({"id": "../models/mine", "revision": None}, "../../../../models/mine"),
+        ({"id": "/models/mine", "revision": None}, "/models/mine"),
+        ({"id": "organism", "revision": None}, "organism"),
+        ({"id": "owner/name", "revision": "v1.0"}, "owner/name"),
+    ):
+        assert studies.adapted({"model": model}, work)["model"]["id"] == wanted
+
+
+def test_a_workspace_has_all_that_the_pipeline_reads_and_no_stage_makes():
+    stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"].values()
+    made = {out if isinstance(out, str) else next(iter(out)) for stage in stages for out in stage["outs"]}
+    read = {dep for stage in stages for dep in stage["deps"]} - made
+    assert [path for path in read if not any(path == source or path.startswith(f"{source}/") for source in studies.SOURCES)] == []
+
+
+def test_what_a_workspace_reads_as_yaml_is_what_was_asked(tmp_path):
+    """Text that would read as a number, and letters beyond the first plane."""
+    asked = yaml.safe_load((ROOT / "params.yaml").read_text())
+    asked["model"]["system_prompt"] = "1e5"
+    asked["prompts"]["source"] = "data/raw/\U0001f512 ü.jsonl"
+    (tmp_path / "params.yaml").write_text(json.dumps(asked, indent=2, ensure_ascii=False), encoding="utf-8")
+    params = load_params(tmp_path / "params.yaml")
+    assert params.model.system_prompt == "1e5" and params.prompts.source == "data/raw/\U0001f512 ü.jsonl"
