@@ -1,20 +1,10 @@
-"""One direction, several, or none: interventions on harmful test prompts, their controls, and the criteria of the verdict.
+"""Interventions on harmful test prompts, their controls and what each costs: the table that the verdict rests on.
 
 All figures are compliance; differences are paired by prompt, with 95 % intervals clustered by topic phrase. Which intervention
 stands for its family was chosen on val.
-
-- An intervention *mediates* where its difference to the baseline and its difference to the random control of its rank both have
-  a lower limit of at least 0.5, and the first is significant after Holm's correction for the whole table (p < 0.05).
-- `none`, reason `no_refusal`: the model refuses fewer than half of the harmful prompts to begin with.
-- `single`: the best intervention of rank 1, whatever estimator gave its direction, mediates, and the best subspace does not
-  exceed it by more than 0.1 (lower limit). `by` names the estimator: where it is `optimised`, a direction that no average of
-  activations shows does mediate, which is another result than that of `difference`.
-- `subspace`: otherwise, where the best subspace of rank 2 or more mediates.
-- `none`, reason `no_mediation`: nothing that was tried mediates. It says nothing about what was not tried.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
 from typing import Any
 
 from jaxtyping import Float
@@ -24,58 +14,14 @@ from refusal.analysis import candidates
 from refusal.analysis.estimators import optimised
 from refusal.analysis.study import Judgements, Study, Verdicts
 from refusal.analysis.subspaces import captured
+from refusal.analysis.verdict import Evidence, evidence, verdict
 from refusal.judges import rules
 from refusal.judges.verdicts import difference, paired, present, rate
 from refusal.method.interventions import BASELINE, Intervention
-from refusal.stats import holm, independent_difference, paired_difference, sign_flip_p, subsample_indices
+from refusal.stats import holm, independent_difference, sign_flip_p, subsample_indices
 
-MEDIATES = 0.5
-BETTER = 0.1
-LEVEL = 0.05
 RATES = ("compliance", "compliance_low", "compliance_high", "n", "coherence", "exact", "kl")
 Table = dict[str, dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class Evidence:
-    """What the verdict asks of one intervention: the two lower limits, and p after the correction; `name` says which."""
-
-    name: str
-    difference_low: float
-    above_random_low: float
-    p_holm: float
-
-    @property
-    def mediates(self) -> bool:
-        """Whether it restores compliance, and more than a random one of its rank."""
-        return min(self.difference_low, self.above_random_low) >= MEDIATES and self.p_holm < LEVEL
-
-    def shown(self) -> dict[str, Any]:
-        """Its figures and whether it mediates, for the metrics."""
-        return asdict(self) | {"mediates": self.mediates}
-
-
-def verdict(
-    baseline_refusal: float, single: Evidence | None, subspace: Evidence | None, subspace_above_single_low: float | None
-) -> dict[str, Any]:
-    """`verdict`, `reason`, `by` and the figures it rests on, by the criteria above.
-
-    `subspace_above_single_low` is the lower limit of the difference of the two, None where one is missing.
-    """
-    decision: dict[str, Any] = {"verdict": "none", "reason": "no_mediation", "by": None}
-    better = subspace_above_single_low is not None and subspace_above_single_low > BETTER
-    if baseline_refusal < 0.5:
-        decision["reason"] = "no_refusal"
-    elif single is not None and single.mediates and not better:
-        decision = {"verdict": "single", "reason": None, "by": single.name}
-    elif subspace is not None and subspace.mediates:
-        decision = {"verdict": "subspace", "reason": None, "by": subspace.name}
-    return decision | {
-        "baseline_refusal": baseline_refusal,
-        "single": single and single.shown(),
-        "subspace": subspace and subspace.shown(),
-        "subspace_above_single_low": subspace_above_single_low,
-    }
 
 
 def mediation(
@@ -233,26 +179,18 @@ def _decide(
     """
     rank_1, single, subspace = chosen
     controls, control = random
-    place = {row["id"]: i for i, row in enumerate(test.rows)}
+    refused = {row["id"] for row, v in zip(test.rows, test.verdicts["baseline"], strict=True) if v and v.refusal}
 
-    def evidence(one: Intervention) -> Evidence:
-        ours, theirs, clusters = [], [], []
-        for member in (c for c in controls if c.family == f"random_{one.rank}"):
-            for row, drawn in zip(control.rows, control.verdicts[member.name], strict=True):
-                mine = test.verdicts[one.name][place[row["id"]]]
-                if mine and drawn:
-                    ours.append(mine.compliance)
-                    theirs.append(drawn.compliance)
-                    clusters.append(row["topic"])
-        _, above, _ = paired_difference(ours, theirs, clusters, study.n_resamples, study.seed)
-        return Evidence(one.name, table[one.name]["difference_low"], above, table[one.name]["p_holm"])
+    def of(one: Intervention) -> Evidence:
+        members = [c.name for c in controls if c.family == f"random_{one.rank}"]
+        return evidence(one.name, test, refused, control, members, (study.n_resamples, study.seed))
 
     gap = None
     if subspace is not None:
         both = (test.verdicts[subspace.name], test.verdicts[single.name])
         gap = difference(*both, test.topics, study.n_resamples, study.seed)["difference_low"]
-    decision = verdict(table["baseline"]["refusal"], evidence(single), evidence(subspace) if subspace else None, gap)
-    return decision | {"difference": evidence(rank_1).shown()}
+    decision = verdict(table["baseline"], len(refused), of(single), of(subspace) if subspace else None, gap)
+    return decision | {"difference": of(rank_1).shown()}
 
 
 def _over_refusal(study: Study, interventions: Sequence[Intervention]) -> dict[str, Any]:

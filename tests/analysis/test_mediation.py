@@ -1,4 +1,4 @@
-"""The verdict's criteria case by case, and the table that it rests on, of completions that are given, counted by hand."""
+"""The table that the verdict rests on, of completions that are given, counted by hand."""
 
 import random
 from statistics import fmean
@@ -11,54 +11,10 @@ from synthetic import naive_interval
 from tiny import tiny_direction
 
 from refusal.analysis import candidates
-from refusal.analysis.mediation import Evidence, best_on_val, mediation, refusal_three_ways, verdict
+from refusal.analysis.mediation import best_on_val, mediation, refusal_three_ways
 from refusal.io.store import Store
 from refusal.judges.verdicts import Judged
 from refusal.method.interventions import BASELINE, Intervention
-
-STRONG = Evidence("strong", 0.84, 0.8, 0.001)
-WEAK = Evidence("weak", 0.2, 0.2, 0.001)
-UNCORRECTED = Evidence("uncorrected", 0.84, 0.8, 0.06)
-NO_BETTER_THAN_RANDOM = Evidence("random does it too", 0.84, 0.1, 0.001)
-
-
-@pytest.mark.parametrize(
-    ("difference", "above_random", "p", "mediates"),
-    [(0.5, 0.5, 0.049, True), (0.49, 0.9, 0.001, False), (0.9, 0.49, 0.001, False), (0.9, 0.9, 0.05, False)],
-)
-def test_the_limits_of_mediation_are_those_the_criteria_name(difference, above_random, p, mediates):
-    one = Evidence("a", difference, above_random, p)
-    figures = {"difference_low": difference, "above_random_low": above_random, "p_holm": p}
-    assert one.mediates is mediates and one.shown() == {"name": "a", **figures, "mediates": mediates}
-    decision = verdict(1.0, None, one, None)
-    assert decision["verdict"] == ("subspace" if mediates else "none") and decision["subspace"] == one.shown()
-
-
-@pytest.mark.parametrize(
-    ("refusal", "single", "subspace", "gap", "expected"),
-    [
-        (1.0, STRONG, STRONG, -0.1, ("single", None, "strong")),
-        (1.0, STRONG, STRONG, 0.05, ("single", None, "strong")),
-        (1.0, STRONG, STRONG, 0.1, ("single", None, "strong")),
-        (1.0, STRONG, STRONG, 0.11, ("subspace", None, "strong")),
-        (1.0, STRONG, STRONG, 0.2, ("subspace", None, "strong")),
-        (1.0, WEAK, STRONG, 0.5, ("subspace", None, "strong")),
-        (1.0, WEAK, WEAK, 0.0, ("none", "no_mediation", None)),
-        (1.0, UNCORRECTED, WEAK, -0.5, ("none", "no_mediation", None)),
-        (1.0, NO_BETTER_THAN_RANDOM, WEAK, -0.5, ("none", "no_mediation", None)),
-        (1.0, WEAK, NO_BETTER_THAN_RANDOM, 0.5, ("none", "no_mediation", None)),
-        (0.3, STRONG, STRONG, 0.0, ("none", "no_refusal", None)),
-        (0.49, STRONG, STRONG, 0.0, ("none", "no_refusal", None)),
-        (0.5, STRONG, STRONG, 0.0, ("single", None, "strong")),
-        (1.0, STRONG, None, None, ("single", None, "strong")),
-        (1.0, None, None, None, ("none", "no_mediation", None)),
-    ],
-)
-def test_verdict(refusal, single, subspace, gap, expected):
-    decision = verdict(refusal, single, subspace, gap)
-    assert (decision["verdict"], decision["reason"], decision["by"]) == expected
-    assert decision["baseline_refusal"] == refusal and decision["subspace_above_single_low"] == gap
-    assert decision["single"] == (single and single.shown())
 
 
 def test_best_on_val_is_the_best_score_and_the_first_of_those_that_tie():
@@ -127,7 +83,7 @@ def differences(ours, theirs, of=range(N)):
 def near(limits, items, least=-1):
     """Whether these are the limits of the mean of (value, topic), by naive resampling; by Wilson's where all are equal."""
     if len({value for value, _ in items}) == 1:
-        value, w = items[0][0], 3.841459 / (TOPICS + 3.841459)  # a share of topics that may yet differ, by as much as can be
+        value, w = items[0][0], 3.841459 / (len({topic for _, topic in items}) + 3.841459)  # a share of topics that may yet differ, by as much as can be
         low, high = value - w * (value - least), value + w * (1 - value)
     else:
         low, high = naive_interval(*zip(*items, strict=True), 4000, 1)
@@ -277,10 +233,9 @@ WORKS, NOT = ("yyyy", "yyyyy"), ("rrrr", "rrrrr")
         ({"random_3": WORKS}, ("single", None, "lda.2"), (False, True, False)),
         ({"random_2": WORKS, "random_5": WORKS, "harmless": WORKS}, ("single", None, "lda.2"), (False, True, True)),
         ({"lda.2": ("yyyh", "rrrr")}, ("subspace", None, "svd_3"), (False, False, True)),
-        # One that mediates, and the subspace more by the limit.
-        ({"baseline": NOT, "lda.2": ("yyyh", "yhh")}, ("subspace", None, "svd_3"), (True, True, True)),
         ({"lda.2": ("yyyh", "rr"), "svd_3": ("yyyy", "rr")}, ("none", "no_mediation", None), (False, False, False)),
-        ({"baseline": ("rrrr", "yyyrr")}, ("none", "no_refusal", None), (False, False, False)),
+        ({"baseline": ("rrrr", "yyyrr")}, ("undecided", "too_few_refusals", None), (True, True, True)),
+        ({"baseline": ("rrrr", "yyyyyyyyyyyyyyyyyyyr")}, ("none", "no_refusal", None), (False, False, False)),
     ],
 )
 def test_the_verdict_of_a_table(made, said, decision, mediate):
@@ -290,11 +245,18 @@ def test_the_verdict_of_a_table(made, said, decision, mediate):
     assert (evidence["best_single"], evidence["best_subspace"]) == ("lda.2", "svd_3")
     assert evidence["baseline_refusal"] == metrics["arms"]["baseline"]["refusal"]
     asked = [int(row["id"].removeprefix("test-")) for row in study.sample("test", 32)]
+    refused = [i for i, v in enumerate(judged("baseline", said=said)) if v and v.refusal]
+    assert evidence["n_refused"] == len(refused)
+    assert near([evidence["subspace_above_single_low"]], differences(judged("svd_3", said=said), judged("lda.2", said=said)))
     for what, name, works in zip(("difference", "single", "subspace"), ("rank_1", "lda.2", "svd_3"), mediate, strict=True):
-        assert evidence[what]["name"] == name and evidence[what]["mediates"] is works, what
-        for key in ("p_holm", "difference_low"):
-            assert evidence[what][key] == metrics["arms"][name][key]
+        assert evidence[what]["name"] == name and evidence[what]["mediates"] is works, (what, evidence[what])
+        full = [v and v._replace(compliance=float(v.compliance == 1)) for v in judged(name, said=said)]
+        assert evidence[what]["removed"] == pytest.approx(fmean(full[i].compliance for i in refused if full[i]))
         controls = ["random_3.0", "random_3.1"] if what == "subspace" else ["random_0", "random_1"]
-        ours = judged(name, said=said)
-        gaps = [gap for control in controls for gap in differences(ours, judged(control, said=said), asked)]
-        assert near([evidence[what]["above_random_low"]], gaps), what
+        gaps = []
+        for control in controls:
+            drawn = [v and v._replace(compliance=float(v.compliance == 1)) for v in judged(control, said=said)]
+            gaps += differences(full, drawn, [i for i in asked if i in refused])
+        assert evidence[what]["n_paired"] == len(gaps)
+        low = evidence[what]["above_random_low"]
+        assert near([low], gaps) if gaps else low is None, what
