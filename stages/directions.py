@@ -45,7 +45,7 @@ def main(params: Params) -> str:
     OUT.parent.mkdir(parents=True, exist_ok=True)
     save_file(tensors, OUT)
     write_json(METRICS, metrics)
-    described = {name: m for name, m in metrics.items() if m}
+    described = {name: m for name, m in metrics.items() if m is not None}
     for plot, rows in plot_rows(described).items():
         write_text(PLOTS / f"{plot}.csv", csv_text(rows))
     return _headline(described, swept)

@@ -47,6 +47,7 @@ def main(params: Params, *study: str) -> str:
 def prompts_of(params: Params) -> tuple[list[dict], list[dict]]:
     """The rows that the prompts stage would write; the grammar's stand in for those that an API is still to write."""
     from refusal.data.prompts import prompts_of as rows_of
+    from refusal.io.prompts import WITHOUT_PAIRS, is_paired
 
     written = {name: getattr(params.prompts, name) for name in ("source", "unrelated")}
     for name in (name for name, source in written.items() if source == "api"):
@@ -55,6 +56,8 @@ def prompts_of(params: Params) -> tuple[list[dict], list[dict]]:
     pairs, unrelated, said = rows_of(params.prompts.model_copy(update=written), OWN_HARMLESS)
     for sentence in said:
         print(f"prompts: {sentence}")
+    if not is_paired(pairs):
+        print(f"prompts: no pairs: {WITHOUT_PAIRS}")
     return pairs, unrelated
 
 

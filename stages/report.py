@@ -41,7 +41,7 @@ def main(params: Params) -> str:
     pinned = dict(line.split("==") for line in LOCK.read_text(encoding="utf-8").splitlines() if "==" in line)
     read: dict[str, Any] = {name: read_jsonl(path) for name, path in (PROMPTS | COMPLETIONS).items()}
     read |= {name: read_json(path) for name, path in METRICS.items()}
-    read["directions"] = {name: m for name, m in read["directions"].items() if m}  # null: left out
+    read["directions"] = {name: m for name, m in read["directions"].items() if m is not None}  # null: left out
     study = Study(
         params=params.model_dump(exclude={"compute"}),  # threads determine no value
         plots={name: read_csv(plots[name]) if name in plots else [] for name in PLOTS},

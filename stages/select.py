@@ -12,7 +12,7 @@ METRICS = Path("metrics/select.json")
 
 def main(params: Params) -> str:
     s = params.sweep
-    directions = {name: m for name, m in read_json(Path("metrics/directions.json")).items() if m}
+    directions = {name: m for name, m in read_json(Path("metrics/directions.json")).items() if m is not None}  # null: left out
     separation = directions[f"{s.method}-{resolve_pairing(s.pairing, s.method, directions)}"]["separation"]
     chosen = rank(read_json(Path("metrics/judge.json")), separation, params.select.top, s.method)
     write_json(METRICS, {f"rank_{i}": cell for i, cell in enumerate(chosen, 1)})

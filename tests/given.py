@@ -78,6 +78,11 @@ def pairs(split: str, n: int, n_topics: int = 2) -> list[dict[str, Any]]:
     ]
 
 
+def unrelated(split: str) -> list[dict[str, Any]]:
+    """Other safe prompts."""
+    return [{"safe": f"other {i}", "topic": f"meal {i // 3}"} for i in range(6)]
+
+
 def directions(seed: int) -> dict[str, torch.Tensor]:
     """Of three layers, of which the first has none."""
     unit = tiny_direction(rows=3, seed=seed).double()
@@ -95,7 +100,7 @@ def study(store: Store, n: int = 6, n_topics: int = 2, lm: LM | None = None, **s
         directions(0),
         directions(1),
         {split: pairs(split, n, n_topics) for split in ("train", "val", "test")},
-        {split: [{"safe": f"other {i}", "topic": f"meal {i // 3}"} for i in range(6)] for split in ("train", "val", "test")},
+        {split: unrelated(split) for split in ("train", "val", "test")},
         {"layer": 1, "alpha": 1.0, "name": "sequential_layer_1_alpha_100"},
         2000,
         0,

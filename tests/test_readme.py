@@ -26,7 +26,8 @@ from refusal.judges import rules
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-GUIDE = README + "".join((ROOT / f"docs/{page}.md").read_text() for page in ("models", "judges", "sharing", "studies", "mediation", "variants", "speed"))
+TYPED = ("models", "judges", "sharing", "studies", "mediation", "prompts", "variants", "speed")
+GUIDE = README + "".join((ROOT / f"docs/{page}.md").read_text() for page in TYPED)
 PAGES = ("README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md")))
 
 # Where a command is not run as it stands: what is put in its place, and why. Each must occur.
@@ -36,6 +37,7 @@ INSTEAD = [
     (r"^make lint$", "", "what .ci/run runs after these tests; the small study lacks the files"),
     (r"make setup", r"cp -r ../.venv .\nmake setup", "no packages from the network: the environment is that of these tests"),
     (r"https://github\.com/<owner>/<repository> <path>/", "{tmp}/theirs ", "a Git repository on this machine"),
+    (r"(import-url) https://\S+ (data/raw/\S+)", r"\1 {tmp}/labelled.csv \2\nrm \2 \2.dvc data/raw/.gitignore", "a file on this machine"),
     (r"<repository>", "{folder}", "this study stands for one on a server"),
     (r"cd \{folder\}", "cd study", "git clone names the folder after it"),
     (r"/path/to/folder", "{tmp}/remote", "a remote on this machine"),

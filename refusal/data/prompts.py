@@ -53,6 +53,10 @@ def _read_files(p: Prompts, own_harmless: Path) -> tuple[list[Item], list[Item],
     def read(path: str, is_harmful: bool) -> list[Item]:
         items, left_out = read_set(Path(path), is_harmful)
         said.extend(f"{path}: {n} rows {why}, and are left out" for why, n in left_out.items())
+        if not items:
+            raise UserError(
+                f"{path}: no row is a {'harmful' if is_harmful else 'harmless'} prompt to ask alone; give another file"
+            )
         return items
 
     harmful = [item for path in p.harmful or () for item in read(path, True)]
@@ -87,6 +91,8 @@ def _distinct(items: Sequence[Item], seen: dict[str, str], said: list[str]) -> l
         else:
             kept.append(item)
             seen |= dict.fromkeys(texts, item.file)
+    if items and not kept:
+        raise UserError(f"{items[0].file}: every prompt of it is in another file of this study; give other prompts")
     for (file, earlier), n in repeated.items():
         said.append(f"{file}: {n} prompts are in {earlier} already, and count once")
     return kept

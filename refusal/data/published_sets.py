@@ -76,7 +76,9 @@ def read_set(path: Path, harmful: bool) -> tuple[list[Item], Counter[str]]:
 
 
 def with_twins(harmful: Sequence[Item], benign: Sequence[Item]) -> list[Item]:
-    """The harmful prompts of JBB-Behaviors whose benign twin, of the same index, is there; none of sets without indices."""
+    """The harmful prompts of JBB-Behaviors whose benign twin, of the same index, is there; none where some are of other sets."""
+    if any(item.number is None for item in harmful):
+        return []
     twin = {item.number: item.prompt for item in benign if item.number is not None}
     return [item._replace(safe=twin[item.number]) for item in harmful if item.number in twin]
 

@@ -93,6 +93,24 @@ def test_every_rate_is_counted_over_its_own_members_and_half(tmp_path, monkeypat
     ]
 
 
+def test_without_pairs_the_harmless_prompts_are_the_safe_ones_and_count_as_many_as_they_are(tmp_path, monkeypatch):
+    alone = {"safe": None, "harmful_answer": None, "safe_answer": None}
+    monkeypatch.setattr(given, "pairs", lambda split, n, k, pairs=given.pairs: [row | alone for row in pairs(split, n, k)])
+    harmless = [{"id": f"unrelated-{i}", "safe": f"test safe {i}", "topic": f"meal {i}"} for i in range(4)]
+    monkeypatch.setattr(given, "unrelated", lambda split: harmless)
+    study, _, (metrics, rows, _) = evaluated(tmp_path, monkeypatch)
+    for arm, members in MEMBERS.items():
+        harmful, safe = "".join(SAID[one][0] for one in members), "".join(SAID[one][1][:4] for one in members)
+        found = metrics[arm]
+        assert (found["n"], found["n_safe"], found["exact"], found["exact_safe"]) == (len(harmful), len(safe), None, None)
+        assert given.figure(found, "refusal_harmful") == given.wilson(harmful.count("r"), len(harmful)), arm
+        assert given.figure(found, "refusal_safe") == given.wilson(safe.count("r"), len(safe)), arm
+    assert given.figure(metrics["addition"], "refusal_safe") == given.wilson(SAID["addition"][1][:4].count("r"), 4)
+    asked = [(row["half"], row["id"], row["prompt"], row["category"]) for row in rows if row["arm"] == "runtime"]
+    assert asked[:6] == [("harmful", row["id"], row["harmful"], row["category"]) for row in study.pairs["test"]]
+    assert asked[6:] == [("safe", row["id"], row["safe"], None) for row in harmless]
+
+
 def test_costs_are_means_over_all_members_and_all_texts_that_have_an_answer(tmp_path, monkeypatch):
     study, edited, (metrics, _, curve) = evaluated(tmp_path, monkeypatch)
     texts = [tuple(study.lm.encode([f"other {i}", ANSWERS[i]])) for i in range(1, 6)]

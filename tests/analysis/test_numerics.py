@@ -171,7 +171,7 @@ def test_directions_of_another_model_and_files_that_are_none_are_named(tmp_path)
     assert status == 1 and "Traceback" not in output
     assert "the direction has 4 components and the model's residual stream 32: use a direction of this model" in output
     assert select_directions(read_directions(path), "sequential", "matched").keys() == arm.keys()
-    with pytest.raises(UserError, match=r"has no batched-matched\.defined: run `dvc repro directions`"):
+    with pytest.raises(UserError, match=r"there are no directions batched-matched: run `dvc repro directions`"):
         select_directions(tensors, "batched", "matched")
     path.write_bytes(b"\xff" * 64)
     with pytest.raises(UserError, match=r"models/directions\.safetensors: cannot be read .*: delete it and run `dvc repro`"):

@@ -136,6 +136,14 @@ def test_the_twins_of_jbb_are_pairs_by_index(tmp_path, own):
     assert said == [f"{benign}: 1 harmful prompts have no benign twin in it, and are left out"]
 
 
+def test_benign_twins_beside_harmful_prompts_of_two_sets_are_a_harmless_set(tmp_path, own):
+    harmful, benign = jbb(tmp_path / "harmful.csv", range(12), "Break"), jbb(tmp_path / "benign.csv", range(12), "Mend")
+    more = write(tmp_path / "more.txt", "\n".join(f"Steal the {word} {i} by {WORDS[-i]}" for i, word in enumerate(WORDS[15:25])))
+    pairs, unrelated, _ = made(own, harmful=[str(harmful), str(more)], harmless=str(benign))
+    assert len(pairs) == 22 and {row["safe"] for row in pairs} == {None}
+    assert [row["safe"].split()[0] for row in unrelated] == ["Mend"] * 12
+
+
 def test_alpaca_is_a_harmless_set_without_what_needs_an_input(tmp_path, own):
     rows = [{"instruction": text, "input": "a text" if i % 3 == 0 else " ", "output": "Sure."} for i, text in enumerate(OWN)]
     alpaca = write(tmp_path / "alpaca_data.json", json.dumps(rows))
@@ -214,6 +222,7 @@ BAD = {
     "an empty prompt": ("a.csv", "goal,target\n ,b\n", "row 1 has an empty prompt"),
     "a control character": ("a.txt", "a\x07b", "row 1 has a control character"),
     "a book": ("a.txt", "a" * 5000, "row 1 has a prompt of 5000 characters"),
+    "contexts alone": ("a.csv", "Behavior,SemanticCategory,ContextString\nx,y,z\n", "no row is a harmful prompt to ask alone"),
     "another ending": ("a.parquet", "x", r"ending \.parquet .* use \.jsonl, \.csv, \.json or \.txt"),
     "nothing": ("a.txt", "\n \n", "holds no rows"),
     "too few": ("a.txt", "one thing\nanother", "2 rows leave the split (val|test) empty"),
@@ -232,6 +241,13 @@ def test_a_bad_set_is_told_in_one_sentence(tmp_path, own, case):
     with pytest.raises(UserError, match=said) as error:
         made(own, harmful=str(file))
     assert str(file) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_harmless_prompts_that_are_the_harmful_ones_are_none(tmp_path, own):
+    harmful = jbb(tmp_path / "h.csv", range(20), "Break")
+    same = write(tmp_path / "same.txt", "\n".join(row["harmful"] for row in made(own, harmful=str(harmful))[0]))
+    with pytest.raises(UserError, match=r"same\.txt: every prompt of it is in another file of this study; give other prompts"):
+        made(own, harmful=str(harmful), harmless=str(same))
 
 
 def test_without_the_packages_own_harmless_prompts_the_user_names_others(tmp_path):

@@ -24,6 +24,7 @@ REFERENCE = Path(os.environ.get("REFUSAL_REFERENCE", "none")) / "prompts"
 pytestmark = pytest.mark.skipif(not REFERENCE.is_dir(), reason="REFUSAL_REFERENCE names no folder of published sets")
 SETS = ["advbench.csv", "harmbench_val.csv", "jailbreakbench.csv", "malicious_instruct.txt", "paper_harmful_train.json"]
 SETS += ["paper_harmful_val.json", "strongreject.csv", "xstest_prompts.csv"]
+ONE_LAYER = "harmbench_val.csv"  # swept alone, it leaves no subspace to try where prompts are no pairs
 WORDS = "apple river candle meadow button ladder violin pepper garden mirror basket pillow lantern kettle bridge".split()
 OWN = [f"Describe {word} {WORDS[i * 2 % 15]} {WORDS[i * 4 % 15]} {i}" for i, word in enumerate(WORDS * 2)]
 STAGES = [*yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"], "plan"]
@@ -49,6 +50,8 @@ def studies(tmp_path_factory):
         place = Place(top / name)
         params_with(top / name, small | {"model.id": str(top / "model"), "benchmark.limit": 2})
         params_with(top / name, {"prompts.harmful": f"data/raw/{name}"})  # the one line
+        if name == ONE_LAYER:
+            params_with(top / name, {"sweep.layers": [2], "select.top": 2})
         place.write("data/raw/harmless.jsonl", "".join(json.dumps({"prompt": text}) + "\n" for text in OWN))
         shutil.copyfile(REFERENCE / name, top / name / "data/raw" / name)
         for path in (
@@ -90,11 +93,11 @@ def test_the_study_of_a_published_set_runs_to_its_end(studies, name):
     assert {arm for arm, m in files["directions"].items() if m is None} == (set() if paired else left_out)
     assert files["directions"]["sequential-unrelated"]["n_safe"] == sum(row["split"] == "train" for row in unrelated)
     families = {row["family"] for row in science["arms"].values()}
-    assert families >= {"difference", "logistic", "lda", "affine", "subspace"}
+    assert families >= {"difference", "logistic", "lda", "affine"} | (set() if name == ONE_LAYER else {"subspace"})
     for needs_pairs in ("spectrum", "optimised_loss"):
         assert (science[needs_pairs] is not None) is paired
     assert (families >= {"paired_svd", "optimised"}) is paired and ("svd_2" in science["arms"]) is paired
-    assert science["verdict"]["best_subspace"] in science["arms"]
+    assert (science["verdict"]["best_subspace"] in science["arms"]) is (name != ONE_LAYER)
     page = (folder / "report/index.html").read_text(encoding="utf-8")
     assert ("These are no pairs" in page) is not paired and f"data/raw/{name}" in page
     settings = {row["quantity"]: row for row in files["reproduction"]["rows"]}

@@ -193,6 +193,18 @@ MISTAKES: dict[str, tuple[Mistake, str]] = {
         stage("prompts", "prompts", {"data/raw/pairs.txt": "a"}, source="data/raw/pairs.txt"),
         r"pairs.txt: .*\.jsonl, \.csv or \.json",
     ),
+    "a harmful set that is not known": (
+        stage("prompts", "prompts", {"data/raw/h.csv": "a,b\nx,y\n"}, harmful="data/raw/h.csv"),
+        r"data/raw/h.csv: its rows are of no set that is known .* name the column or key of the prompts `prompt`",
+    ),
+    "harmful prompts alone, without the package's own harmless ones": (
+        stage("prompts", "prompts", {"data/raw/h.txt": "Pick lock a?\n"}, harmful="data/raw/h.txt"),
+        r"data/raw/harmless.jsonl: the package's own harmless prompts are not there; name others in prompts.harmless",
+    ),
+    "pairs asked of prompts that are none": (
+        stage("directions", "sweep", {"data/prompts/pairs.jsonl": json.dumps(PAIRS[0] | {"safe": None}) + "\n"}, pairing="matched"),
+        r"params.yaml: sweep.pairing: there are no directions sequential-matched: .* no pairs set sweep.pairing to auto",
+    ),
     "wrong path of a model": (
         stage("model", "model", id="models/mine"),
         "params.yaml: model.id: models/mine is neither organism nor a folder; give the path of a checkpoint, or a hub id",
