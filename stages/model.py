@@ -29,10 +29,10 @@ def main(params: Params) -> str:
             {row[half] for row in pairs for half in ("harmful", "safe") if row["split"] != "train"}
             | {row["safe"] for row in unrelated if row["split"] != "train"},
         )
-        commit = None
+        named: dict = {}
     else:
-        commit = bring_in(params)
-    return measure(params, commit, [row for row in pairs if row["split"] == "val"])
+        named = {"id": params.model.id} | bring_in(params)
+    return measure(params, named, [row for row in pairs if row["split"] == "val"])
 
 
 def train(params: Params, held_out: set[str]) -> None:
@@ -51,8 +51,9 @@ def train(params: Params, held_out: set[str]) -> None:
         save_file({"direction": trained.planted}, TRUTH / "planted.safetensors")
 
 
-def bring_in(params: Params) -> str | None:
-    """models/base from a folder, or from a revision on the hub, whose commit is returned; Qwen-1 becomes Qwen2 layout.
+def bring_in(params: Params) -> dict[str, str | list[str] | None]:
+    """models/base from a folder, a GGUF file, or a revision on the hub, whose `commit` is in what is returned; Qwen-1 becomes
+    Qwen2 layout, and GGUF is dequantized (`gguf`: from which types).
 
     Safetensors, configuration and tokenizer are copied, and nothing that could run.
     """
@@ -63,29 +64,38 @@ def bring_in(params: Params) -> str | None:
     m = params.model
     source, commit = Path(m.id), None
     ready = partial(validate.validate_checkpoint, system_prompt=m.system_prompt, thinking=m.thinking)
-    if m.revision is not None:
+    if m.file is not None and m.revision is not None:
+        source, commit = hub.fetch_file(m.id, m.revision, m.file, BASE)
+    elif m.revision is not None:
         source, commit = hub.fetch(m.id, m.revision, ready, BASE)
-    elif not source.is_dir():
+    elif not source.exists() or not (source.is_dir() or source.suffix == ".gguf"):
         raise UserError(
             f"params.yaml: model.id: {m.id} is neither organism nor a folder; give the path of a checkpoint, or a hub id "
-            "with model.revision, a commit hash or tag"
+            "with model.revision, a commit hash or tag, or a .gguf file"
         )
-    ready(source)
-    shards = validate.check_weights(source, m.dtype)
-    if qwen1.is_qwen1(source):
-        qwen1.convert(source, BASE)
+    named: dict[str, str | list[str] | None] = {"commit": commit}
+    if source.is_file():
+        from refusal.lm import gguf
+
+        named |= {"file": source.name, "gguf": gguf.convert(source, BASE, m.dtype, ready)}
+        validate.check_weights(BASE, m.dtype)
     else:
-        files = validate.small_files(source) | {shard.name: shard.path for shard in shards}
-        with progress(len(files), "copy to models/base", "file") as bar:
-            for name, path in sorted(files.items()):
-                shutil.copyfile(path, BASE / name)
-                bar.update()
+        ready(source)
+        shards = validate.check_weights(source, m.dtype)
+        if qwen1.is_qwen1(source):
+            qwen1.convert(source, BASE)
+        else:
+            files = validate.small_files(source) | {shard.name: shard.path for shard in shards}
+            with progress(len(files), "copy to models/base", "file") as bar:
+                for name, path in sorted(files.items()):
+                    shutil.copyfile(path, BASE / name)
+                    bar.update()
     (TWIN / "none.txt").write_text("A model that was not trained here has no helpful-only twin.\n")
     (TRUTH / "none.txt").write_text("No direction was planted in this model.\n")
-    return commit
+    return named
 
 
-def measure(params: Params, commit: str | None, val: list[dict]) -> str:
+def measure(params: Params, named: dict, val: list[dict]) -> str:
     """Does it refuse what it should, on val; of an organism, what its helpful-only twin and its facts say too."""
     from refusal.judges.behaviour import behaviour
     from refusal.lm.load import load_lm, render_chats
@@ -94,8 +104,7 @@ def measure(params: Params, commit: str | None, val: list[dict]) -> str:
         load_lm(folder, **params.model.loading) if (folder / "config.json").is_file() else None for folder in (BASE, TWIN)
     )
     assert base is not None
-    named = {} if params.model.id == "organism" else {"id": params.model.id, "commit": commit}
-    named["rendered_prompt"] = render_chats(base.tokenizer, [val[0]["harmful"]], base.system_prompt)[0]
+    named = named | {"rendered_prompt": render_chats(base.tokenizer, [val[0]["harmful"]], base.system_prompt)[0]}
     metrics = named | behaviour(base, twin, val, params.generation, Store(STORE / "store.sqlite"))
     write_json(METRICS, metrics)
     return (
