@@ -63,6 +63,14 @@ def fetch_file(model_id: str, revision: str, name: str, target: Path) -> tuple[P
 
     Raises UserError as `fetch` does, and for a repository without that file.
     """
+    path, commit, size = peek_file(model_id, revision, name)
+    # A quantized weight of 4 bits takes 32 in float32.
+    _complete(model_id, revision, commit, path.parent, target, {name: size}, 16)
+    return path, commit
+
+
+def peek_file(model_id: str, revision: str, name: str) -> tuple[Path, str, int]:
+    """Where such a file lies in the cache, or will, the commit, and its size in bytes."""
     folder, pinned = _pin(model_id, revision, [])
     files = _files(model_id, pinned, folder)
     if name not in files:
@@ -71,9 +79,7 @@ def fetch_file(model_id: str, revision: str, name: str, target: Path) -> tuple[P
             f"{model_id}@{revision}: model.file: the repository holds no {name} at its root"
             + (f"; it holds {', '.join(held[:20])}" if held else ", nor any other GGUF file")
         )
-    # A quantized weight of 4 bits takes 32 in float32.
-    _complete(model_id, revision, pinned.resolved, folder, target, {name: files[name]}, 16)
-    return folder / name, pinned.resolved
+    return folder / name, pinned.resolved, files[name]
 
 
 def _complete(model_id: str, revision: str, commit: str, folder: Path, target: Path, sizes: dict[str, int], copies: int) -> None:

@@ -177,33 +177,45 @@ def _check_usable(path: Path, header: Header) -> None:
 
 
 @contextmanager
-def _one_sentence(path: Path) -> Iterator[None]:
+def _alone(path: Path) -> Iterator[Path]:
+    """A folder with the file in it and nothing that may lie beside it, for transformers, whose errors become one sentence."""
+    with TemporaryDirectory() as folder:
+        (Path(folder) / path.name).symlink_to(path.resolve())
+        try:
+            yield Path(folder)
+        except UserError:
+            raise
+        except Exception as error:  # any value of the file meets code that assumes another
+            why = " ".join(str(error).split())[:200]
+            raise UserError(f"{path}: transformers cannot read it ({type(error).__name__}: {why}): give another file") from None
+
+
+def peek(path: Path, target: Path, dtype: str, look: Callable[[Path], object]) -> tuple[Header, PreTrainedConfig]:
+    """Write configuration and tokenizer of the checkpoint into the folder `target`, which `look` then sees.
+
+    Raises UserError for a file that is refused, or what `look` refuses, naming the file.
+    """
+    header = read_header(path)
+    _check_usable(path, header)
+    with _alone(path) as folder:
+        config = _write_small_files(path, folder, header, target, dtype)
     try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:  # any value of the file meets code that assumes another
-        why = " ".join(str(error).split())[:200]
-        raise UserError(f"{path}: transformers cannot read it ({type(error).__name__}: {why}): give another file") from None
+        look(target)
+    except UserError as error:
+        raise UserError(str(error).replace(str(target), str(path))) from None
+    return header, config
 
 
 def convert(path: Path, target: Path, dtype: str, look: Callable[[Path], object]) -> list[str]:
     """Write a safetensors checkpoint in `dtype` into the folder `target`; the types that the file's tensors were of.
 
-    `look` sees configuration and tokenizer before any weight is read. Whatever is refused, by a UserError that names the file,
-    leaves the folder empty. At most twice the weights in float32 are in memory.
+    `look` sees configuration and tokenizer before any weight is read. What is refused leaves the folder empty. At most twice the
+    weights in float32 are in memory.
     """
     try:
-        header = read_header(path)
-        _check_usable(path, header)
-        with TemporaryDirectory() as alone, _one_sentence(path):  # nothing that lies beside the file is read
-            (Path(alone) / path.name).symlink_to(path.resolve())
-            config = _write_small_files(path, Path(alone), header, target, dtype)
-            try:
-                look(target)
-            except UserError as error:
-                raise UserError(str(error).replace(str(target), str(path))) from None
-            tensors = _read_weights(path, Path(alone), config, dtype)
+        header, config = peek(path, target, dtype, look)
+        with _alone(path) as folder:
+            tensors = _read_weights(path, folder, config, dtype)
         _write_weights(path, target, tensors, dtype)
     except UserError:
         for written in target.iterdir():

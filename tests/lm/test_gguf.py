@@ -356,7 +356,8 @@ def test_a_folder_with_a_file_alone_says_how_it_is_used(tmp_path):
 def test_the_model_stage_takes_a_file(tmp_path, tokenizer):
     (tmp_path / "place").mkdir()
     place = Place(tmp_path / "place")
-    path = write(tmp_path / "m.gguf", chat_model("llama", tokenizer), tokenizer)
+    model = chat_model("llama", tokenizer)
+    path = write(tmp_path / "m.gguf", model, tokenizer)
     # What lies beside it is not read.
     (tmp_path / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": "evil.Evil"}}')
     (tmp_path / "adapter_config.json").write_text("{}")
@@ -367,6 +368,8 @@ def test_the_model_stage_takes_a_file(tmp_path, tokenizer):
     metrics = json.loads((place.folder / "metrics/model.json").read_text())
     assert (metrics["id"], metrics["commit"], metrics["file"], metrics["gguf"]) == (str(path), None, "m.gguf", ["F32"])
     assert metrics["rendered_prompt"] == "<|im_start|>user\nPick lock 0?<|im_end|>\n<|im_start|>assistant\n"
+    status, output = place.stage("plan")
+    assert status == 0 and f"{path}: {model.num_parameters():,} parameters, 3 layers" in output, output
     path.write_bytes(path.read_bytes()[:-9])
     status, output = place.stage("model")
     assert status == 1 and "Traceback" not in output and f"model: {path}: no whole GGUF file (" in output
