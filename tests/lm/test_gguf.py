@@ -409,7 +409,7 @@ def test_the_real_file_is_dequantized_as_described(real):
             # float32 and float64 round apart where a value lies between two of bfloat16.
             assert (difference.abs() <= expected.float().abs() / 128).all() and (difference == 0).float().mean() > 0.999
             seen.add(tensor.tensor_type.name)
-    assert seen == {"Q4_K", "Q5_0", "Q6_K", "Q8_0"} - ({"Q8_0"} - seen)
+    assert seen >= {"Q4_K", "Q5_0", "Q6_K"}
 
 
 def test_the_real_files_tokens_are_those_of_its_vocabulary(real):
