@@ -22,17 +22,14 @@ def main(params: Params) -> str:
     given = Path(params.model.id).resolve()
     if params.model.revision is None and any(given.is_relative_to(folder.resolve()) for folder in (BASE, TWIN, TRUTH)):
         raise UserError(f"params.yaml: model.id: {params.model.id} is what this stage writes: give a folder elsewhere")
-    commit = None
+    named: dict = {}
     if params.model.id == "organism":
-        train(
-            params,
-            {prompt for prompts in prompt_sets(pairs, unrelated, ("val", "test")).values() for prompt in prompts},
-        )
+        train(params, {prompt for prompts in prompt_sets(pairs, unrelated, ("val", "test")).values() for prompt in prompts})
     else:
         clear()
-        commit = bring_in(params)
+        named = {"id": params.model.id} | bring_in(params)
     halves = {"harmful": pairs, "safe": safe_rows(pairs, unrelated)}
-    return measure(params, commit, *([row[half] for row in rows if row["split"] == "val"] for half, rows in halves.items()))
+    return measure(params, named, *([row[half] for row in rows if row["split"] == "val"] for half, rows in halves.items()))
 
 
 def clear() -> None:
@@ -71,8 +68,9 @@ def weights_here() -> dict[str, str]:
     return hashes((path for path in files if path != TRAINING), "model")
 
 
-def bring_in(params: Params) -> str | None:
-    """models/base from a folder, or from a revision on the hub, whose commit is returned; Qwen-1 becomes Qwen2 layout.
+def bring_in(params: Params) -> dict[str, str | list[str] | None]:
+    """models/base from a folder, a GGUF file, or a revision on the hub, whose `commit` is in what is returned; Qwen-1 becomes
+    Qwen2 layout, and GGUF is dequantized (`gguf`: from which types).
 
     Safetensors, configuration and tokenizer are copied, and nothing that could run.
     """
@@ -83,29 +81,38 @@ def bring_in(params: Params) -> str | None:
     m = params.model
     source, commit = Path(m.id), None
     ready = partial(validate.validate_checkpoint, system_prompt=m.system_prompt, thinking=m.thinking)
-    if m.revision is not None:
+    if m.file is not None and m.revision is not None:
+        source, commit = hub.fetch_file(m.id, m.revision, m.file, BASE)
+    elif m.revision is not None:
         source, commit = hub.fetch(m.id, m.revision, ready, BASE)
-    elif not source.is_dir():
+    elif not source.exists() or not (source.is_dir() or source.suffix == ".gguf"):
         raise UserError(
             f"params.yaml: model.id: {m.id} is neither organism nor a folder; give the path of a checkpoint, or a hub id "
-            "with model.revision, a commit hash or tag"
+            "with model.revision, a commit hash or tag, or a .gguf file"
         )
-    ready(source)
-    shards = validate.check_weights(source, m.dtype)
-    if qwen1.is_qwen1(source):
-        qwen1.convert(source, BASE)
+    named: dict[str, str | list[str] | None] = {"commit": commit}
+    if source.is_file():
+        from refusal.lm import gguf
+
+        named |= {"file": source.name, "gguf": gguf.convert(source, BASE, m.dtype, ready)}
+        validate.check_weights(BASE, m.dtype)
     else:
-        files = validate.small_files(source) | {shard.name: shard.path for shard in shards}
-        with progress(len(files), "copy to models/base", "file") as bar:
-            for name, path in sorted(files.items()):
-                shutil.copyfile(path, BASE / name)
-                bar.update()
+        ready(source)
+        shards = validate.check_weights(source, m.dtype)
+        if qwen1.is_qwen1(source):
+            qwen1.convert(source, BASE)
+        else:
+            files = validate.small_files(source) | {shard.name: shard.path for shard in shards}
+            with progress(len(files), "copy to models/base", "file") as bar:
+                for name, path in sorted(files.items()):
+                    shutil.copyfile(path, BASE / name)
+                    bar.update()
     (TWIN / "none.txt").write_text("A model that was not trained here has no helpful-only twin.\n")
     (TRUTH / "none.txt").write_text("No direction was planted in this model.\n")
-    return commit
+    return named
 
 
-def measure(params: Params, commit: str | None, harmful: list[str], safe: list[str]) -> str:
+def measure(params: Params, named: dict, harmful: list[str], safe: list[str]) -> str:
     """Does it refuse what it should, on val; of an organism, what its helpful-only twin and its facts say too."""
     from refusal.judges.behaviour import behaviour
     from refusal.lm.load import load_lm, render_chats
@@ -114,8 +121,7 @@ def measure(params: Params, commit: str | None, harmful: list[str], safe: list[s
         load_lm(folder, **params.model.loading) if (folder / "config.json").is_file() else None for folder in (BASE, TWIN)
     )
     assert base is not None
-    named = {} if params.model.id == "organism" else {"id": params.model.id, "commit": commit}
-    named["rendered_prompt"] = render_chats(base.tokenizer, harmful[:1], base.system_prompt)[0]
+    named = named | {"rendered_prompt": render_chats(base.tokenizer, harmful[:1], base.system_prompt)[0]}
     metrics = named | behaviour(base, twin, harmful, safe, params.generation, Store(STORE / "store.sqlite"))
     write_json(METRICS, metrics)
     return (

@@ -7,9 +7,12 @@ tokens are counted rather than guessed; no weight is.
 
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+from refusal.io.errors import UserError
 from refusal.io.params import Params
 from refusal.io.params_file import load_params
 from stages import OWN_HARMLESS, ROOT, stage
@@ -74,11 +77,23 @@ def model_of(params: Params) -> tuple[Any, Any]:
     from refusal.organism.train import Corpus, new_model, train_tokenizer
     from refusal.report.plan import Size
 
-    missing = 0
-    if params.model.id == "organism":
+    missing, m = 0, params.model
+    ready = partial(validate.validate_checkpoint, system_prompt=m.system_prompt, thinking=m.thinking)
+    if m.id == "organism":
         o = params.organism
         tokenizer: Any = train_tokenizer(Corpus(o.corpus_seed, ()), o.vocab_size)
         config: Any = new_model(o.model_dump(), tokenizer, o.seed).config
+    elif m.file is not None or Path(m.id).is_file():
+        from refusal.lm import gguf
+
+        file = Path(m.id) if m.file is None or m.revision is None else hub.peek_file(m.id, m.revision, m.file)[0]
+        if not file.exists():
+            raise UserError(
+                f"{m.id}: model.file: {m.file} holds the tokenizer too, and is not here yet: `dvc repro model` fetches it"
+            )
+        with TemporaryDirectory() as read:
+            config = gguf.peek(file, Path(read), m.dtype, ready)[1]
+            tokenizer = load_tokenizer(Path(read), m.thinking)
     else:
         if params.model.revision is not None:
             folder, _, weights = hub.peek(params.model.id, params.model.revision)
@@ -86,7 +101,7 @@ def model_of(params: Params) -> tuple[Any, Any]:
         else:
             folder = Path(params.model.id)
             read_shards(folder)
-        validate.validate_checkpoint(folder, params.model.system_prompt, params.model.thinking)
+        ready(folder)
         if qwen1.is_qwen1(folder):
             tokenizer, config = qwen1.peek(folder)
         else:

@@ -29,7 +29,7 @@ class Hub:
 
 def is_large(path: str) -> bool:
     """Whether the hub keeps the file as Git LFS and names it by SHA-256, not by Git's own hash."""
-    return path.endswith((".safetensors", ".bin", ".pth"))
+    return path.endswith((".safetensors", ".gguf", ".bin", ".pth"))
 
 
 def etag(path: str, content: bytes) -> str:

@@ -143,6 +143,7 @@ class Prompts(Seeded):
 class Model(Section):
     id: PathText
     revision: str | None
+    file: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.+ -]*\.gguf$")] | None = None
     dtype: Literal["float32", "float16", "bfloat16"]
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")]
     system_prompt: str | None
@@ -163,6 +164,8 @@ class Model(Section):
     def contradictions(self) -> Iterator[str]:
         if self.id == "organism" and self.revision is not None:
             yield "revision must be null where id is organism; it belongs to a hub id"
+        if self.file is not None and self.revision is None:
+            yield "file names one of a hub id at model.revision; of a file here give the path as id, and null as file"
 
 
 class TrainingPhase(Section):

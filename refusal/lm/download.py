@@ -54,16 +54,45 @@ def fetch(model_id: str, revision: str, look: Callable[[Path], object], target: 
     """
     folder, commit, sizes = peek(model_id, revision)
     look(folder)
+    _complete(model_id, revision, commit, folder, target, sizes, 2)
+    return folder, commit
+
+
+def fetch_file(model_id: str, revision: str, name: str, target: Path) -> tuple[Path, str]:
+    """One GGUF file of a repository, in the hub's cache, and the commit; nothing else of the repository is fetched.
+
+    Raises UserError as `fetch` does, and for a repository without that file.
+    """
+    path, commit, size = peek_file(model_id, revision, name)
+    # A quantized weight of 4 bits takes 32 in float32.
+    _complete(model_id, revision, commit, path.parent, target, {name: size}, 16)
+    return path, commit
+
+
+def peek_file(model_id: str, revision: str, name: str) -> tuple[Path, str, int]:
+    """Where such a file lies in the cache, or will, the commit, and its size in bytes."""
+    folder, pinned = _pin(model_id, revision, [])
+    files = _files(model_id, pinned, folder)
+    if name not in files:
+        held = sorted(filter_repo_objects(files, allow_patterns=["*.gguf"]))
+        raise UserError(
+            f"{model_id}@{revision}: model.file: the repository holds no {name} at its root"
+            + (f"; it holds {', '.join(held[:20])}" if held else ", nor any other GGUF file")
+        )
+    return folder / name, pinned.resolved, files[name]
+
+
+def _complete(model_id: str, revision: str, commit: str, folder: Path, target: Path, sizes: dict[str, int], copies: int) -> None:
+    """Download what is missing of these files, where the disks have room for it and for so many times these files in copies."""
     missing = [name for name in sizes if not (folder / name).exists()]
     if missing and constants.is_offline_mode():
         raise UserError(f"{folder / missing[0]}: not downloaded yet, and HF_HUB_OFFLINE is set: unset it and run again")
     if missing:
-        _check_disk(model_id, folder, target, sum(sizes[name] for name in missing), 2 * sum(sizes.values()))
+        _check_disk(model_id, folder, target, sum(sizes[name] for name in missing), copies * sum(sizes.values()))
     for name in missing:
         with _one_sentence(model_id, revision):
             _download(model_id, commit, name, folder)
     _check_content(folder, sizes)
-    return folder, commit
 
 
 def peek(model_id: str, revision: str) -> tuple[Path, str, dict[str, int]]:
@@ -72,25 +101,14 @@ def peek(model_id: str, revision: str) -> tuple[Path, str, dict[str, int]]:
     Raises UserError for a malformed id, an unknown or unpinned revision, a repository without safetensors, one
     that needs a licence or a token, no network, content whose hash is wrong, or offline mode without these files in the cache.
     """
-    if not _ID.fullmatch(model_id):
-        raise UserError(
-            f"params.yaml: model.id: {model_id!r} is no hub id: give <owner>/<name>, or null model.revision for a folder"
-        )
-    if not _REVISION.fullmatch(revision) or revision in ("main", "master"):
-        raise UserError(
-            f"params.yaml: model.revision: {revision!r} pins nothing: give a commit hash or a tag of {model_id}, "
-            f"as listed on {constants.ENDPOINT}/{model_id}/commits/main"
-        )
-    offline = constants.is_offline_mode()
-    with _one_sentence(model_id, revision):
-        pinned = HfApi().resolve_revision(model_id, revision=revision, local_files_only=offline)
-        if not _SHA1.fullmatch(pinned.resolved):
-            raise ValueError("no commit hash")
-        patterns: Any = {"allow_patterns": SMALL_FILES, "ignore_patterns": _NO_FILE_NAMES}
-        folder = Path(snapshot_download(model_id, revision=pinned, local_files_only=offline, **patterns))
-    folder.mkdir(parents=True, exist_ok=True)  # where the repository has neither
+    folder, pinned = _pin(model_id, revision, SMALL_FILES)
     sizes = _files(model_id, pinned, folder)
     if not {SINGLE, INDEX} & sizes.keys():
+        if quantized := sorted(filter_repo_objects(sizes, allow_patterns=["*.gguf"])):
+            raise UserError(
+                f"{model_id}@{revision}: holds GGUF files and no safetensors: set model.file to one of them "
+                f"({', '.join(quantized[:20])}), which is then dequantized"
+            )
         pickles = sorted(filter_repo_objects(sizes, allow_patterns=_PICKLES))
         held = f"only {pickles[0]}, and a pickle can run code when loaded" if pickles else "no weights"
         raise UserError(
@@ -105,7 +123,29 @@ def peek(model_id: str, revision: str) -> tuple[Path, str, dict[str, int]]:
     return folder, pinned.resolved, {name: sizes[name] for name in weights}
 
 
-def _files(model_id: str, pinned: str, folder: Path) -> dict[str, int]:
+def _pin(model_id: str, revision: str, files: list[str]) -> tuple[Path, Any]:
+    """The folder of a revision in the hub's cache, with the files there that these patterns match, and the hub's word for it."""
+    if not _ID.fullmatch(model_id):
+        raise UserError(
+            f"params.yaml: model.id: {model_id!r} is no hub id: give <owner>/<name>, or null model.revision for a folder"
+        )
+    if not _REVISION.fullmatch(revision) or revision in ("main", "master"):
+        raise UserError(
+            f"params.yaml: model.revision: {revision!r} pins nothing: give a commit hash or a tag of {model_id}, "
+            f"as listed on {constants.ENDPOINT}/{model_id}/commits/main"
+        )
+    offline = constants.is_offline_mode()
+    with _one_sentence(model_id, revision):
+        pinned = HfApi().resolve_revision(model_id, revision=revision, local_files_only=offline)
+        if not _SHA1.fullmatch(pinned.resolved):
+            raise ValueError("no commit hash")
+        patterns: Any = {"allow_patterns": files, "ignore_patterns": _NO_FILE_NAMES}
+        folder = Path(snapshot_download(model_id, revision=pinned, local_files_only=offline, **patterns))
+    folder.mkdir(parents=True, exist_ok=True)  # where the repository has neither
+    return folder, pinned
+
+
+def _files(model_id: str, pinned: Any, folder: Path) -> dict[str, int]:
     """The files at the root of the repository, in bytes; without a listing those in the cache, and weights that are missing."""
     try:
         files = {file.path: file.size for file in get_cached_repo_tree(model_id, revision=pinned)}

@@ -47,6 +47,9 @@ def validate_checkpoint(folder: Path, system_prompt: str | None = None, thinking
     """Refuse a checkpoint that no later stage could use, before its weights are fetched or copied."""
     if CONFIG in small_files(folder):
         raise UserError(f"{folder / CONFIG}: an adapter, which leads to another model: give a folder with the adapter merged")
+    files = sorted(path.name for path in folder.glob("*.gguf"))
+    if files and not (folder / "config.json").exists():
+        raise UserError(f"{folder}: holds {files[0]}, a GGUF file, and no checkpoint: set model.id to {folder / files[0]}")
     if qwen1.is_qwen1(folder):
         qwen1.read_config(folder)
     else:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from gguf_files import byte_pairs, chat_model
+from gguf_files import write as write_gguf
 from hub_server import COMMIT, Hub, serve
 from qwen1_layout import LATE, tensors, write
 from transformers import AutoModelForCausalLM
@@ -70,6 +72,36 @@ def test_a_hub_id_with_a_revision(project, checkpoint):
         status, output = run_stage(project, model | {"revision": "v1.0"}, HF_ENDPOINT=hub.url, HF_HUB_OFFLINE="1")
         assert status == 1 and "model: Qwen/Qwen-tiny@v1.0: not downloaded yet, and HF_HUB_OFFLINE is set" in output
     assert [path.name for path in (project / "home/.cache/huggingface").iterdir()] == ["hub"]  # no token, no telemetry
+
+
+def test_a_gguf_file_of_a_hub_id(project, tmp_path):
+    file = write_gguf(tmp_path / "m.gguf", chat_model("qwen2", byte_pairs()), byte_pairs()).read_bytes()
+    files = {"tiny.gguf": file, "tiny-q8_0.gguf": b"GGUF", "config.json": b"{}", "README.md": b"read me"}
+    with serve(Hub({"lab/tiny-GGUF": files})) as hub:
+        model = {"id": "lab/tiny-GGUF", "revision": "v1.0", "file": "tiny.gguf"}
+        for wrong, says in (
+            (
+                None,
+                "lab/tiny-GGUF@v1.0: holds GGUF files and no safetensors: set model.file to one of them (tiny-q8_0.gguf, tiny.gguf)",
+            ),
+            ("tiny-q2.gguf", "model.file: the repository holds no tiny-q2.gguf at its root; it holds tiny-q8_0.gguf, tiny.gguf"),
+            ("../tiny.gguf", "params.yaml: model.file: "),
+        ):
+            status, output = run_stage(project, model | {"file": wrong}, HF_ENDPOINT=hub.url)
+            assert status == 1 and says in output, output
+        hub.sent.clear()
+        status, output = run_stage(project, model, HF_ENDPOINT=hub.url)
+        assert status == 0, output
+        assert set(hub.sent) - {""} == {"tiny.gguf"}
+        metrics = json.loads((project / "metrics/model.json").read_text())
+        assert (metrics["commit"], metrics["file"], metrics["gguf"]) == (COMMIT, "tiny.gguf", ["F32"])
+        assert AutoModelForCausalLM.from_pretrained(project / "models/base").config.model_type == "qwen2"
+        # What the hub's cache holds is used from there.
+        hub.requests.clear()
+        assert run_stage(project, model, HF_ENDPOINT=hub.url, HF_HUB_OFFLINE="1")[0] == 0
+        assert hub.requests == []
+    status, output = run_stage(project, model | {"revision": None})
+    assert status == 1 and "file names one of a hub id at model.revision" in output
 
 
 def test_a_folder(project, checkpoint):
