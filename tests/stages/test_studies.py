@@ -111,3 +111,9 @@ def test_what_a_workspace_reads_as_yaml_is_what_was_asked(tmp_path):
     (tmp_path / "params.yaml").write_text(json.dumps(asked, indent=2, ensure_ascii=False), encoding="utf-8")
     params = load_params(tmp_path / "params.yaml")
     assert params.model.system_prompt == "1e5" and params.prompts.source == "data/raw/\U0001f512 ü.jsonl"
+
+
+def test_make_real_hands_on_a_path_with_blanks(place):
+    said = place.run("make", "-n", "-o", ".venv/ready", "real", "REAL_MODEL=/a b/c.gguf").said
+    assert said.split("stages.studies ")[1].strip() == 'qwen2.5-coder-0.5b-instruct "/a b/c.gguf"'
+    assert place.run("make", "-n", "-o", ".venv/ready", "real").said.split()[-1] == "qwen2.5-coder-0.5b-instruct"
