@@ -99,8 +99,10 @@ def adapted(raw: dict[str, Any], place: Path) -> dict[str, Any]:
             os.link(there.resolve(), place / link)
         except OSError:  # on another disk, or another's file
             shutil.copyfile(there, place / link)
+    elif there.is_dir() and not Path(model["id"]).is_absolute():
+        link = Path(os.path.relpath(there, place))
     else:
-        link = Path(model["id"] if Path(model["id"]).is_absolute() else os.path.relpath(there, place))
+        return raw
     return raw | {"model": model | {"id": link.as_posix()}}
 
 

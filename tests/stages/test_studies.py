@@ -87,9 +87,11 @@ def test_a_given_file_is_named_by_its_hash(place, tmp_path, monkeypatch):
 def test_a_folder_is_that_of_the_repository(tmp_path, monkeypatch):
     work = tmp_path / ".refusal-store/studies/mine"
     monkeypatch.setattr(studies, "ROOT", tmp_path)
+    (tmp_path / "checkpoints/mine").mkdir(parents=True)
     for model, wanted in (
-        ({"id": "../models/mine", "revision": None}, "../../../../models/mine"),
-        ({"id": "/models/mine", "revision": None}, "/models/mine"),
+        ({"id": "checkpoints/mine", "revision": None}, "../../../checkpoints/mine"),
+        ({"id": f"{tmp_path}/checkpoints/mine", "revision": None}, f"{tmp_path}/checkpoints/mine"),
+        ({"id": "checkpoints/none", "revision": None}, "checkpoints/none"),
         ({"id": "organism", "revision": None}, "organism"),
         ({"id": "owner/name", "revision": "v1.0"}, "owner/name"),
     ):
