@@ -43,7 +43,8 @@ def test_every_overlay_that_lies_ready_is_tested_here():
     found = {path.stem for path in (ROOT / "studies").glob("*.yaml")}
     assert found - {"qwen2.5-coder-0.5b-instruct"} == set(STAND_INS)
     table = (ROOT / "docs/studies.md").read_text()
-    assert all(f"| `{name}` |" in table for name in found)
+    for name in found:
+        assert f"| `{name}` |" in table and overlaid(ROOT / "params.yaml", ROOT / f"studies/{name}.yaml")
 
 
 @pytest.mark.parametrize("name", STAND_INS)
