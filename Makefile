@@ -42,7 +42,7 @@ refresh: $(READY) ## put the model and the prompts of this dvc.lock into the rep
 	git add --force --all remote
 
 plan: $(READY) ## what a run will take: forward passes, tokens, judge calls, disk; of a study: make plan STUDY=name
-	python -m stages.plan $(STUDY)
+	python -m stages.plan $(STUDY) $(if $(REAL_MODEL),"$(REAL_MODEL)")
 
 test: $(READY) ## set up and run the tests
 	python -m pytest -q -n auto --maxprocesses 4 --dist loadfile

@@ -146,7 +146,7 @@ def gigabytes(n: int) -> str:
 
 def chosen() -> Params:
     """The parameters of the study that is named, or of params.yaml."""
-    return Params.model_validate(parameters(sys.argv[1])) if sys.argv[1:] else load_params(Path("params.yaml"))
+    return Params.model_validate(parameters(*sys.argv[1:])) if sys.argv[1:] else load_params(Path("params.yaml"))
 
 
 stage(main, online=lambda params: params.model.revision is not None, read=chosen)

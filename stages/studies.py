@@ -42,7 +42,6 @@ SOURCES = (
     "requirements.lock",
     "stages",
 )
-RESULTS = ("metrics", "plots")
 
 
 def main(params: Params, *arguments: str) -> str:
@@ -51,15 +50,15 @@ def main(params: Params, *arguments: str) -> str:
         for name in names:
             print(f"{name}: {state(name)}")
         return f"{len(names)} studies in {STUDIES}/; `make study STUDY=<name>` runs one"
-    name, *given = arguments
-    overlay_of(name)
+    name = arguments[0]
+    asked = parameters(*arguments)
     place = STORE / "studies" / name
     place.mkdir(parents=True, exist_ok=True)
     with alone(name) as lock:
-        asked = parameters(name)
-        mirror(place, adapted(asked, place, *map(Path, given)))
+        made = made_by(name)  # now: the overlay may be edited during the run
+        mirror(place, adapted(asked, place))
         repro(name, place, lock)
-        collect(name, place, asked)
+        collect(name, place, made)
     return f"{STUDIES / name}/ is ready to commit; the page is {report_of(name)}"
 
 
@@ -72,34 +71,39 @@ def overlay_of(name: str) -> Path:
     return STUDIES / f"{name}.yaml"
 
 
-def parameters(name: str) -> dict[str, Any]:
-    """The params.yaml of a study."""
-    return overlaid(Path("params.yaml"), overlay_of(name))
+def parameters(name: str, given: str | None = None) -> dict[str, Any]:
+    """The params.yaml of a study, with the GGUF file `given` in place of the model that it names."""
+    raw = overlaid(Path("params.yaml"), overlay_of(name))
+    if given is None:
+        return raw
+    if not given.endswith(".gguf") or not Path(given).is_file():
+        raise UserError(f"REAL_MODEL: {given} is no .gguf file; give the path of one, or none to fetch the model from the hub")
+    return raw | {"model": raw["model"] | {key: None for key in ("revision", "file") if key in raw["model"]} | {"id": given}}
 
 
-def adapted(raw: dict[str, Any], place: Path, given: Path | None = None) -> dict[str, Any]:
-    """The parameters as they hold in the workspace, with the file `given` in place of the model that they name.
+def adapted(raw: dict[str, Any], place: Path) -> dict[str, Any]:
+    """The parameters as they hold in the workspace: a GGUF file by its hash, a folder by its way from there.
 
-    What is committed names such a file by its hash, never by where it lies.
+    They are committed, and a file's path is nobody else's business.
     """
     model = raw["model"]
-    if given is not None:
-        if given.suffix != ".gguf" or not given.is_file():
-            raise UserError(
-                f"REAL_MODEL: {given} is no .gguf file; give the path of one, or none to fetch the model from the hub"
-            )
-        with given.open("rb") as file:
+    if model["id"] == "organism" or model["revision"] is not None:
+        return raw
+    there = ROOT / model["id"]
+    if there.suffix == ".gguf" and there.is_file():
+        with there.open("rb") as file:
             link = Path("given", f"{hashlib.file_digest(file, 'sha256').hexdigest()}.gguf")
         (place / "given").mkdir(exist_ok=True)
         (place / link).unlink(missing_ok=True)
         try:
-            os.link(given.resolve(), place / link)
+            os.link(there.resolve(), place / link)
         except OSError:  # on another disk, or another's file
-            shutil.copyfile(given, place / link)
-        model = model | {key: None for key in ("revision", "file") if key in model} | {"id": link.as_posix()}
-    elif model["id"] != "organism" and model["revision"] is None and not Path(model["id"]).is_absolute():
-        model = model | {"id": os.path.relpath(ROOT / model["id"], place)}
-    return raw | {"model": model}
+            shutil.copyfile(there, place / link)
+    elif there.is_dir() and not Path(model["id"]).is_absolute():
+        link = Path(os.path.relpath(there, place))
+    else:
+        return raw
+    return raw | {"model": model | {"id": link.as_posix()}}
 
 
 @contextmanager
@@ -153,16 +157,16 @@ def repro(name: str, place: Path, lock: int) -> None:
             raise UserError(f"{name} stopped as it says above; fix that, and `make study STUDY={name}` goes on")
 
 
-def collect(name: str, place: Path, asked: dict[str, Any]) -> None:
+def collect(name: str, place: Path, made: dict[str, str]) -> None:
     """Copy what may be committed, and the page, to where they belong; study.json last, which says what made them."""
     target = STUDIES / name
-    for folder in RESULTS:
+    for folder in ("metrics", "plots"):
         shutil.rmtree(target / folder, ignore_errors=True)
         shutil.copytree(place / folder, target / folder)
     shutil.copyfile(place / "dvc.lock", target / "dvc.lock")
     report_of(name).parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(place / "report/index.html", report_of(name))
-    write_json(target / "study.json", made_by(name, asked) | {"code": code(place)})
+    write_json(target / "study.json", made | {"code": code(place)})
 
 
 def report_of(name: str) -> Path:
@@ -170,9 +174,9 @@ def report_of(name: str) -> Path:
     return Path("report") / name / "index.html"
 
 
-def made_by(name: str, raw: dict[str, Any]) -> dict[str, str]:
+def made_by(name: str) -> dict[str, str]:
     """Hashes of a study's overlay and of all its parameters but those that determine no value."""
-    text = json.dumps({key: value for key, value in raw.items() if key != "compute"}, sort_keys=True)
+    text = json.dumps({key: value for key, value in parameters(name).items() if key != "compute"}, sort_keys=True)
     return {
         "overlay": hashlib.sha256(overlay_of(name).read_bytes()).hexdigest(),
         "params": hashlib.sha256(text.encode()).hexdigest(),
@@ -193,7 +197,7 @@ def state(name: str) -> str:
     made = STUDIES / name / "study.json"
     if not made.is_file():
         return "not run yet"
-    known, now = read_json(made), made_by(name, parameters(name))
+    known, now = read_json(made), made_by(name)
     changed = "overlay" if known["overlay"] != now["overlay"] else "params.yaml" if known["params"] != now["params"] else None
     said = [f"{changed} has changed since" if changed else "", age(known["code"], code(Path()))]
     return "; ".join(filter(None, said)) or "up to date"

@@ -12,7 +12,6 @@ from hub_server import Hub, serve
 from place import ROOT, Place, params_with
 from qwen1_layout import LATE, tensors, write
 
-from refusal.io.errors import UserError
 from refusal.io.params_file import load_params, overlaid
 from stages import studies
 
@@ -44,7 +43,8 @@ def test_every_overlay_that_lies_ready_is_tested_here():
     found = {path.stem for path in (ROOT / "studies").glob("*.yaml")}
     assert found - {"qwen2.5-coder-0.5b-instruct"} == set(STAND_INS)
     table = (ROOT / "docs/studies.md").read_text()
-    assert all(f"| `{name}` |" in table for name in found)
+    for name in found:
+        assert f"| `{name}` |" in table and overlaid(ROOT / "params.yaml", ROOT / f"studies/{name}.yaml")
 
 
 @pytest.mark.parametrize("name", STAND_INS)
@@ -71,25 +71,28 @@ def test_a_study_of_a_gpu_is_planned_and_its_model_brought_in(tmp_path, place, n
 def test_a_given_file_is_named_by_its_hash(place, tmp_path, monkeypatch):
     work = tmp_path / "work"
     work.mkdir()
-    given = place.write("elsewhere/a model.gguf", "GGUF")
-    asked = {"model": {"id": "owner/name", "revision": "v1.0", "file": "b.gguf", "dtype": "float32"}, "seed": 0}
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(studies, "ROOT", tmp_path)
     digest = hashlib.sha256(b"GGUF").hexdigest()
-    for _ in range(2):  # a second run finds it there
-        adapted = studies.adapted(asked, work, given)
-        assert adapted["model"] == {"id": f"given/{digest}.gguf", "revision": None, "file": None, "dtype": "float32"}
-        assert (work / adapted["model"]["id"]).read_bytes() == b"GGUF" and adapted["seed"] == 0
+    given = place.write("elsewhere/a model.gguf", "GGUF")
+    for path in (str(given), "elsewhere/a model.gguf"):  # a second run finds it there
+        asked = studies.parameters("llama-3.2-1b-instruct", path)
+        assert (asked["model"]["id"], asked["model"]["revision"], asked["model"]["device"]) == (path, None, "cuda")
+        adapted = studies.adapted(asked, work)
+        assert adapted == asked | {"model": asked["model"] | {"id": f"given/{digest}.gguf"}}
+        assert (work / adapted["model"]["id"]).read_bytes() == b"GGUF"
     monkeypatch.setattr(studies.os, "link", lambda *_: (_ for _ in ()).throw(OSError))  # another disk
-    assert studies.adapted(asked, work, given) == adapted and (work / adapted["model"]["id"]).read_bytes() == b"GGUF"
-    with pytest.raises(UserError, match=r"REAL_MODEL: \S+ is no .gguf file"):
-        studies.adapted(asked, work, tmp_path)
+    assert studies.adapted(asked, work) == adapted and (work / adapted["model"]["id"]).read_bytes() == b"GGUF"
 
 
 def test_a_folder_is_that_of_the_repository(tmp_path, monkeypatch):
     work = tmp_path / ".refusal-store/studies/mine"
     monkeypatch.setattr(studies, "ROOT", tmp_path)
+    (tmp_path / "checkpoints/mine").mkdir(parents=True)
     for model, wanted in (
-        ({"id": "../models/mine", "revision": None}, "../../../../models/mine"),
-        ({"id": "/models/mine", "revision": None}, "/models/mine"),
+        ({"id": "checkpoints/mine", "revision": None}, "../../../checkpoints/mine"),
+        ({"id": f"{tmp_path}/checkpoints/mine", "revision": None}, f"{tmp_path}/checkpoints/mine"),
+        ({"id": "checkpoints/none", "revision": None}, "checkpoints/none"),
         ({"id": "organism", "revision": None}, "organism"),
         ({"id": "owner/name", "revision": "v1.0"}, "owner/name"),
     ):
@@ -111,3 +114,11 @@ def test_what_a_workspace_reads_as_yaml_is_what_was_asked(tmp_path):
     (tmp_path / "params.yaml").write_text(json.dumps(asked, indent=2, ensure_ascii=False), encoding="utf-8")
     params = load_params(tmp_path / "params.yaml")
     assert params.model.system_prompt == "1e5" and params.prompts.source == "data/raw/\U0001f512 ü.jsonl"
+
+
+def test_make_real_hands_on_a_path_with_blanks(place):
+    said = place.run("make", "-n", "-o", ".venv/ready", "plan", "STUDY=x", "REAL_MODEL=/a b/c.gguf").said
+    assert said.split("stages.plan ")[1].strip() == 'x "/a b/c.gguf"'
+    said = place.run("make", "-n", "-o", ".venv/ready", "real", "REAL_MODEL=/a b/c.gguf").said
+    assert said.split("stages.studies ")[1].strip() == 'qwen2.5-coder-0.5b-instruct "/a b/c.gguf"'
+    assert place.run("make", "-n", "-o", ".venv/ready", "real").said.split()[-1] == "qwen2.5-coder-0.5b-instruct"
