@@ -65,7 +65,7 @@ def progress(total: int, label: str, unit: str, done: int = 0) -> tqdm:
     size: dict[str, Any] = {"total": total, "desc": label, "unit": unit, "unit_scale": unit == "B", "initial": done}
     if sys.stderr.isatty():
         return tqdm(**size, mininterval=0.5, delay=1.0, dynamic_ncols=True)
-    return _LogBar(**size, mininterval=15.0, delay=2.0, file=_Lines())
+    return _LogBar(**size, mininterval=15.0, miniters=1, delay=2.0, file=_Lines())
 
 
 class Store:
@@ -77,6 +77,8 @@ class Store:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._bar: tqdm | None = None
+        self._before = 0  # what the bar shows without the job at hand
         path.parent.mkdir(parents=True, exist_ok=True)
         self._open()
 
@@ -130,22 +132,25 @@ class Store:
         label: str,
         unit: str = "batch",
         pool: Executor | None = None,
+        size: Callable[[T], int] = lambda _: 1,
     ) -> Iterator[bytes]:
         """The value of each (key, job) in order, computed where it is not stored; a bar shows rate and time left.
 
-        On a `pool` all are computed before the first is given.
+        A job is `size` units long. On a `pool` all are computed before the first is given; elsewhere a job may tell how far it
+        is (`done`).
         """
-        with progress(len(jobs), label, unit) as bar:
+        with progress(sum(size(job) for _, job in jobs), label, unit) as bar:
             if pool is not None:
-                futures = {pool.submit(compute, job): name for name, job in jobs if self.get(name) is None}
-                bar.update(len(jobs) - len(futures))
+                futures = {pool.submit(compute, job): (name, size(job)) for name, job in jobs if self.get(name) is None}
+                bar.update(bar.total - sum(length for _, length in futures.values()))
                 error = None
                 for future in as_completed(futures):  # stored as they come, so that a kill costs what is at work alone
                     if future.cancelled():
                         continue
                     if future.exception() is None:
-                        self.put(futures[future], future.result())
-                        bar.update()
+                        name, length = futures[future]
+                        self.put(name, future.result())
+                        bar.update(length)
                     else:  # what is at work is finished and kept, no more is begun
                         error = error or future.exception()
                         for other in futures:
@@ -154,9 +159,17 @@ class Store:
                     raise error
             for name, job in jobs:
                 value = self.get(name)
+                before = bar.n
                 if value is None:
+                    self._bar, self._before = None if pool else bar, before
                     value = compute(job)
+                    self._bar = None
                     self.put(name, value)
                 if pool is None:
-                    bar.update()
+                    bar.update(before + size(job) - bar.n)
                 yield value
+
+    def done(self, n: int) -> None:
+        """So many units of the job at hand are computed: fewer than before where it had to begin anew."""
+        if self._bar is not None:
+            self._bar.update(self._before + n - self._bar.n)

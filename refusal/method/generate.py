@@ -9,9 +9,10 @@ computed once for each intervention. Only the last position's logits are compute
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, cast
 
 import torch
@@ -42,12 +43,14 @@ def generate(
     interventions: Sequence[Intervention] = (),
     rows: Sequence[int] | None = None,
     addition: Addition | None = None,
+    progress: Callable[[int], None] = lambda _: None,
 ) -> list[list[int]]:
     """Greedy completion of each prompt (token ids), without its stop token.
 
     Prompt i is under `interventions[rows[i]]`: by default under the only one, or one each in order. They act on prompt and
     completion alike, at the same sites at run time; for edited weights see `Intervention.on`. `addition`, a vector [d_model],
-    acts at its `positions`. Where memory runs out the prompts decoded at once are halved, and all begins anew.
+    acts at its `positions`. `progress` is told after every step how many tokens are decided, of `max_new_tokens` a prompt: all of
+    one that has ended. Where memory runs out the prompts decoded at once are halved, and all begins anew.
     """
     if not prompts or decoding.max_new_tokens < 1:
         return [[] for _ in prompts]
@@ -57,7 +60,7 @@ def generate(
     def decoded(slots: int) -> list[list[int]]:
         batch = _Batch(lm, prompts, Decoding(decoding.max_new_tokens, slots), ablation, rows, addition)
         with nullcontext() if ablation is None else intervene(lm.model, ablation):
-            return batch.run()
+            return batch.run(progress)
 
     return fitting(decoded, min(decoding.batch_size, len(prompts)), "generation")
 
@@ -92,7 +95,7 @@ class _Batch:
         spare = max(16, self.max_new_tokens // 4) if self.slots < len(prompts) else 0
         self.cache = SlotCache(lm.n_layers, self.slots, self.start + self.max_new_tokens + spare)
 
-    def run(self) -> list[list[int]]:
+    def run(self, progress: Callable[[int], None]) -> list[list[int]]:
         self._compute_prefix()
         while self.live or self.waiting:
             free = self.slots - len(self.live)
@@ -104,6 +107,8 @@ class _Batch:
                 self._step(n_before)
             else:
                 self._step(len(self.live))
+            left = sum(self.max_new_tokens - len(self.completions[i]) for i in chain(self.live, self.waiting))
+            progress(self.max_new_tokens * len(self.prompts) - left)
         return self.completions
 
     def _compute_prefix(self) -> None:

@@ -5,13 +5,14 @@ job decodes a batch at a time, new rows entering as others end, and is stored wh
 the same whatever else is stored, and a run that was interrupted meets the same jobs again and ends in the same bytes. What a kill
 costs is the job at hand. What a job of several batches gains: its slots run empty once and not once a batch (where completions
 end anywhere up to the limit, a batch alone decodes half empty, four of them a quarter), and the prompts' common beginning is
-computed once an intervention and job.
+computed once an intervention and job. Of a large model on a CPU, which few rows keep busy, a job is a quarter of a minute's
+work. Rows are not stored one by one: those left over would be decoded in other company, and bfloat16 rounds by company.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 BATCHES_PER_JOB = 4
+JOB_WORK = 1_500_000_000_000  # parameters times new tokens in a quarter of a minute, at 0.5B and five rows of 32 tokens a second
+LEAST_ROWS = 16  # fewer wait for the weights' way from memory, not for arithmetic
 FEW = 128  # rows: fewer take as long as half of them
 
 
@@ -97,28 +100,46 @@ def complete(
         "batch_size": decoding.batch_size,
         "addition": addition and addition.fingerprint(),
     }
+    size = rows_per_job(lm.model, decoding)
     jobs: list[tuple[str, _Job]] = []
     for group in _groups(interventions):
         fingerprints = [one.fingerprint() for one in group]
-        rows = sorted((len(prompts[p]), p, i) for p in range(len(prompts)) for i in range(len(group)))
-        for share in job_slices(len(rows), BATCHES_PER_JOB * decoding.batch_size, FEW):
-            job = _Job(group, [(p, i) for _, p, i in rows[share]])
+        rows = [(p, i) for p in sorted(range(len(prompts)), key=lambda p: len(prompts[p])) for i in range(len(group))]
+        if size < BATCHES_PER_JOB * decoding.batch_size:
+            rows.sort(key=lambda row: row[1])  # few interventions a job, each of which computes the common beginning anew
+        for share in job_slices(len(rows), size, FEW):
+            job = _Job(group, rows[share])
             what = [[list(prompts[p]), fingerprints[i]] for p, i in job.rows]
             jobs.append((key("completions", (_completions,), **shared, rows=what), job))
 
     def compute(model: PreTrainedModel, job: _Job) -> bytes:
-        return json.dumps(_completions(replace(lm, model=model), prompts, job, decoding, addition)).encode()
+        return json.dumps(_completions(replace(lm, model=model), prompts, job, decoding, addition, store.done)).encode()
 
     completions: dict[str, list[list[int]]] = {one.name: [[] for _ in prompts] for one in interventions}
     with model_replicas(lm.model, compute, len(jobs)) as (run, pool):
-        for (_, job), value in zip(jobs, store.run(jobs, run, label, "unit", pool), strict=True):
+        values = store.run(jobs, run, label, "token", pool, lambda job: len(job.rows) * decoding.max_new_tokens)
+        for (_, job), value in zip(jobs, values, strict=True):
             for (p, i), tokens in zip(job.rows, json.loads(value), strict=True):
                 completions[job.interventions[i].name][p] = tokens
     return completions
 
 
+def rows_per_job(model: PreTrainedModel, decoding: Decoding) -> int:
+    """Rows at most that are decoded and stored together: BATCHES_PER_JOB batches, on a CPU no more than JOB_WORK."""
+    most = BATCHES_PER_JOB * decoding.batch_size
+    if model.device.type != "cpu":
+        return most
+    row = sum(p.numel() for p in model.parameters()) * max(1, decoding.max_new_tokens)
+    return min(most, max(LEAST_ROWS, JOB_WORK // row))
+
+
 def _completions(
-    lm: LM, prompts: Sequence[Sequence[int]], job: _Job, decoding: Decoding, addition: Addition | None
+    lm: LM,
+    prompts: Sequence[Sequence[int]],
+    job: _Job,
+    decoding: Decoding,
+    addition: Addition | None,
+    progress: Callable[[int], None],
 ) -> list[list[int]]:
     """The completions of a job's rows."""
     used = sorted({i for _, i in job.rows})
@@ -126,8 +147,8 @@ def _completions(
     ids, rows = [prompts[p] for p, _ in job.rows], [used.index(i) for _, i in job.rows]
     if acting[0].sites == "weights":
         with acting[0].on(lm.model):
-            return generate(lm, ids, decoding, addition=addition)
-    return generate(lm, ids, decoding, acting, rows, addition)
+            return generate(lm, ids, decoding, addition=addition, progress=progress)
+    return generate(lm, ids, decoding, acting, rows, addition, progress)
 
 
 def _groups(interventions: Sequence[Intervention]) -> list[list[Intervention]]:

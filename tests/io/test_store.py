@@ -7,6 +7,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 
 import pytest
 from place import ROOT
@@ -123,6 +124,35 @@ def test_a_failing_job_keeps_what_was_done_before_it(tmp_path):
         list(Store(tmp_path / "store.sqlite").run(jobs, compute, "test"))
     store = Store(tmp_path / "store.sqlite")
     assert [store.get(name) for name, _ in jobs] == [b"0", b"1", None, None]
+
+
+def test_the_bar_counts_what_jobs_tell_of_themselves(tmp_path, monkeypatch):
+    bars = []
+
+    class Bar(nullcontext):
+        def __init__(self, total, *_):
+            self.total, self.n, self.shown = total, 0, []
+            bars.append(self)
+
+        def __enter__(self):
+            return self
+
+        def update(self, n):
+            self.n += n
+            self.shown.append(self.n)
+
+    monkeypatch.setattr("refusal.io.store.progress", Bar)
+    store = Store(tmp_path / "store.sqlite")
+    store.put("key 10", b"stored")
+
+    def compute(size):
+        for done in (1, 3, 2):  # begun anew after 3
+            store.done(done)
+        return b""
+
+    list(store.run([(f"key {n}", n) for n in (4, 10, 5)], compute, "test", size=lambda n: n))
+    store.done(9)  # of nothing
+    assert bars[0].total == 19 and bars[0].shown == [1, 3, 2, 4, 14, 15, 17, 16, 19]
 
 
 SCRIPT = """

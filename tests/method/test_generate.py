@@ -273,3 +273,14 @@ def test_limits(model):
     assert complete(model, PROMPTS, range(96)) == [[]] * len(PROMPTS)  # everything stops
     assert [len(run) for run in complete(model, PROMPTS, n=1)] == [1] * len(PROMPTS)
     assert [run[:4] for run in complete(model, PROMPTS, n=9)] == complete(model, PROMPTS, n=4)
+
+
+@pytest.mark.parametrize("slots", [3, 256])
+def test_progress_is_told_step_by_step_and_ends_in_all(model, slots):
+    told = []
+    completions = complete(model, PROMPTS, slots=slots, progress=told.append)
+    assert told == sorted(told) and told[-1] == N_NEW * len(PROMPTS) == sum(map(len, completions))
+    assert max(b - a for a, b in zip([0, *told], told, strict=False)) <= slots  # a token of each live row
+    stop, told = [completions[0][1]], []
+    complete(model, PROMPTS, stop, slots=slots, progress=told.append)
+    assert told == sorted(told) and told[-1] == N_NEW * len(PROMPTS)

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -138,6 +139,37 @@ def test_an_interrupted_run_goes_on(lm, tmp_path, calls, monkeypatch):
         run(lm, Store(tmp_path / "s.sqlite"))
     assert run(lm, Store(tmp_path / "s.sqlite")) == whole
     assert len(calls) == n_jobs
+
+
+def test_a_large_model_on_a_cpu_is_decoded_and_stored_in_small_jobs(lm, tmp_path, calls, monkeypatch):
+    """Whatever the batch: killed in its third job it has lost that one, and it comes out as each row alone does."""
+    monkeypatch.setattr(sweep, "LEAST_ROWS", 1)
+    monkeypatch.setattr(sweep, "JOB_WORK", 4 * N_NEW * sum(p.numel() for p in lm.model.parameters()))
+    counted, whole = sweep.generate, [3, 4, *[4] * 7]  # the baseline's seven rows; 28 of the four cells
+
+    def killed(*args, **more):
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return counted(*args, **more)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(sweep, "generate", killed)
+        run(lm, Store(tmp_path / "s.sqlite"), batch_size=1000)
+    assert calls == whole[:2]
+    completions = run(lm, Store(tmp_path / "s.sqlite"), batch_size=1000)
+    assert calls == whole
+    for one in swept():
+        assert completions[one.name] == alone(lm, one)
+
+
+def test_jobs_are_small_for_large_models_on_a_cpu_alone():
+    def rows(n_parameters, device="cpu", n=32):
+        parameter = SimpleNamespace(numel=lambda: n_parameters)
+        return sweep.rows_per_job(SimpleNamespace(parameters=lambda: [parameter], device=torch.device(device)), Decoding(n, 256))
+
+    assert rows(1_000_000) == rows(630_000_000, "cuda") == 1024
+    assert 10 * 5 <= rows(630_000_000) <= 30 * 5  # five rows of 32 tokens a second, measured: at most half a minute
+    assert rows(7_000_000_000, n=512) == 16
 
 
 def test_another_study_finds_what_depends_on_no_direction(lm, tmp_path, calls):
