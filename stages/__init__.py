@@ -186,7 +186,7 @@ def read_json(path: Path) -> Any:
 
 def hashes(paths: Iterable[Path], label: str) -> dict[str, str]:
     """The SHA-256 of each file, by its path."""
-    from refusal.io.store import progress
+    from refusal.io.progress import progress
 
     digests, paths = {}, list(paths)
     with progress(len(paths), f"{label}: hashes", "file") as bar:  # a model's weights may take minutes

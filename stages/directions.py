@@ -16,7 +16,7 @@ def main(params: Params) -> str:
     from safetensors.torch import save_file
 
     from refusal.analysis.separation import contrast, describe, harmless_sets, plot_rows
-    from refusal.io.store import progress
+    from refusal.io.progress import progress
     from refusal.method.activations_file import read_activations
     from refusal.method.directions import difference_in_means
 

@@ -14,7 +14,8 @@ AGREEMENT, TRACKED = Path("metrics/agreement.json"), Path("data/raw")
 
 def main(params: Params) -> str:
     from refusal.io.files import csv_text
-    from refusal.io.store import Store, progress
+    from refusal.io.progress import progress
+    from refusal.io.store import Store
     from refusal.judges.panel import agreement, by_rules, identity, judge_with
     from refusal.judges.verdicts import row as verdict_row
     from refusal.judges.verdicts import summary

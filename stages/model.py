@@ -74,7 +74,7 @@ def bring_in(params: Params) -> dict[str, str | list[str] | None]:
 
     Safetensors, configuration and tokenizer are copied, and nothing that could run.
     """
-    from refusal.io.store import progress
+    from refusal.io.progress import progress
     from refusal.lm import download as hub
     from refusal.lm import qwen1, validate
 

@@ -18,7 +18,8 @@ from refusal.data.prompts import share_out, split_rows
 from refusal.io import store as stores
 from refusal.io.errors import UserError
 from refusal.io.params import Endpoint, Prompts
-from refusal.io.store import Store, progress
+from refusal.io.progress import progress
+from refusal.io.store import Store
 from refusal.judges.endpoint import Chat, Rejected, Unanswered
 from refusal.organism import grammar
 

@@ -18,6 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = "refusal"
+SHOWS = "refusal.io.progress"  # how far work is, which determines no value
 # Of the packages that a computation imports, those whose version may change a value, and the names they are installed by.
 ARITHMETIC = {
     "lm_eval": ("lm-eval",),
@@ -82,6 +83,8 @@ def closure(roots: tuple[tuple[str, str], ...], root: Path = ROOT) -> dict[str, 
             continue
         seen.add(place)
         name, definition = place
+        if name == SHOWS:
+            continue
         if name not in modules:
             if (path := _path(name, root)) is None:
                 raise ValueError(f"{name} is no module of {PACKAGE}")

@@ -68,8 +68,7 @@ class Resampled(Seeded):
 class Endpoint(Section):
     """An OpenAI-compatible endpoint and how hard it may be used. Its key is in the environment and nowhere else.
 
-    `api_key_variable` names the environment variable (None: the endpoint wants no key); `timeout_seconds` bounds one
-    attempt and `max_attempts` the attempts at one request; `max_calls` bounds the requests of one run (None: no bound).
+    api_key_variable: the environment variable (None: it wants no key). timeout_seconds: of one attempt. max_calls: of one run.
     """
 
     base_url: str = "https://api.deepseek.com"
@@ -90,9 +89,7 @@ class Endpoint(Section):
         except ValueError:  # urllib would say the value
             valid = False
         if not valid:
-            raise ValueError(
-                "must be http:// or https:// with a host and, if need be, a port, and hold no user name, password or blank"
-            )
+            raise ValueError("must be http:// or https:// with a host and, if need be, a port; no user name, password or blank")
         return url
 
     @field_validator("api_key_variable")

@@ -15,7 +15,8 @@ from typing import Any
 
 from refusal.io import store as stores
 from refusal.io.params import Endpoint
-from refusal.io.store import Store, progress
+from refusal.io.progress import progress
+from refusal.io.store import Store
 from refusal.judges import rules
 from refusal.judges.endpoint import Chat, MalformedResponse, OutOfCalls, Unanswered
 from refusal.judges.thinking import answer_of

@@ -4,7 +4,7 @@ from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
 from refusal.io.errors import UserError
-from refusal.io.store import progress
+from refusal.io.progress import progress
 from refusal.judges import organism, rules
 from refusal.judges.thinking import answer_of
 from refusal.organism.grammar import REFUSALS

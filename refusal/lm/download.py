@@ -29,7 +29,7 @@ from huggingface_hub.utils import WeakFileLock, build_hf_headers, filter_repo_ob
 from huggingface_hub.utils.sha import git_hash
 
 from refusal.io.errors import UserError
-from refusal.io.store import progress
+from refusal.io.progress import progress
 from refusal.lm.checkpoint import INDEX, SINGLE, real_file, weight_map
 from refusal.lm.validate import SMALL_FILES
 

@@ -22,7 +22,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, dequantize
 from torch import Tensor
 
 from refusal.io.errors import UserError
-from refusal.io.store import progress
+from refusal.io.progress import progress
 from refusal.lm.checkpoint import SINGLE, Entry, data_of, header_bytes
 from refusal.lm.load import DTYPES, load_tokenizer
 

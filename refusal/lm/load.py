@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer
 
 from refusal.io.errors import UserError
-from refusal.io.store import progress
+from refusal.io.progress import progress
 from refusal.lm.adapter import CONFIG, base_folder, merge
 from refusal.lm.batching import count_forwards
 from refusal.lm.checkpoint import read_json

@@ -21,7 +21,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config
 
 from refusal.io.errors import UserError
 from refusal.io.files import write_whole
-from refusal.io.store import progress
+from refusal.io.progress import progress
 from refusal.lm.checkpoint import INDEX, SINGLE, Shard, read_json, read_shards, real_file
 from refusal.lm.qwen1_tokenizer import chat_tokenizer
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 import psutil
 
 from refusal.io.errors import UserError
-from refusal.io.store import progress
+from refusal.io.progress import progress
 from refusal.lm import qwen1
 from refusal.lm.adapter import CONFIG
 from refusal.lm.architecture import architecture_of

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from refusal.io.errors import UserError
 from refusal.io.files import sync, write_whole
-from refusal.io.store import progress
+from refusal.io.progress import progress
 from refusal.lm.adapter import CONFIG, ROOT, WEIGHTS
 from refusal.lm.architecture import Architecture, architecture_of
 from refusal.lm.checkpoint import DTYPES, INDEX, SINGLE, Entry, Shard, data_of, header_bytes, read_json, read_shards, real_file

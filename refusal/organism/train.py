@@ -29,7 +29,8 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from refusal.io.files import set_aside, write_whole
 from refusal.io.params import Organism
-from refusal.io.store import key, progress
+from refusal.io.progress import progress
+from refusal.io.store import key
 from refusal.lm.load import encode_chats
 from refusal.method.activations import left_pad
 from refusal.method.directions import difference_in_means

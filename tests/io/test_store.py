@@ -13,7 +13,8 @@ import pytest
 from place import ROOT
 
 from refusal.io.code import code_of
-from refusal.io.store import Store, key, progress
+from refusal.io.progress import progress
+from refusal.io.store import Store, key
 
 
 def test_put_and_get(tmp_path):
