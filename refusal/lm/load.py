@@ -59,14 +59,20 @@ class LM:
         return {"weights": self.weights, "dtype": str(self.model.dtype), "device": self.model.device.type}
 
     def encode(self, prompts: Sequence[str], max_new_tokens: int = 0) -> list[list[int]]:
-        """Token ids of each prompt in the model's chat template. Raises UserError as `encode_chats` does, and for ids that the
-        embedding has no rows for."""
+        """Token ids of each prompt in the model's chat template. Raises UserError as `encode_chats` does, for ids that the
+        embedding has no rows for, and for prompts and answers that reach where the rotary embedding changes by length."""
         ids = encode_chats(self.tokenizer, prompts, self.system_prompt, max_new_tokens)
         n_rows = _n_rows(self.model)
         if (highest := max((token for row in ids for token in row), default=0)) >= n_rows:
             raise UserError(
                 f"{self.tokenizer.name_or_path}: the tokenizer gives token {highest} and the embedding has {n_rows} rows: "
                 "tokenizer and weights are of different models; fetch both again"
+            )
+        longest, (kind, limit) = max(map(len, ids), default=0), _rope_limit(self.model.config)
+        if limit is not None and longest + max_new_tokens > limit:
+            raise UserError(
+                f"{self.tokenizer.name_or_path}: a prompt of {longest} tokens with {max_new_tokens} new ones passes {limit}, "
+                f"where this model's rotary embedding ({kind}) changes, and with it every row of the batch: use shorter prompts"
             )
         return ids
 
@@ -98,6 +104,18 @@ def _n_rows(model: PreTrainedModel) -> int:
     """How many tokens the embedding has a row for."""
     embedding: Any = model.get_input_embeddings()
     return embedding.weight.shape[0]
+
+
+def _rope_limit(config: Any) -> tuple[str, int | None]:
+    """The kind of a rotary embedding that depends on the longest row of a batch, and the number of tokens up to which it doesn't.
+
+    Phi-3's LongRoPE takes other factors beyond, and dynamic NTK scaling other frequencies at every length.
+    """
+    rope = getattr(config, "rope_parameters", None) or {}
+    for each in [rope, *(value for value in rope.values() if isinstance(value, dict))]:
+        if (kind := each.get("rope_type")) in ("longrope", "dynamic"):
+            return kind, each.get("original_max_position_embeddings") or config.max_position_embeddings
+    return "", None
 
 
 def load_model(folder: Path, dtype: str = "float32", device: str = "cpu") -> PreTrainedModel:

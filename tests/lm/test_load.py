@@ -6,14 +6,14 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import tiny_model
+from tiny import Ascii, tiny_model
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
-from transformers import PreTrainedTokenizerFast
+from transformers import Phi3Config, Phi3ForCausalLM, PreTrainedTokenizerFast
 
 from refusal.io.errors import UserError
 from refusal.lm.architecture import SUPPORTED
-from refusal.lm.load import encode_chats, load_model, load_tokenizer, stop_ids, weights_hash
+from refusal.lm.load import LM, encode_chats, load_model, load_tokenizer, stop_ids, weights_hash
 from refusal.lm.validate import check_weights
 from refusal.organism.train import Corpus, new_model, train_tokenizer
 
@@ -178,3 +178,26 @@ def test_tensors_under_other_names_are_refused_before_the_work(folder):
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(UserError, match=r"tensor model\.layers\.0\.self_attn\.o_proj\.weight is missing: .* save_pretrained"):
         check_weights(folder, "float32")
+
+
+def test_prompts_stay_where_the_rotary_embedding_does_not_depend_on_the_longest_row():
+    factors = {"short_factor": [1.0] * 4, "long_factor": [1.0, 2.0, 4.0, 8.0]}
+    config = Phi3Config(
+        **{"vocab_size": 128, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4},
+        **{"pad_token_id": 0, "eos_token_id": 1, "original_max_position_embeddings": 40, "max_position_embeddings": 80},
+        rope_parameters={"rope_type": "longrope", "rope_theta": 10_000.0, **factors},
+    )
+    torch.manual_seed(0)
+    model = Phi3ForCausalLM(config).eval()
+    lm = LM(model, Ascii(), "", frozenset(), 0)
+    (ids,) = lm.encode(["x y" * 10 + "z z"], 7)
+    with pytest.raises(UserError, match=r"^ascii: a prompt of 33 tokens with 8 new ones passes 40, where .*\(longrope\) changes"):
+        lm.encode(["x y" * 10 + "z z"], 8)
+    # Why: in transformers a longer row of the batch changes the shorter one.
+    both = torch.zeros(2, 60, dtype=torch.long)
+    both[0, :33], both[1] = torch.tensor(ids), 7
+    mask = torch.ones_like(both)
+    mask[0, 33:] = 0
+    with torch.inference_mode():
+        alone, beside = model(torch.tensor([ids])).logits[0, -1], model(both, attention_mask=mask).logits[0, 32]
+    assert float((alone - beside).abs().max()) > 1e-3
