@@ -184,7 +184,7 @@ def test_prompts_stay_where_the_rotary_embedding_does_not_depend_on_the_longest_
     factors = {"short_factor": [1.0] * 4, "long_factor": [1.0, 2.0, 4.0, 8.0]}
     config = Phi3Config(
         **{"vocab_size": 128, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4},
-        **{"pad_token_id": 0, "eos_token_id": 1, "original_max_position_embeddings": 40, "max_position_embeddings": 80},
+        **{"pad_token_id": 0, "eos_token_id": 1, "initializer_range": 0.2, "original_max_position_embeddings": 40, "max_position_embeddings": 80},
         rope_parameters={"rope_type": "longrope", "rope_theta": 10_000.0, **factors},
     )
     torch.manual_seed(0)
