@@ -16,6 +16,7 @@ def main(params: Params) -> str:
     from refusal.io.files import csv_text
     from refusal.io.progress import progress
     from refusal.io.store import Store
+    from refusal.judges.language import english_share
     from refusal.judges.panel import agreement, by_rules, identity, judge_with
     from refusal.judges.verdicts import row as verdict_row
     from refusal.judges.verdicts import summary
@@ -47,7 +48,9 @@ def main(params: Params) -> str:
             metrics[cell] = place | summary(verdicts, of, j.n_resamples, j.seed, f"cell {cell}", j.allow_missing)
             bar.update()
     write_json(METRICS, metrics)
-    write_json(AGREEMENT, {"judge": identity(judge), "rules_and_llm": compared, "labelled": labelled(params, judge)})
+    english = english_share([*dict.fromkeys(texts[0])])
+    people = labelled(params, judge)
+    write_json(AGREEMENT, {"judge": identity(judge), "english_prompts": english, "rules_and_llm": compared, "labelled": people})
     keys = ("layer", "alpha", "compliance", "coherence", "score", "refusal", "n")
     swept = {cell: m for cell, m in metrics.items() if m["layer"] is not None}
     write_text(PLOT, csv_text([{"cell": cell, **{key: m[key] for key in keys}} for cell, m in swept.items()]))
@@ -57,6 +60,12 @@ def main(params: Params) -> str:
         print(
             f"judge: {unfinished} of {len(rows)} completions are thinking that never ends (no </think>), and count as no answer: "
             "raise generation.max_new_tokens",
+            file=sys.stderr,
+        )
+    if j.kind == "rules" and english < 0.5 and not exact:
+        print(
+            f"judge: {1 - english:.0%} of the prompts are not English, the only language the rules read: they take a refusal "
+            "in another one for compliance; set judge.kind to llm",
             file=sys.stderr,
         )
     return (
