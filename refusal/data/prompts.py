@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from refusal.data.near_duplicates import NearDuplicateIndex, near_duplicate_groups
-from refusal.data.prompt_files import read_rows
+from refusal.data.prompt_files import read_records, read_rows
 from refusal.data.published_sets import Item, read_set, with_twins
 from refusal.io.errors import UserError
 from refusal.io.params import Prompts
@@ -69,9 +69,9 @@ def _read_files(p: Prompts, own_harmless: Path) -> tuple[list[Item], list[Item],
         said.append(f"{len(harmful) - have} harmful prompts have no safe counterpart, so those of the other {have} are left out")
         harmful = [item._replace(safe=None) for item in harmful]
     if p.source not in GENERATED:
-        harmful = [Item(h, p.source, safe=s) for h, s in _user_rows(p.source, 2)]
+        harmful = [Item(h, p.source, category, s) for (h, s), category in zip(*_user_rows(p.source, 2), strict=True)]
     if p.unrelated not in GENERATED:
-        harmless = [Item(row[0], p.unrelated) for row in _user_rows(p.unrelated, 1)]
+        harmless = [Item(row[0], p.unrelated) for row in _user_rows(p.unrelated, 1)[0]]
     elif p.unrelated == "grammar" and p.harmful and not harmless:
         if not own_harmless.exists():
             raise UserError(f"{own_harmless}: the package's own harmless prompts are not there; name others in prompts.harmless")
@@ -206,8 +206,8 @@ def _deal(rng: random.Random, topics: Sequence[str], splits: dict[str, float]) -
     return {split: shuffled[start:end] for split, start, end in zip(SPLITS, [0, *ends], ends, strict=False)}
 
 
-def _user_rows(source: str, width: int) -> list[tuple[str, ...]]:
-    """The rows of a user's own file of pairs (width 2) or safe prompts (width 1), of which none may repeat a prompt."""
+def _user_rows(source: str, width: int) -> tuple[list[tuple[str, ...]], list[str | None]]:
+    """The rows of a user's own file of pairs (width 2) or safe prompts (width 1), none of which may repeat one; categories."""
     rows = read_rows(Path(source), width)
     first: dict[str, int] = {}
     for number, row in enumerate(rows, 1):
@@ -215,7 +215,8 @@ def _user_rows(source: str, width: int) -> list[tuple[str, ...]]:
             if prompt in first:
                 raise UserError(f"{source}: row {number} repeats a prompt of row {first[prompt]}; delete one of the two")
         first.update(dict.fromkeys(row, number))
-    return rows
+    named = [row.get("category") if isinstance(row, dict) else None for _, row in read_records(Path(source), "a row")]
+    return rows, [name if isinstance(name, str) and name.strip() else None for name in named]
 
 
 def split_rows(

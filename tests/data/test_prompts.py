@@ -349,3 +349,10 @@ def test_a_bad_file_is_told_in_one_sentence(tmp_path, case):
     with pytest.raises(UserError, match=said) as error:
         file_rows(file, 2, None, SHARES, NEAR, 0)
     assert str(file) in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < 2000
+
+
+def test_categories_of_a_users_own_pairs_are_kept(tmp_path):
+    rows = [{"harmful": f"Break the {w} door", "safe": f"Paint the {w} door", "category": "theft"} for w in "red blue old".split()]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(json.dumps(row) for row in [*rows, ["Pick a lock", "Oil a lock"]]))
+    found = file_rows(tmp_path / "pairs.jsonl", 2, None, dict.fromkeys(SPLITS, 1 / 3), 0.8, 0)
+    assert sorted(row["category"] for row in found) == ["imported", "theft", "theft", "theft"]
