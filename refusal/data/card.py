@@ -19,9 +19,9 @@ def lengths(pairs: Sequence[tuple[str, str]]) -> tuple[float, float, float]:
 def word_auroc(pairs: Sequence[tuple[str, str]], n_resamples: int, seed: int) -> tuple[float, float, float]:
     """AUROC and 95 % limits of a logistic regression on bags of words that tells harmful from safe halves, of (harmful, safe).
 
-    Its words are those in at least three safe halves: any other marks the intent and is no confound. The mean of ten folds of whole
-    pairs, each scored by a fit to the others: pooled, scores of unlike fits would be compared. Limits are percentiles over pairs
-    drawn anew.
+    Its words are those in at least three safe halves: any other marks the intent and is no confound. The mean of ten folds of
+    whole pairs, each scored by a fit to the others: pooled, scores of unlike fits would be compared. Limits are percentiles over
+    pairs drawn anew.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.metrics import roc_auc_score
