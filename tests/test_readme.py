@@ -13,6 +13,8 @@ import yaml
 from api_server import serve as serve_api
 from api_server import split, verdict
 from checkpoints import word_level
+from gguf_files import byte_pairs, chat_model
+from gguf_files import write as write_gguf
 from hub_server import COMMIT, Hub
 from hub_server import serve as serve_hub
 from pair_author import Author
@@ -44,6 +46,8 @@ INSTEAD = [
     (r"REVISION", COMMIT, "the commit of the hub on loopback"),
     (r"model\.device=cuda", "model.device=cpu", "no GPU is asked of a test"),
     (r"/path/to/checkpoint", "{tmp}/checkpoint", "a tiny random checkpoint"),
+    (r"/path/to/model.gguf", "{tmp}/model.gguf", "a tiny random model"),
+    (r"ebb2015119c907b064c512bf053e945850b5875f", COMMIT, "the commit of the hub on loopback"),
     (r"(-S prompts\.source=api.*)$", r"-S endpoint.base_url={api} \1 prompts", "loopback; up to the stage that asks for pairs"),
     (r"(-S model\.id=\S+(?: -S \S+)*)$", r"\1 model", "up to the stage that brings a model in: the rest is tests/pipeline's"),
     (r"(-S judge\.kind=llm)$", r"\1 -S endpoint.base_url={api}", "the endpoint on loopback stands for DeepSeek's"),
@@ -105,6 +109,10 @@ INLINE = {
     "make perf": "tests/test_perf.py and tests/test_perf_sweep.py hold its parts; whole it takes half an hour",
     "python -m perf extraction": "as make perf",
     "make full": None,
+    **dict.fromkeys(("make pull", "make refresh", "git checkout dvc.lock metrics plots"), "tests/pipeline/test_repository_remote.py"),
+    "make verify": "tests/report/test_verify.py",
+    "make train": "what tests/pipeline's small study begins with",
+    "make portability": "what .ci/run checks after these tests",
     **dict.fromkeys(("make study", "make study STUDY=<name>"), "tests/pipeline/test_studies.py"),
     "make plan STUDY=<name>": "tests/stages/test_studies.py",
     **dict.fromkeys(("make real", "make real REAL_MODEL=/path/to.gguf"), "a real model; tests/stages/test_studies.py has what is its own"),
@@ -145,7 +153,10 @@ def servers(study):
     (tmp / "checkpoint/config.json").write_text(config)
     llama = {path.name: path.read_bytes() for path in (tmp / "checkpoint").iterdir()}
     qwen = write_qwen1(tmp / "qwen", LATE | {"seq_length": 256}, tensors(), buffers=False)
+    tokenizer = byte_pairs()
+    gguf = write_gguf(tmp / "model.gguf", chat_model("qwen2", tokenizer), tokenizer)
     repositories = {
+        "Qwen/Qwen2.5-Coder-0.5B-Instruct-GGUF": {"qwen2.5-coder-0.5b-instruct-q4_k_m.gguf": gguf.read_bytes()},
         "Qwen/Qwen-1_8B-Chat": {path.name: path.read_bytes() for path in qwen.iterdir()},
         "meta-llama/Llama-3.1-8B-Instruct": llama,
         "google/gemma-2b-it": llama,
@@ -287,8 +298,8 @@ def test_every_parameter_that_a_command_sets_exists_and_may_have_that_value():
             if value == "first_half":  # what the five lines above it add
                 continue
             params[section][name] = yaml.safe_load(value)
-            if (section, name) == ("model", "revision"):
-                params[section]["id"] = "owner/name"
+            if section == "model" and name in ("revision", "file"):
+                params[section] |= {"id": "owner/name", "revision": params[section]["revision"] or COMMIT}
             Params.model_validate(params)
 
 

@@ -48,6 +48,8 @@ def test_a_comment_changed_in_a_fresh_clone_trains_nothing(clone):
         file.write("# A comment.\n")
     run(clone, "make", "-o", "restore", "pull")
     assert all((clone / path).is_dir() for path in PULLED)
+    run(clone, "make", "-o", ".venv/ready", "refresh")  # of the same lock: the same objects
+    assert run(clone, "git", "status", "--porcelain", "remote") == ""
     before = (clone / "models/base/model.safetensors").read_bytes()
     said = run(clone, "dvc", "repro", "model")
     assert stages_run(said)[-1] == "model" and "phase_1" not in said
