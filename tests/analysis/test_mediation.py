@@ -80,14 +80,17 @@ def differences(ours, theirs, of=range(N)):
     return [(ours[i].compliance - theirs[i].compliance, f"topic {i % TOPICS}") for i in of if ours[i] and theirs[i]]
 
 
-def near(limits, items, least=-1):
-    """Whether these are the limits of the mean of (value, topic), by naive resampling; by Wilson's where all are equal."""
+def near(limits, items, least=-1, grain=0.0):
+    """Whether these are the limits of the mean of (value, topic), by naive resampling; by Wilson's where all are equal.
+
+    grain: by how much the mean changes with one topic, where few values differ and quantiles jump.
+    """
     if len({value for value, _ in items}) == 1:
         value, w = items[0][0], 3.841459 / (len({topic for _, topic in items}) + 3.841459)  # a share of topics that may yet differ, by as much as can be
         low, high = value - w * (value - least), value + w * (1 - value)
     else:
         low, high = naive_interval(*zip(*items, strict=True), 4000, 1)
-    return limits == pytest.approx([low, high][: len(limits)], abs=0.08 * (high - low))
+    return limits == pytest.approx([low, high][: len(limits)], abs=max(0.08 * (high - low), grain))
 
 
 @pytest.fixture(scope="module")
@@ -234,7 +237,7 @@ WORKS, NOT = ("yyyy", "yyyyy"), ("rrrr", "rrrrr")
         ({"random_2": WORKS, "random_5": WORKS, "harmless": WORKS}, ("single", None, "lda.2"), (False, True, True)),
         ({"lda.2": ("yyyh", "rrrr")}, ("subspace", None, "svd_3"), (False, False, True)),
         ({"lda.2": ("yyyh", "rr"), "svd_3": ("yyyy", "rr")}, ("none", "no_mediation", None), (False, False, False)),
-        ({"baseline": ("rrrr", "yyyrr")}, ("undecided", "too_few_refusals", None), (True, True, True)),
+        ({"baseline": ("rrrr", "yyyrr")}, ("undecided", "too_few_refusals", None), (True, False, False)),
         ({"baseline": ("rrrr", "yyyyyyyyyyyyyyyyyyyr")}, ("none", "no_refusal", None), (False, False, False)),
     ],
 )
@@ -247,7 +250,8 @@ def test_the_verdict_of_a_table(made, said, decision, mediate):
     asked = [int(row["id"].removeprefix("test-")) for row in study.sample("test", 32)]
     refused = [i for i, v in enumerate(judged("baseline", said=said)) if v and v.refusal]
     assert evidence["n_refused"] == len(refused)
-    assert near([evidence["subspace_above_single_low"]], differences(judged("svd_3", said=said), judged("lda.2", said=said)))
+    gaps = differences(judged("svd_3", said=said), judged("lda.2", said=said))
+    assert near([evidence["subspace_above_single_low"]], gaps, grain=1.01 / TOPICS)
     for what, name, works in zip(("difference", "single", "subspace"), ("rank_1", "lda.2", "svd_3"), mediate, strict=True):
         assert evidence[what]["name"] == name and evidence[what]["mediates"] is works, (what, evidence[what])
         full = [v and v._replace(compliance=float(v.compliance == 1)) for v in judged(name, said=said)]
