@@ -49,8 +49,8 @@ def main(params: Params) -> str:
             bar.update()
     write_json(METRICS, metrics)
     english = english_share([*dict.fromkeys(texts[0])])
-    people = labelled(params, judge)
-    write_json(AGREEMENT, {"judge": identity(judge), "english_prompts": english, "rules_and_llm": compared, "labelled": people})
+    known = {"judge": identity(judge), "english_prompts": english, "rules_and_llm": compared}
+    write_json(AGREEMENT, known | {"labelled": labelled(params, judge)})
     keys = ("layer", "alpha", "compliance", "coherence", "score", "refusal", "n")
     swept = {cell: m for cell, m in metrics.items() if m["layer"] is not None}
     write_text(PLOT, csv_text([{"cell": cell, **{key: m[key] for key in keys}} for cell, m in swept.items()]))

@@ -117,8 +117,8 @@ def test_what_a_workspace_reads_as_yaml_is_what_was_asked(tmp_path):
 
 
 def test_make_real_hands_on_a_path_with_blanks(place):
-    said = place.run("make", "-n", "-o", ".venv/ready", "plan", "STUDY=x", "REAL_MODEL=/a b/c.gguf").said
+    said = place.run("make", "-n", "--no-print-directory", "-o", ".venv/ready", "plan", "STUDY=x", "REAL_MODEL=/a b/c.gguf").said
     assert said.split("stages.plan ")[1].strip() == 'x "/a b/c.gguf"'
-    said = place.run("make", "-n", "-o", ".venv/ready", "real", "REAL_MODEL=/a b/c.gguf").said
+    said = place.run("make", "-n", "--no-print-directory", "-o", ".venv/ready", "real", "REAL_MODEL=/a b/c.gguf").said
     assert said.split("stages.studies ")[1].strip() == 'qwen2.5-coder-0.5b-instruct "/a b/c.gguf"'
-    assert place.run("make", "-n", "-o", ".venv/ready", "real").said.split()[-1] == "qwen2.5-coder-0.5b-instruct"
+    assert place.run("make", "-n", "--no-print-directory", "-o", ".venv/ready", "real").said.split()[-1] == "qwen2.5-coder-0.5b-instruct"
