@@ -74,4 +74,4 @@ def test_a_damaged_object_is_named_and_not_taken(clone):
 
 def test_without_the_remote_nothing_is_pulled_and_nothing_fails(clone):
     run(clone, "rm", "-r", "remote")
-    assert run(clone, "make", "-o", "restore", "pull") == ""
+    assert run(clone, "make", "--no-print-directory", "-o", "restore", "pull") == ""
