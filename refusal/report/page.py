@@ -152,6 +152,7 @@ def _context(study: Study) -> Metrics:
         "controls": {row["cell"]: row["cell"].split("_")[0] for row in study.sweep if row["layer"] is None},
         "splits": Counter(row["split"] for row in study.pairs),
         "test": [row for row in study.pairs if row["split"] == "test"],
+        "rendered": _rendered(study),
         "categories": sorted(Counter(row["category"] or "none" for row in study.pairs).items()),
         "methods": [m for m in METHODS if f"{m}-{pairing}" in d],
         "pairings": [arm.removeprefix(f"{method}-") for arm in d if arm.startswith(f"{method}-")],
@@ -159,6 +160,16 @@ def _context(study: Study) -> Metrics:
         "imported": [_comparison_row(name, file, study.arm) for name, file in study.imported["files"].items()],
         "params_text": yaml.safe_dump(study.params, sort_keys=False, default_flow_style=None, width=100, allow_unicode=True),
     }
+
+
+def _rendered(study: Study) -> tuple[str, str, str] | None:
+    """The first val prompt in the model's template, as what is before the prompt, the prompt, and what is after it; all of it is
+    the prompt where the template changed that. None for a study whose metrics are older than this."""
+    if (text := study.model.get("rendered_prompt")) is None:
+        return None
+    prompt = next(row["harmful"] for row in study.pairs if row["split"] == "val")
+    before, found, after = text.partition(prompt)
+    return (before, found, after) if found else ("", text, "")
 
 
 def _comparison_row(name: str, file: Metrics, arm: str) -> list[Any]:

@@ -5,6 +5,7 @@ import re
 
 import pytest
 from browser import serious
+from markupsafe import escape
 from small_study import HOSTILE, IMAGE, study
 
 from refusal.io.errors import UserError
@@ -88,6 +89,35 @@ def test_a_study_without_sequential_activations_has_a_page():
         plots=s.plots | {"cosine_to_sequential": []},
     )
     assert shown.count("Nothing to draw in this run.") == 1 and "batched-unrelated" in shown
+
+
+def rendered(text: str, system_prompt: str | None = None) -> str:
+    s = study()
+    params = s.params | {"model": s.params["model"] | {"system_prompt": system_prompt}}
+    return made(model=s.model | {"rendered_prompt": text}, params=params)
+
+
+def test_the_first_val_prompt_is_shown_as_the_model_sees_it():
+    """Its template open, the harmful request in it blurred as elsewhere, and none of it markup."""
+    shown = rendered(f"\n<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nharmful 6 {IMAGE}<|im_end|>\n")
+    begins = "&lt;|im_start|&gt;"
+    written = f'<code>\n{begins}system\nBe kind.&lt;|im_end|&gt;\n{begins}user\n<span class="harm">{escape(f"harmful 6 {IMAGE}")}</span>'
+    assert written in shown and "a system block here is the template's own" in shown
+    changed = rendered("[INST] HARMFUL 6 [/INST]", "Be kind.")
+    assert '<code><span class="harm">[INST] HARMFUL 6 [/INST]</span></code>' in changed
+    assert "The system block is <code>model.system_prompt</code>" in changed
+
+
+def test_the_prompt_as_the_model_sees_it_in_a_browser(opened):
+    tab = opened(rendered(f"<|system|>\nBe kind.\n<|user|>\nharmful 6 {IMAGE}\n<|assistant|>\n"), 380)
+    tab.locator("summary", has_text="as the model sees it").click()
+    seen = tab.get_by_role("region", name="The first val prompt in the model's chat template")
+    harmful = seen.locator(".harm")
+    assert seen.is_visible() and seen.locator("img").count() == 0 and "Be kind." in seen.aria_snapshot()
+    assert harmful.evaluate("e => getComputedStyle(e).filter").startswith("blur") and "harmful 6" not in seen.aria_snapshot()
+    tab.locator("[data-reveal]").first.check()
+    assert harmful.inner_text() == f"harmful 6 {IMAGE}" and "harmful 6" in seen.aria_snapshot()
+    assert tab.evaluate("document.documentElement.scrollWidth") <= 380 and serious(tab) == [] and tab.said == []
 
 
 def test_a_judge_that_is_a_model_is_named_and_compared(text):
