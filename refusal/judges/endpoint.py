@@ -1,14 +1,16 @@
 """Asking a chat model behind an OpenAI-compatible endpoint: many requests at once, within limits.
 
-The openai client retries (408, 409, 429, 5xx, timeouts, lost connections) with backoff, or after Retry-After. What is
-added here: a bound on what is under way and on what may be spent, a wall-clock limit of an attempt, and the reason
-in one sentence when asking on is of no use.
+The openai client retries (408, 409, 429, 5xx, timeouts, lost connections) with backoff, or after a Retry-After of two minutes
+at most. What is added here: longer ones, a bound on what is under way and on what may be spent, a wall-clock limit of an attempt,
+and the reason in one sentence when asking on is of no use.
 """
 
 import asyncio
 import os
 import re
-from collections.abc import Awaitable, Callable, Iterable
+import time
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from email.utils import parsedate_to_datetime
 from typing import Any, NamedTuple, TypeVar
 
 from refusal.io.errors import UserError
@@ -16,6 +18,7 @@ from refusal.io.params import Endpoint
 from refusal.judges.thinking import answer_of
 
 T = TypeVar("T")
+OF_OPENAI, PATIENCE = 120, 900  # seconds of Retry-After that the client waits, and that are waited here beyond it
 IN_A_ROW = 50  # jobs without a result, one after another, after which no more are begun
 
 STOPS = {  # statuses after which asking on is of no use: what is wrong, and what to do
@@ -120,11 +123,12 @@ class Chat:
             http_client=http_client,
         )
 
-    async def ask(self, messages: list[dict[str, str]], temperature: float, max_tokens: int) -> Answer:
+    async def ask(self, messages: list[dict[str, str]], temperature: float, max_tokens: int, waited: int = 0) -> Answer:
         """The model's answer, in JSON mode where the endpoint has one.
 
         A setting that the endpoint refuses by name is left out from then on (for `max_tokens`, `max_completion_tokens` is tried)
-        and named in `Answer.model`, since the answers may be others. Raises Unanswered, OutOfCalls, or UserError where asking on
+        and named in `Answer.model`, since the answers may be others. `waited`: how often it was asked before, each time with a
+        wait that the openai client has no patience for. Raises Unanswered, OutOfCalls, or UserError where asking on
         is of no use.
         """
         import openai
@@ -163,6 +167,11 @@ class Chat:
             if error.status_code in {400, 422} and refused:
                 self.left_out |= refused
                 return await self.ask(messages, temperature, max_tokens)
+            wait = _retry_after(error.response.headers)
+            if OF_OPENAI < wait <= PATIENCE and waited + 1 < self.endpoint.max_attempts:
+                await asyncio.sleep(wait)
+                return await self.ask(messages, temperature, max_tokens, waited + 1)
+            said += f" (it asks for {wait:.0f} s of patience)" if wait > PATIENCE else ""
             client_error = error.status_code < 500 and error.status_code not in {408, 409, 429}
             raise (Rejected if client_error else Unanswered)(said) from None
         except openai.APITimeoutError:
@@ -195,6 +204,15 @@ def _text(content: Any) -> str:
     """The text of a message: a string, or the text parts of a list."""
     parts = [part.get("text") for part in content if isinstance(part, dict)] if isinstance(content, list) else [content]
     return "".join(part for part in parts if isinstance(part, str))
+
+
+def _retry_after(headers: Mapping[str, str]) -> float:
+    """The seconds that a response asks to wait, 0 where it does not: a number or a date (RFC 9110, 10.2.3)."""
+    value = headers.get("retry-after", "")
+    try:
+        return float(value) if re.fullmatch(r"[\d.]+", value) else parsedate_to_datetime(value).timestamp() - time.time()
+    except ValueError:
+        return 0.0
 
 
 def _key(variable: str | None, where: str) -> str:

@@ -1,9 +1,11 @@
 """The LLM judge against a scripted server: what it asks, what it takes for a verdict, and what it does when things go wrong."""
 
+import asyncio
 import json
 import subprocess
 import sys
 import time
+from email.utils import formatdate
 from pathlib import Path
 
 import pytest
@@ -273,6 +275,39 @@ def test_retry_after_is_obeyed(store):
     started = time.monotonic()
     judged, server = judged_by(first(1, Reply(status=429, headers={"Retry-After": "2"})), ONE, store)
     assert time.monotonic() - started >= 2 and judged[0].compliance == 1 and server.asked.total() == 2
+
+
+def in_seconds(n: int) -> str:
+    return formatdate(time.time() + n, usegmt=True)
+
+
+@pytest.mark.parametrize(("asks", "least", "most"), [("200", 200, 200), ("150.5", 150.5, 150.5), (in_seconds(400), 250, 400)])
+def test_a_few_minutes_of_patience_are_had(store, monkeypatch, asks, least, most):
+    """The openai client gives up where it is asked for more than two."""
+    waits = []
+
+    async def sleep(seconds):
+        waits.append(seconds)
+
+    monkeypatch.setattr(asyncio, "sleep", sleep)
+    judged, server = judged_by(first(2, Reply(status=429, headers={"Retry-After": asks})), ONE, store)
+    assert judged[0].compliance == 1 and server.asked.total() == 3
+    assert len(waits) == 2 and all(least <= wait <= most for wait in waits)
+
+
+def test_patience_ends_with_the_attempts_and_hours_are_not_waited_for(store, monkeypatch, capsys):
+    async def sleep(seconds):
+        assert seconds == 200
+
+    monkeypatch.setattr(asyncio, "sleep", sleep)
+    judged, server = judged_by(
+        lambda *_: Reply(status=429, headers={"Retry-After": "200"}), ONE, store, max_attempts=4, allow_missing=True
+    )
+    assert judged == [None] and server.asked.total() == 4
+    judged, server = judged_by(
+        lambda *_: Reply(status=429, headers={"Retry-After": "86400"}), ONE, store, max_attempts=4, allow_missing=True
+    )
+    assert judged == [None] and server.asked.total() == 1 and "it asks for 86400 s of patience" in capsys.readouterr().err
 
 
 def test_no_more_at_once_than_asked_for(store):
