@@ -37,8 +37,7 @@ train: restore ## train the model anew, and rebuild every figure with it
 	-python -m stages.verify
 
 refresh: $(READY) ## put the model and the prompts of this dvc.lock into the repository's own remote, and nothing else
-	rm -rf remote
-	dvc push --quiet --remote repository data/prompts models/base models/truth models/twin
+	python -m stages.pull refresh
 	git add --force --all remote
 
 plan: $(READY) ## what a run will take: forward passes, tokens, judge calls, disk; of a study: make plan STUDY=name

@@ -1,6 +1,7 @@
 """model: train the organism, or bring in a checkpoint; then see on val whether it refuses what it should."""
 
 import shutil
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -115,8 +116,11 @@ def bring_in(params: Params) -> dict[str, str | list[str] | None]:
 def measure(params: Params, named: dict, harmful: list[str], safe: list[str]) -> str:
     """Does it refuse what it should, on val; of an organism, what its helpful-only twin and its facts say too."""
     from refusal.judges.behaviour import behaviour
+    from refusal.lm.checkpoint import make_loadable
     from refusal.lm.load import load_lm, render_chats
 
+    for changed in make_loadable(BASE):
+        print(f"model: {BASE}/{changed}", file=sys.stderr)
     base, twin = (
         load_lm(folder, **params.model.loading) if (folder / "config.json").is_file() else None for folder in (BASE, TWIN)
     )

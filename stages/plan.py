@@ -108,7 +108,7 @@ def model_of(params: Params) -> tuple[Any, Any]:
             tokenizer = load_tokenizer(folder, params.model.thinking)
             config = AutoConfig.from_pretrained(folder, local_files_only=True)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")  # no kernel is needed to count
     n = sum(p.numel() for p in model.parameters())
     n_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
     return tokenizer, Size(n, n_bytes, architecture_of(config), missing)

@@ -1,10 +1,12 @@
 """python -m stages.pull: brings the trained model and the prompts of this dvc.lock from the repository's own remote.
 
-What is here already stays, and what the remote does not hold is left to `dvc repro`, which makes it.
+What is here already stays, and what the remote does not hold is left to `dvc repro`, which makes it. With `refresh` the remote
+is made anew, of these outputs alone.
 """
 
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,6 +20,9 @@ OBJECTS = Path("remote/files/md5")
 
 
 def main() -> int:
+    if sys.argv[1:] == ["refresh"]:
+        shutil.rmtree("remote", ignore_errors=True)
+        return subprocess.run(["dvc", "push", "--quiet", "--remote", "repository", *OUTS]).returncode
     locked = strictyaml.load("dvc.lock")[0] if Path("dvc.lock").is_file() else {}
     md5 = {out["path"]: out["md5"] for stage in locked.get("stages", {}).values() for out in stage.get("outs", ())}
     wanted = [out for out in OUTS if not Path(out).exists() and out in md5 and stored(md5[out]).is_file()]

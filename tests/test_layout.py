@@ -1,6 +1,7 @@
 """How the package is laid out: which folder may import which, and which folders a stage depends on, read from the source."""
 
 import ast
+import subprocess
 from pathlib import Path
 
 import yaml
@@ -89,3 +90,8 @@ def test_each_stage_depends_on_the_folders_that_carry_its_method():
             if path.parts[:2] != ("refusal", "io") and path.name != "record.py"
         }
         assert declared == needed, name
+
+
+def test_no_file_holds_the_marks_of_a_merge():
+    marks = subprocess.run(["git", "grep", "-nE", "^(<<<<<<<|>>>>>>>|=======$)"], cwd=ROOT, capture_output=True, text=True)
+    assert marks.stdout == ""

@@ -4,6 +4,7 @@ import re
 import reprlib
 import unicodedata
 from collections.abc import Iterator
+from os.path import expanduser
 from typing import Annotated, Any, Literal, Self, TypeVar
 from urllib.parse import urlsplit
 
@@ -15,7 +16,7 @@ T = TypeVar("T")
 def _path(text: str) -> str:
     if not text.strip() or "\0" in text:
         raise ValueError("is empty, or holds a NUL character that no path has")
-    return text
+    return expanduser(text)  # noqa: PTH111, Path raises where there is no such user
 
 
 def _no_duplicates(values: list[T]) -> list[T]:
@@ -334,8 +335,7 @@ class Params(Section):
     def _inherit(cls, raw: Any) -> Any:
         if not isinstance(raw, dict):
             return raw
-        shared = {key: raw[key] for key in ("seed", "n_resamples") if key in raw}
-        filled = dict(raw)
+        shared, filled = {key: raw[key] for key in ("seed", "n_resamples") if key in raw}, dict(raw)
         for name, field in cls.model_fields.items():
             section = field.annotation
             if isinstance(section, type) and issubclass(section, Seeded) and isinstance(raw.get(name), dict):

@@ -17,10 +17,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from refusal.io.errors import UserError
-from refusal.io.files import unique_keys
+from refusal.io.files import unique_keys, write_whole
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+_KERNELS = ("attn_implementation", "_attn_implementation", "experts_implementation")
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -89,6 +90,30 @@ def weight_map(folder: Path) -> dict[str, str]:
     if not isinstance(file_of, dict) or not all(isinstance(name, str) for name in file_of.values()):
         raise UserError(f"{folder / INDEX}: weight_map does not name each tensor's file: download it again.")
     return file_of
+
+
+def make_loadable(folder: Path) -> list[str]:
+    """Change, in a copied checkpoint, what keeps transformers from loading it on another machine; what was changed, in words.
+
+    `config.json` may name kernels that it was trained with, or that are to be fetched from the hub: left out, torch's own
+    compute the same. An index may lack the `metadata` that transformers reads, or the size in it.
+    """
+    changed, config = [], read_json(folder, "config.json")
+    kernels = {name: config.pop(name) for name in _KERNELS if config.get(name) not in (None, "eager", "sdpa")}
+    for name, kernel in kernels.items():
+        changed.append(f"config.json: {name} {kernel} is left out: torch's own takes its place")
+    if kernels:
+        write_whole(folder / "config.json", (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode())
+    if not (folder / SINGLE).exists() and (folder / INDEX).exists():
+        index = read_json(folder, INDEX)
+        stated = index.get("metadata")
+        metadata: dict[str, Any] = stated if isinstance(stated, dict) else {}
+        if type(metadata.get("total_size")) not in (int, float):
+            metadata["total_size"] = sum(entry.n_bytes for shard in read_shards(folder) for entry in shard.entries)
+            index["metadata"] = metadata
+            write_whole(folder / INDEX, (json.dumps(index, indent=2, ensure_ascii=False) + "\n").encode())
+            changed.append(f"{INDEX}: the size of all tensors is put in: it was not there")
+    return changed
 
 
 def read_shard(folder: Path, name: str) -> Shard:

@@ -30,24 +30,31 @@ class Difference(NamedTuple):
 
 
 def digests(rows: Iterable[Mapping[str, Any]], arm: str) -> dict[str, str]:
-    """For each value of the column `arm`, 24 bits of the SHA-256 of every completion, in order: what is committed of texts."""
+    """For each value of the column `arm`, 24 bits of the SHA-256 of every completion, in order: what is committed of texts.
+
+    Under `prompts` the ids of the prompts, in the same order, which is that of every arm.
+    """
     found: dict[str, list[str]] = {}
+    prompts: dict[str, None] = {}
     for row in rows:
+        prompts[f"{row['id']}/{row['half']}" if "half" in row else row["id"]] = None
         found.setdefault(row[arm], []).append(hashlib.sha256(row["completion"].encode()).hexdigest()[:6])
-    return {name: " ".join(each) for name, each in found.items()}
+    return {"prompts": " ".join(prompts)} | {name: " ".join(each) for name, each in found.items()}
 
 
 def flips(committed: Mapping[str, Mapping[str, str]], rebuilt: Mapping[str, Mapping[str, str]]) -> tuple[list[str], int]:
-    """The completions that differ, as stage/arm/number of the prompt, and how many were compared.
+    """The completions that differ, as stage/arm/id of the prompt, and how many were compared.
 
-    Both are {stage: {arm: `digests`}}. Arms of one side alone are not compared: `differences` of the same files names them.
+    Both are {stage: `digests`}. Arms of one side alone are not compared: `differences` of the same files names them.
     """
     found, n = [], 0
-    for stage, arm in [(name, arm) for name in committed for arm in committed[name]]:
-        pairs = list(zip(committed[stage][arm].split(), rebuilt.get(stage, {}).get(arm, "").split(), strict=False))
-        found += [f"{stage}/{arm}/{i}" for i, (one, other) in enumerate(pairs) if one != other]
-        n += len(pairs)
-    return found, n
+    for stage, arms in committed.items():
+        ids = arms["prompts"].split()
+        for arm in arms.keys() - {"prompts"}:
+            rows = list(zip(ids, arms[arm].split(), rebuilt.get(stage, {}).get(arm, "").split(), strict=False))
+            found += [f"{stage}/{arm}/{name}" for name, one, other in rows if one != other]
+            n += len(rows)
+    return sorted(found), n
 
 
 def differences(committed: Any, rebuilt: Any, dtype: str, name: str, n_flips: int = 0, n: int = 1) -> list[Difference]:

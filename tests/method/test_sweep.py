@@ -1,5 +1,6 @@
 """The sweep: every completion is its own intervention's and prompt's, nothing is computed twice, and keys hold what counts."""
 
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -123,19 +124,26 @@ def test_a_second_run_computes_nothing(lm, tmp_path, calls):
     assert list(run(lm, Store(tmp_path / "s.sqlite"), renamed).values()) == list(first.values()) and calls == []
 
 
-def test_an_interrupted_run_goes_on(lm, tmp_path, calls, monkeypatch):
-    whole = run(lm, Store(tmp_path / "whole.sqlite"))
-    n_jobs = len(calls)
-    calls.clear()
+@contextmanager
+def killed_after(n, calls, monkeypatch):
+    """A run that is stopped as it begins the job after these `n`."""
     counted = sweep.generate
 
-    def interrupted(*args, **more):
-        if len(calls) == 3:
+    def generate(*args, **more):
+        if len(calls) == n:
             raise KeyboardInterrupt
         return counted(*args, **more)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(sweep, "generate", interrupted)
+        patch.setattr(sweep, "generate", generate)
+        yield
+
+
+def test_an_interrupted_run_goes_on(lm, tmp_path, calls, monkeypatch):
+    whole = run(lm, Store(tmp_path / "whole.sqlite"))
+    n_jobs = len(calls)
+    calls.clear()
+    with killed_after(3, calls, monkeypatch):
         run(lm, Store(tmp_path / "s.sqlite"))
     assert run(lm, Store(tmp_path / "s.sqlite")) == whole
     assert len(calls) == n_jobs
@@ -145,15 +153,8 @@ def test_a_large_model_on_a_cpu_is_decoded_and_stored_in_small_jobs(lm, tmp_path
     """Whatever the batch: killed in its third job it has lost that one, and it comes out as each row alone does."""
     monkeypatch.setattr(sweep, "LEAST_ROWS", 1)
     monkeypatch.setattr(sweep, "JOB_WORK", 4 * N_NEW * sum(p.numel() for p in lm.model.parameters()))
-    counted, whole = sweep.generate, [3, 4, *[4] * 7]  # the baseline's seven rows; 28 of the four cells
-
-    def killed(*args, **more):
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return counted(*args, **more)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(sweep, "generate", killed)
+    whole = [3, 4, *[4] * 7]  # the baseline's seven rows; 28 of the four cells
+    with killed_after(2, calls, monkeypatch):
         run(lm, Store(tmp_path / "s.sqlite"), batch_size=1000)
     assert calls == whole[:2]
     completions = run(lm, Store(tmp_path / "s.sqlite"), batch_size=1000)

@@ -48,14 +48,16 @@ def test_a_coarser_dtype_has_a_higher_floor():
 
 
 def test_flipped_completions_are_counted_and_explain_that_much_of_a_rate():
-    rows = [{"cell": cell, "completion": f"{cell} {i}"} for cell in "ab" for i in range(40)]
+    rows = [{"cell": cell, "id": f"p{i}", "completion": f"{cell} {i}"} for cell in "ab" for i in range(40)]
     other = [dict(row) for row in rows]
     other[43]["completion"] = "another"
     one, two = ({"sweep": digests(each, "cell")} for each in (rows, other))
     assert one["sweep"]["a"].split()[7] == hashlib.sha256(b"a 7").hexdigest()[:6]
     found, n = flips(one, two)
-    assert (found, n) == (["sweep/b/3"], 80)
+    assert (found, n) == (["sweep/b/p3"], 80)
     assert flips(one, {}) == ([], 0)
+    halves = [{"arm": "a", "id": "p0", "half": half, "completion": half} for half in ("harmful", "safe")]
+    assert digests(halves, "arm")["prompts"] == "p0/harmful p0/safe"
 
     def excess(name: str, one: float, other: float) -> float:
         return differences({name: one}, {name: other}, "float32", "a", n_flips=1, n=40)[0].excess
@@ -71,7 +73,7 @@ def place(tmp_path):
     """A checkout with one metrics file, one plot and the completions' digests, committed."""
     place = Place(tmp_path)
     place.write("metrics/a.json", json.dumps(FIGURES))
-    place.write("metrics/completions.json", json.dumps({"sweep": {"baseline": "aaaaaa bbbbbb cccccc"}}))
+    place.write("metrics/completions.json", json.dumps({"sweep": {"prompts": "p0 p1 p2", "baseline": "aaaaaa bbbbbb cccccc"}}))
     place.write("plots/a.csv", "layer,d\n0,1.5\n1,\n")
     for command in ("git init -q", "git add -A", "git commit -qm figures"):
         place.run(*command.split(), **IDENTITY)
@@ -87,9 +89,9 @@ def test_the_command_says_what_is_out_and_exits_with_1(place):
     status, said = place.stage("verify")
     assert status == 1 and "plots/a.csv/0/d: 1.5 committed, 1.6 here" in said and "everything" not in said
     place.write("plots/a.csv", "layer,d\n0,1.5\n1,\n")
-    place.write("metrics/completions.json", json.dumps({"sweep": {"baseline": "aaaaaa bbbbbb dddddd"}}))
+    place.write("metrics/completions.json", json.dumps({"sweep": {"prompts": "p0 p1 p2", "baseline": "aaaaaa bbbbbb dddddd"}}))
     status, said = place.stage("verify")
-    assert status == 1 and "sweep/baseline/2: another completion" in said
+    assert status == 1 and "sweep/baseline/p2: another completion" in said
 
 
 def test_only_the_committed_study_is_compared(place):

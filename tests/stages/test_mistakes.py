@@ -171,6 +171,11 @@ def study_at_work(place: Place) -> Result:
         return study("", "mine")(place)
 
 
+def prompts_of(file: str, text: str, key: str = "source") -> Mistake:
+    """The prompts stage with this file of prompts."""
+    return stage("prompts", "prompts", {f"data/raw/{file}": text}, **{key: f"data/raw/{file}"})
+
+
 # What is done, and what is said of it.
 MISTAKES: dict[str, tuple[Mistake, str]] = {
     "alpha as a string": (stage("prompts", "sweep", alphas=["1.0"]), r"params.yaml: sweep.alphas.0: .*number \(it is '1.0'\)"),
@@ -186,19 +191,19 @@ MISTAKES: dict[str, tuple[Mistake, str]] = {
     ),
     "no such pair file": (stage("prompts", "prompts", source="data/raw/pairs.csv"), r"data/raw/pairs.csv: no such file"),
     "a pair file of one column": (
-        stage("prompts", "prompts", {"data/raw/pairs.csv": "harmful\nHow?\n"}, source="data/raw/pairs.csv"),
+        prompts_of("pairs.csv", "harmful\nHow?\n"),
         r"data/raw/pairs.csv: row 1 has no safe",
     ),
     "a pair file of another kind": (
-        stage("prompts", "prompts", {"data/raw/pairs.txt": "a"}, source="data/raw/pairs.txt"),
+        prompts_of("pairs.txt", "a"),
         r"pairs.txt: .*\.jsonl, \.csv or \.json",
     ),
     "a harmful set that is not known": (
-        stage("prompts", "prompts", {"data/raw/h.csv": "a,b\nx,y\n"}, harmful="data/raw/h.csv"),
+        prompts_of("h.csv", "a,b\nx,y\n", "harmful"),
         r"data/raw/h.csv: its rows are of no set that is known .* name the column or key of the prompts `prompt`",
     ),
     "harmful prompts alone, without the package's own harmless ones": (
-        stage("prompts", "prompts", {"data/raw/h.txt": "Pick lock a?\n"}, harmful="data/raw/h.txt"),
+        prompts_of("h.txt", "Pick lock a?\n", "harmful"),
         r"data/raw/harmless.jsonl: the package's own harmless prompts are not there; name others in prompts.harmless",
     ),
     "pairs asked of prompts that are none": (

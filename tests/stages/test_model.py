@@ -9,11 +9,14 @@ from pathlib import Path
 
 import pytest
 import yaml
+from checkpoints import LLAMA, byte_level
 from gguf_files import byte_pairs, chat_model
 from gguf_files import write as write_gguf
 from hub_server import COMMIT, Hub, serve
 from qwen1_layout import LATE, tensors, write
 from transformers import AutoModelForCausalLM
+
+from refusal.lm.checkpoint import make_loadable
 
 ROOT = Path(__file__).parents[2]
 
@@ -119,3 +122,40 @@ def test_a_folder(project, checkpoint):
     ):
         status, output = run_stage(project, change)
         assert status == 1 and says in output
+
+
+def written(path: Path, **changes: object) -> None:
+    """A JSON file with these keys set, or removed where they are None."""
+    fields = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: value for key, value in fields.items() if value is not None}))
+
+
+def test_what_keeps_transformers_from_loading_a_checkpoint_here_is_mended_in_the_copy_and_said(project):
+    """Kernels of the machine that it was trained on, one of them code on the hub; an index without its metadata; a path from home."""
+    source, index = project / "home/mine", "model.safetensors.index.json"
+    byte_level(source, "llama", LLAMA)
+    kept = json.loads((source / index).read_text())["metadata"]["total_size"]
+    written(source / "config.json", attn_implementation="kernels-community/flash-attn", experts_implementation="grouped_mm")
+    written(source / index, metadata=None)
+    before = {path.name: path.read_bytes() for path in source.iterdir()}
+    status, output = run_stage(project, {"id": "~/mine"})
+    assert status == 0, output
+    assert "models/base/config.json: attn_implementation kernels-community/flash-attn is left out" in output
+    assert "experts_implementation grouped_mm is left out" in output and f"models/base/{index}: the size" in output
+    assert json.loads((project / "models/base" / index).read_text())["metadata"] == {"total_size": kept}
+    AutoModelForCausalLM.from_pretrained(project / "models/base")
+    assert {path.name: path.read_bytes() for path in source.iterdir()} == before
+
+
+@pytest.mark.parametrize("metadata", [{"total_size": None}, {}, "none"])
+def test_a_copy_is_changed_where_it_must_be_alone(tmp_path, metadata):
+    byte_level(tmp_path, "llama", LLAMA)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    written(tmp_path / "config.json", _attn_implementation="sdpa")
+    assert make_loadable(tmp_path) == []
+    index = tmp_path / "model.safetensors.index.json"
+    written(index, metadata=metadata)
+    (changed,) = make_loadable(tmp_path)
+    assert changed.startswith(index.name) and make_loadable(tmp_path) == []
+    total = json.loads(before[index.name])["metadata"]["total_size"]
+    assert json.loads(index.read_text())["metadata"]["total_size"] == total
