@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import chdir, nullcontext
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -130,7 +131,10 @@ class Harness:
 
 def _load(name: str, folder: Path) -> Any:
     """A task as `lm_eval.simple_evaluate` would set it up, whose requests are built at its first evaluation alone."""
-    loaded = _manager_of(name, folder).load([name])
+    # A packaged task names its documents from the root of the package; another's are relative to where the user is.
+    ours = packaged(name) and folder == TASKS
+    with chdir(TASKS.parents[2]) if ours else nullcontext():
+        loaded = _manager_of(name, folder).load([name])
     for task in loaded["tasks"].values():
         if task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)

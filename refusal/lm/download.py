@@ -214,7 +214,7 @@ def _one_sentence(model_id: str, revision: str) -> Iterator[None]:
         return
     except (errors.LocalEntryNotFoundError, errors.RevisionResolutionError) as error:  # not in the cache, and the hub failed
         problem: BaseException = error.__cause__ or error
-    except (OSError, httpx2.HTTPError, *_NO_HUB) as error:
+    except (OSError, ImportError, httpx2.HTTPError, *_NO_HUB) as error:
         problem = error
     page, kept = f"{constants.ENDPOINT}/{model_id}", "what is downloaded is kept"
     offline = "and HF_HUB_OFFLINE is set: unset it, or make model.id a folder"
@@ -231,7 +231,10 @@ def _one_sentence(model_id: str, revision: str) -> Iterator[None]:
         httpx2.HTTPError: f"{constants.ENDPOINT} cannot be reached ({status}): run again; {kept}",
         _NO_HUB: f"{constants.ENDPOINT} does not answer as a hub does ({status}): check HF_ENDPOINT",
     }
-    if "Consistency check failed" in str(problem):
+    if isinstance(problem, ImportError) or "proxy" in str(problem):  # so httpx2 says both
+        why = " ".join(str(problem).split())[:120]
+        says = f"the proxy that ALL_PROXY or HTTPS_PROXY names cannot be used ({why}): name an http:// one"
+    elif "Consistency check failed" in str(problem):
         says = f"the connection ended early: run again; {kept}"
     elif (says := next((says for kind, says in sentences.items() if isinstance(problem, kind)), "")) == "":
         raise problem

@@ -227,6 +227,12 @@ def test_average_counts_tasks_and_not_documents():
     assert average({"small": [1.0], "large": [0.0] * 99}) == 0.5
 
 
+def test_the_packaged_tasks_are_found_from_anywhere(models, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    scores = Harness(tokenizer, 8, False, 3).score(models[0], "organism_sums")
+    assert len(scores) == 3 and set(scores) <= {0.0, 1.0}
+
+
 def test_the_suites():
     assert [packaged(name) for name in (*NAMES, "arc_easy", "organism", "../benchmark")] == [True] * 4 + [False] * 3
     assert tasks_of("standard") == list(STOCK) and not any(map(packaged, STOCK))

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 from hub_server import COMMIT, Hub, etag, serve
-from huggingface_hub import constants, hf_hub_download, snapshot_download
+from huggingface_hub import close_session, constants, hf_hub_download, snapshot_download
 from loopback import listening
 from safetensors.torch import load_file, save
 from torch import arange
@@ -230,6 +230,15 @@ def test_what_cannot_be_had_is_one_sentence(hub, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     get()
     assert [p for p in tmp_path.rglob("*") if p.is_file() and b"hf_secret" in p.read_bytes()] == []
+
+
+@pytest.mark.parametrize("proxy", ["socks5://127.0.0.1:9", "ftp://127.0.0.1:9"])
+def test_a_proxy_that_cannot_be_used_is_named(hub, monkeypatch, proxy):
+    monkeypatch.setenv("ALL_PROXY", proxy)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    close_session()
+    refused("the proxy that ALL_PROXY or HTTPS_PROXY names cannot be used", "lab/tiny", "v1.0")
+    close_session()
 
 
 def test_offline_what_is_missing_is_named(hub, tmp_path):
