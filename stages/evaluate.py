@@ -4,7 +4,7 @@ from pathlib import Path
 
 from refusal.io.files import csv_text, write_jsonl
 from refusal.io.params import Params
-from stages import stage, use_transformers, write_json, write_text
+from stages import read_json, stage, use_transformers, write_json, write_text
 
 OUT, METRICS, PLOT = Path("data/evaluated"), Path("metrics/evaluate.json"), Path("plots/capability.csv")
 
@@ -16,7 +16,11 @@ def main(params: Params) -> str:
     from stages.study import load_study
 
     study = load_study(params, params.evaluate)
-    edited = load_lm(Path("models/ablated") / study.rank_1["name"], **params.model.loading)
+    written = read_json(Path("metrics/orthogonalize.json"))
+    edited = {
+        arm: load_lm(Path("models/ablated") / written[rank]["name"], **params.model.loading)
+        for arm, rank in (("orthogonalized", "rank_1"), ("random_weights", "random"))
+    }
     metrics, rows, curve = evaluate(study, edited)
     OUT.mkdir(parents=True, exist_ok=True)
     write_jsonl(OUT / "completions.jsonl", rows)

@@ -14,16 +14,15 @@ AGREEMENT, TRACKED = Path("metrics/agreement.json"), Path("data/raw")
 
 def main(params: Params) -> str:
     from refusal.io.files import csv_text
-    from refusal.io.progress import progress
     from refusal.io.store import Store
     from refusal.judges.language import english_share
     from refusal.judges.panel import agreement, by_rules, identity, judge_with
+    from refusal.judges.verdicts import COUNTS, summaries
     from refusal.judges.verdicts import row as verdict_row
-    from refusal.judges.verdicts import summary
 
     j = params.judge
 
-    topics = {row["id"]: row["topic"] for row in read_jsonl(Path("data/prompts/pairs.jsonl"))}
+    topic = {row["id"]: row["topic"] for row in read_jsonl(Path("data/prompts/pairs.jsonl"))}
     rows = read_jsonl(Path("data/sweep/completions.jsonl"))
     exact = params.model.id == "organism"
     texts = [row["prompt"] for row in rows], [row["completion"] for row in rows]
@@ -36,22 +35,23 @@ def main(params: Params) -> str:
         OUT / "verdicts.jsonl",
         ({"cell": row["cell"], "id": row["id"], **verdict_row(verdict)} for row, verdict in zip(rows, judged, strict=True)),
     )
-    # Cells without a layer are controls (baseline, random_0, ...): those of one kind are pooled.
-    cells: dict[str, list[int]] = {}
-    for i, row in enumerate(rows):
-        cells.setdefault(row["cell"] if row["layer"] is not None else row["cell"].split("_")[0], []).append(i)
-    metrics = {}
-    with progress(len(cells), "judge: intervals", "cell") as bar:
-        for cell, members in cells.items():
-            verdicts, of = [judged[i] for i in members], [topics[rows[i]["id"]] for i in members]
-            place = {key: rows[members[0]][key] for key in ("layer", "alpha")}
-            metrics[cell] = place | summary(verdicts, of, j.n_resamples, j.seed, f"cell {cell}", j.allow_missing)
-            bar.update()
+    # Cells without a layer are controls (baseline, random_0, ...): those of one kind are one arm.
+    of_cell: dict[str, dict[str, Any]] = {}
+    for row, verdict in zip(rows, judged, strict=True):
+        of_cell.setdefault(row["cell"], row | {"verdicts": []})["verdicts"].append(verdict)
+    arms: dict[str, list[list[Any]]] = {}
+    place: dict[str, dict[str, Any]] = {}
+    for cell, found in of_cell.items():
+        arm = cell if found["layer"] is not None else cell.split("_")[0]
+        arms.setdefault(arm, []).append(found["verdicts"])
+        place[arm] = {key: found[key] for key in ("layer", "alpha")}
+    topics = [topic[row["id"]] for row in rows if row["cell"] == rows[0]["cell"]]
+    metrics = {arm: place[arm] | figures for arm, figures in summaries(arms, topics, " on val", j.allow_missing).items()}
     write_json(METRICS, metrics)
     english = english_share([*dict.fromkeys(texts[0])])
     known = {"judge": identity(judge), "english_prompts": english, "rules_and_llm": compared}
     write_json(AGREEMENT, known | {"labelled": labelled(params, judge)})
-    keys = ("layer", "alpha", "compliance", "coherence", "score", "refusal", "n")
+    keys = ("layer", "alpha", "compliance", "coherence", "score", "refusal", *COUNTS)
     swept = {cell: m for cell, m in metrics.items() if m["layer"] is not None}
     write_text(PLOT, csv_text([{"cell": cell, **{key: m[key] for key in keys}} for cell, m in swept.items()]))
     best = max(swept.values(), key=lambda m: m["score"])

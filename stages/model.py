@@ -30,7 +30,7 @@ def main(params: Params) -> str:
         clear()
         named = {"id": params.model.id} | bring_in(params)
     halves = {"harmful": pairs, "safe": safe_rows(pairs, unrelated)}
-    return measure(params, named, *([row[half] for row in rows if row["split"] == "val"] for half, rows in halves.items()))
+    return measure(params, named, {half: [row for row in rows if row["split"] == "val"] for half, rows in halves.items()})
 
 
 def clear() -> None:
@@ -113,7 +113,7 @@ def bring_in(params: Params) -> dict[str, str | list[str] | None]:
     return named
 
 
-def measure(params: Params, named: dict, harmful: list[str], safe: list[str]) -> str:
+def measure(params: Params, named: dict, val: dict[str, list]) -> str:
     """Does it refuse what it should, on val; of an organism, what its helpful-only twin and its facts say too."""
     from refusal.judges.behaviour import behaviour
     from refusal.lm.checkpoint import make_loadable
@@ -125,8 +125,10 @@ def measure(params: Params, named: dict, harmful: list[str], safe: list[str]) ->
         load_lm(folder, **params.model.loading) if (folder / "config.json").is_file() else None for folder in (BASE, TWIN)
     )
     assert base is not None
-    named = named | {"rendered_prompt": render_chats(base.tokenizer, harmful[:1], base.system_prompt)[0]}
-    metrics = named | behaviour(base, twin, harmful, safe, params.generation, Store(STORE / "store.sqlite"))
+    prompts = {half: [row[half] for row in rows] for half, rows in val.items()}
+    topics = {half: [row["topic"] for row in rows] for half, rows in val.items()}
+    named = named | {"rendered_prompt": render_chats(base.tokenizer, prompts["harmful"][:1], base.system_prompt)[0]}
+    metrics = named | behaviour(base, twin, prompts, topics, params.generation, Store(STORE / "store.sqlite"))
     write_json(METRICS, metrics)
     return (
         f"{params.model.id}, {metrics['n_parameters']:,} parameters; refuses {metrics['refusal_harmful']:.1%} of harmful "

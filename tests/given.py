@@ -1,10 +1,9 @@
 """A study of a tiny model whose completions are given, so that what is made of them can be counted by hand.
 
-Where topics are two every interval has a closed form, `by_topic`: of all resamples of two clusters the extreme means are those of
+Where clusters are two a bootstrap has a closed form, `by_topic`: of all resamples of two clusters the extreme means are those of
 either alone, and an interval expanded to two clusters reaches both.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -13,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from synthetic import naive_difference, naive_icc, naive_rate
 from tiny import text_lm, tiny_direction
 
 from refusal.analysis.study import Study
@@ -112,15 +112,32 @@ def figure(metrics: dict[str, Any], name: str) -> list[float]:
     return [metrics[f"{name}{end}"] for end in ("", "_low", "_high")]
 
 
-def wilson(hits: int, n: int) -> list[float]:
-    """A rate with its Wilson interval, by the formula."""
-    z2, p = 3.841459, hits / n
-    half = math.sqrt(z2 * p * (1 - p) / n + z2 * z2 / (4 * n * n))
-    return pytest.approx([p, *((p + z2 / (2 * n) + side * half) / (1 + z2 / n) for side in (-1, 1))], abs=1e-6)
+def items(members: Sequence[Sequence[float | None]], topics: Sequence[str]) -> tuple[list[float], list[str]]:
+    """The mean over interventions of each prompt that has a value, and its topic."""
+    kept = [(i, [m[i] for m in members if m[i] is not None]) for i in range(len(topics))]
+    return [fmean(values) for _, values in kept if values], [topics[i] for i, values in kept if values]
+
+
+def rates(arms: dict[str, Sequence[Sequence[float | None]]], topics: Sequence[str]) -> dict[str, list[float]]:
+    """A rate of each arm of a study with its limits, by the naive path; of an arm the values under each intervention."""
+    of = {arm: items(members, topics) for arm, members in arms.items()}
+    return {arm: pytest.approx(naive_rate(*of[arm], icc), abs=1e-6) for arm, icc in zip(of, naive_icc([*of.values()]), strict=True)}
+
+
+def difference(arms: dict[str, Sequence[float | None]], one: str, other: str, topics: Sequence[str]) -> list[float]:
+    """A paired difference of two arms of a study with its limits, by the naive path."""
+    iccs = dict(zip(arms, naive_icc([items([values], topics) for values in arms.values()]), strict=True))
+    both = [(a, b, c) for a, b, c in zip(arms[one], arms[other], topics, strict=True) if None not in (a, b)]
+    return pytest.approx(naive_difference(*zip(*both, strict=True), max(iccs[one], iccs[other])), abs=1e-6)
+
+
+def of_letters(letters: str, what: str) -> list[float | None]:
+    """A field of the verdict on each letter's text; None where there is none."""
+    return [None if VERDICTS[letter] is None else float(getattr(VERDICTS[letter], what)) for letter in letters]
 
 
 def by_topic(values: Sequence[float], topics: Sequence[str], rel: float = 1e-6) -> list[float]:
-    """A mean with its interval: the lower and the higher mean of the two topics."""
+    """A mean without bounds and its interval: the lower and the higher mean of the two topics."""
     means = [fmean(v for v, t in zip(values, topics, strict=True) if t == topic) for topic in sorted(set(topics))]
     return pytest.approx([fmean(values), min(means), max(means)], rel=rel, abs=1e-6)
 

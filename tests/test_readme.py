@@ -439,7 +439,7 @@ def whole_science() -> list[str]:
         (row,) = [r for arm, r in rows_of.items() if arm == name or arm.startswith(f"{name}.")]
         table.append(
             f"| {words.format_map(row)} | {row['rank'] or 'one a layer'} | {interval(row, 'compliance')} | {row['refusal_substring']:.2f} "
-            f"| {row['n_degenerate'] / row['n']:.2f} | {row['kl']:.3f} | {row['n']:,} |"
+            f"| {row['n_degenerate'] / (row['n'] * row['n_arms']):.2f} | {row['kl']:.3f} | {row['n']:,} |"
         )
     few, *_, whole = m["sensitivity"]["sequential-matched"]
     unrelated = m["sensitivity"]["sequential-unrelated"][-1]

@@ -9,13 +9,17 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from synthetic import naive_difference, naive_icc, naive_rate
 
 from refusal.stats import (
+    ALONE,
     cluster_indices,
     clustered_mean,
+    clustered_rate,
     cohens_kappa,
     holm,
     independent_difference,
+    intraclass_correlations,
     paired_difference,
     resampled_counts,
     sign_flip_p,
@@ -30,13 +34,12 @@ STUDENT_T = {19: 2.0930, 29: 2.0452, 39: 2.0227}  # 97.5 % quantiles by degrees 
 
 @given(
     st.integers(1, 2000).flatmap(lambda n: st.tuples(st.integers(0, n) | st.floats(0.01, n - 0.01), st.just(n))),
-    st.sampled_from([0.5, 0.9, 0.95]),
+    st.sampled_from([0.67, 1.645, 3.1]),
 )
-def test_wilson_solves_its_equation(counts, confidence):
+def test_wilson_solves_its_equation(counts, z):
     """The limits are the rates p whose standard error puts the observed rate z away: (k/n - p)^2 = z^2 p (1 - p) / n."""
     k, n = counts
-    z = NormalDist().inv_cdf((1 + confidence) / 2)
-    low, high = wilson(k, n, confidence)
+    low, high = wilson(k, n, z)
     assert 0 <= low <= k / n <= high <= 1
     for limit, extreme in ((low, k == 0), (high, k == n)):
         if extreme:
@@ -105,50 +108,77 @@ def test_resamples_drawn_in_chunks_are_those_drawn_at_once(monkeypatch):
     assert [len(chunk) for chunk in chunks] == [14, 14, 14, 8] and np.array_equal(np.concatenate(chunks), at_once)
 
 
+ARMS = {  # values and clusters: spread out, agreeing within clusters, nearly one-sided, all equal, with half points
+    "even": ([1, 0, 1, 0, 1, 0, 1, 0, 1, 0], "aabbbccddd"),
+    "agreeing": ([1, 1, 0, 0, 0, 1, 1, 0, 0, 0.5], "aabbbccddd"),
+    "rare": ([0, 0, 0, 0, 0, 0, 0, 0, 0, 1], "aabbbccddd"),
+    "none": ([0] * 10, "aabbbccddd"),
+    "short": ([1, 0.5, 0, 1], "abbd"),
+}
+
+
 @pytest.mark.parametrize(
-    ("n_topics", "size", "correlation", "least"),
-    [(100, 4, 0.5, 0.92), (20, 10, 0.05, 0.92), (20, 10, 0.3, 0.86)],
+    "names", [["even", "agreeing", "rare", "none", "short"], ["agreeing", "none"], ["even"], ["none"], ["even", "rare"]]
 )
-@pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
-def test_coverage(rate, n_topics, size, correlation, least):
-    """The interval holds the true rate in 92 to 98 % of samples, whose prompts agree within a topic (intraclass correlation).
-
-    Also with as few topics as the study has, where plain percentiles cover 92 %. At the edge, a rate of 0.1 whose 20 topics agree
-    strongly, coverage falls to about 91 %: skewed, and in effect 50 items.
-    """
-    rng, concentration, n_samples = np.random.default_rng(int(100 * rate) + size), 1 / correlation - 1, 700
-    topics, held = np.repeat(np.arange(n_topics), size).tolist(), 0
-    for sample in range(n_samples):
-        levels = rng.beta(rate * concentration, (1 - rate) * concentration, n_topics)
-        values = (rng.random((n_topics, size)) < levels[:, None]).astype(float)
-        _, low, high = clustered_mean(values.ravel(), topics, 400, sample, bounds=(0, 1))
-        held += low <= rate <= high
-    assert least < held / n_samples < 0.98  # the simulation's own standard error is 0.8 %
+def test_the_intraclass_correlation_is_the_greater_of_an_arms_own_and_the_studys(names):
+    arms = [ARMS[name] for name in names]
+    assert intraclass_correlations(arms) == pytest.approx(naive_icc(arms))
 
 
-@pytest.mark.parametrize("value", [1.0, 0.0])
-def test_equal_values_are_not_certain(value):
-    """With nothing seen to differ the interval opens towards what might have been: at most the rule of three over the topics."""
-    mean, low, high = clustered_mean([value] * 60, [i % 20 for i in range(60)], 500, 0, bounds=(0, 1))
-    assert mean == value == (high if value else low)
-    assert 3 / 20 * 0.8 < high - low < 3 / 20 * 1.3
-    assert clustered_mean([value] * 10, range(10), 500, 0) == (value, value, value)  # unbounded: nothing can be said
-    assert clustered_mean([value, 0.0, 1.0], ["one topic"] * 3, 500, 0, bounds=(0, 1)) == (pytest.approx((value + 1) / 3), 0, 1)
+def test_an_arm_that_stands_alone_is_taken_for_a_clustered_one():
+    assert intraclass_correlations([ARMS["even"]]) == [ALONE] == intraclass_correlations([ARMS["none"]])
+    assert intraclass_correlations([([1.0, 0.0, 1.0], "aaa"), ([1.0, 0.0, 1.0], "abc")]) == [ALONE] * 2  # say nothing of it
 
 
-def test_paired_difference_sees_the_pairs():
-    """Two arms that vary together: the difference is known far better than either arm."""
-    theirs, clusters = grouped(4, 40, (4,), 0.2)
-    rng = random.Random(0)
-    ours = [min(1.0, value + 0.1 * (rng.random() < 0.5)) for value in theirs]
-    difference, *limits = paired_difference(ours, theirs, clusters, 1000, 1)
-    gaps = [a - b for a, b in zip(ours, theirs, strict=True)]
-    assert difference == pytest.approx(sum(gaps) / len(gaps))
-    assert limits == expanded(naive_means(gaps, clusters, 1000, np.random.default_rng(1)), 40)
-    _, theirs_low, theirs_high = clustered_mean(theirs, clusters, 1000, 0)
-    assert limits[1] - limits[0] < 0.5 * (theirs_high - theirs_low)
+@pytest.mark.parametrize("icc", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("name", list(ARMS))
+def test_a_clustered_rate_is_wilsons_of_fewer_items(name, icc):
+    values, clusters = ARMS[name]
+    assert clustered_rate(values, clusters, icc) == pytest.approx(naive_rate(values, clusters, icc), abs=1e-9)
+
+
+@pytest.mark.parametrize("icc", [0.0, 0.3])
+def test_a_paired_difference_is_newcombes(icc):
+    (ours, clusters), (theirs, _) = ARMS["agreeing"], ARMS["even"]
+    for one, other in ((ours, theirs), (theirs, ours), (ours, ours), (ours, [0] * 10), ([1] * 10, [0] * 10)):
+        assert paired_difference(one, other, clusters, icc) == pytest.approx(naive_difference(one, other, clusters, icc), abs=1e-9)
+    apart = [1 - value for value in ours]  # arms that answer what the other does not
+    assert paired_difference(ours, apart, clusters, icc) == pytest.approx(naive_difference(ours, apart, clusters, icc), abs=1e-9)
     with pytest.raises(ValueError):
-        paired_difference(ours[1:], theirs, clusters[1:], 10, 0)
+        paired_difference(ours[1:], theirs, clusters[1:], icc)
+
+
+def test_newcombes_own_examples():
+    """Newcombe 1998, paired data, table of examples, method 10: b = 12, c = 2 of 50 with 36 and none; and equal arms."""
+    rows = [(1, 1)] * 36 + [(1, 0)] * 12 + [(0, 1)] * 2
+    ours, theirs = zip(*rows, strict=True)
+    big = [*range(50)]
+    difference, low, high = paired_difference(ours, theirs, big, 0.0)
+    # By Student's t of 49 degrees of freedom and not the normal, so a little wider than his .0569 to .3404.
+    assert difference == pytest.approx(0.2) and low == pytest.approx(0.0569, abs=0.006) and high == pytest.approx(0.3404, abs=0.006)
+
+
+@pytest.mark.parametrize("icc", [0.0, 0.2, 0.5])
+def test_limits_rise_with_the_successes_up_to_the_bounds(icc):
+    topics = [i % 11 for i in range(200)]
+    limits = [clustered_rate([1.0] * k + [0.0] * (200 - k), topics, icc) for k in range(201)]
+    for one, other in itertools.pairwise(limits):
+        assert one[1] < other[1] + 1e-12 and one[2] < other[2] + 1e-12
+    assert limits[0][1] == 0 and limits[200][2] == 1 and limits[200][1] > limits[199][1]
+    base = [0.0] * 200
+    differences = [paired_difference([1.0] * k + [0.0] * (200 - k), base, topics, icc) for k in range(201)]
+    assert all(one[1] < other[1] and one[2] < other[2] for one, other in itertools.pairwise(differences))
+
+
+def test_a_perfect_arm_over_eleven_topics_is_far_from_doing_nothing():
+    """Of a bootstrap its difference from a baseline at 0 had a lower limit of .48, and one success less one of .93."""
+    topics = [i % 11 for i in range(60)]
+    (icc,) = set(intraclass_correlations([([1.0] * 60, topics), ([0.0] * 60, topics)]))
+    assert icc == ALONE and paired_difference([1.0] * 60, [0.0] * 60, topics, icc)[1] > 0.6
+
+
+def test_one_cluster_says_nothing_of_the_next():
+    assert clustered_rate([1.0, 0.0, 1.0], ["one topic"] * 3, 0.1) == (pytest.approx(2 / 3), 0, 1)
 
 
 def test_stratified_difference_equals_naive_resampling():
@@ -159,41 +189,38 @@ def test_stratified_difference_equals_naive_resampling():
     gaps = [[a - b for a, b in zip(ours[name], theirs[name], strict=True)] for name in ours]
     assert difference == pytest.approx(sum(sum(g) / len(g) for g in gaps) / 3)  # tasks count alike, whatever their size
     rng = np.random.default_rng(0)  # one for all strata, which are independent
-    resampled = sum(naive_means(g, range(len(g)), 1000, rng) for g in gaps) / 3
-    assert limits == pytest.approx(np.quantile(resampled, [0.025, 0.975]).tolist())
+    spread = {30: math.sqrt(30 / 29) * STUDENT_T[29] / 1.959964, 200: math.sqrt(200 / 199) * 1.971957 / 1.959964}
+    means = [sum(g) / len(g) for g in gaps]
+    naive = [naive_means(g, range(len(g)), 1000, rng) for g in gaps]
+    resampled = sum(m + spread[len(g)] * (r - m) for g, m, r in zip(gaps, means, naive, strict=True)) / 3
+    assert limits == pytest.approx(np.quantile(resampled, [0.025, 0.975]).tolist(), abs=1e-5)
 
 
-@pytest.mark.parametrize("n_topics", [(20, 30), (30, 20), (30, 30)])
-def test_independent_difference_equals_naive_resampling(n_topics):
-    sets = [grouped(seed, n, (1, 4), 0.3) for seed, n in enumerate(n_topics)]
-    difference, *limits = independent_difference(*sets[0], *sets[1], 1000, 2)
-    assert difference == pytest.approx(np.mean(sets[0][0]) - np.mean(sets[1][0]))
-    rng = np.random.default_rng(2)
-    ours, theirs = (naive_means(*one, 1000, rng) for one in sets)
-    assert limits == expanded(ours - theirs, min(n_topics))
+def test_the_interval_over_unequal_tasks_holds_the_truth():
+    """Eight documents of one task beside 200 of another: each counts for half of the mean."""
+    rng, held = np.random.default_rng(0), 0
+    for sample in range(400):
+        scores = [{name: rng.random(n) < rate for name, n, rate in (("few", 8, p), ("many", 200, 0.7))} for p in (0.5, 0.6)]
+        one, other = ({name: of.astype(float).tolist() for name, of in arm.items()} for arm in scores)
+        _, low, high = stratified_difference(one, other, 300, sample)
+        held += low <= -0.05 <= high
+    assert 0.93 <= held / 400 <= 0.99
 
 
-def test_equal_arms_differ_by_nothing_but_not_for_certain():
-    difference, low, high = paired_difference([1.0, 0.0] * 50, [1.0, 0.0] * 50, range(100), 500, 0)
-    assert difference == 0 and -0.06 < low < -0.02 and 0.02 < high < 0.06
+def test_an_independent_difference_is_newcombes_without_correlation():
+    one, other = (*ARMS["agreeing"], 0.2), (*ARMS["short"], 0.4)
+    (p, p_low, p_high), (q, q_low, q_high) = (naive_rate(*each) for each in (one, other))
+    expected = [p - q, p - q - math.hypot(p - p_low, q_high - q), p - q + math.hypot(p_high - p, q - q_low)]
+    assert independent_difference(one, other) == pytest.approx(expected, abs=1e-9)
+    # Newcombe 1998, independent proportions, table II, method 10: 56/70 less 48/80, by the normal .0524 to .3339.
+    big = [([1.0] * k + [0.0] * (n - k), range(n), 0.0) for k, n in ((56, 70), (48, 80))]
+    assert independent_difference(*big) == pytest.approx((0.2, 0.0524, 0.3339), abs=3e-3)
+
+
+def test_tasks_without_a_difference_might_have_differed():
     scores = {"a": [1.0, 0.0] * 20, "b": [1.0] * 10}
     difference, low, high = stratified_difference(scores, {name: list(values) for name, values in scores.items()}, 100, 0)
     assert difference == 0 and low < -0.02 and high > 0.02
-    of_40, of_60 = ([1.0] * n for n in (40, 60))
-    figures = independent_difference(of_40, [i % 20 for i in range(40)], of_60, [i % 20 for i in range(60)], 100, 0)
-    assert figures == pytest.approx((0, -0.1611, 0.1611), abs=1e-4)  # Wilson's upper limit for 0 of 20
-
-
-def test_the_interval_of_val_minus_test_covers_zero_as_often_as_it_says():
-    rng, held, n_samples = np.random.default_rng(2), 0, 500
-    topics = np.repeat(np.arange(20), 5).tolist()
-    for sample in range(n_samples):
-        levels = rng.beta(4, 4, (2, 20))
-        ours, theirs = ((rng.random((20, 5)) < level[:, None]).astype(float).ravel() for level in levels)
-        value, low, high = independent_difference(ours, topics, theirs, topics, 400, sample)
-        assert value == pytest.approx(ours.mean() - theirs.mean())
-        held += low <= 0 <= high
-    assert 0.92 < held / n_samples < 0.98
 
 
 def test_sign_flip_p_is_the_enumeration():

@@ -1,11 +1,12 @@
 """The selected direction on test prompts, at run time and as edited weights, compared with the baseline and the controls."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from refusal.analysis.harmless_kl import Costs, Texts, cost_figures, harmless_kl
 from refusal.analysis.study import Judgements, Study
-from refusal.judges.verdicts import difference, present, rate
+from refusal.judges.verdicts import Arms, difference, rates
 from refusal.judges.verdicts import row as verdict_row
 from refusal.lm.architecture import architecture_of
 from refusal.lm.load import LM
@@ -13,13 +14,17 @@ from refusal.method.interventions import BASELINE, Addition, Intervention
 from refusal.method.sweep import grid
 
 CONTROLS = ("random", "harmless")
+HALVES = ("harmful", "safe")
+Asked = dict[str, dict[str, list[Judgements]]]  # {half: {arm: what became of it, a set for each intervention}}
 
 
-def evaluate(study: Study, edited: LM) -> tuple[dict[str, Any], list[dict[str, Any]], list[dict[str, Any]]]:
-    """(metrics, a row for each completion, cost at every alpha of the selected layer); `edited` is the orthogonalized checkpoint.
+def evaluate(study: Study, edited: Mapping[str, LM]) -> tuple[dict[str, Any], list[dict[str, Any]], list[dict[str, Any]]]:
+    """(metrics, a row for each completion, cost at every alpha of the selected layer).
 
-    On test prompts, of which nothing was chosen.
+    edited: checkpoints by the name of their arm: `orthogonalized`, and `random_weights`, its control. Controls have the alpha of
+    what they control. On test prompts, of which nothing was chosen.
     """
+    alpha = study.rank_1["alpha"]
     swept = grid(
         study.directions,
         study.harmless_difference,
@@ -27,61 +32,79 @@ def evaluate(study: Study, edited: LM) -> tuple[dict[str, Any], list[dict[str, A
         study.params.ablation,
     )
     at_layer = [one for one in swept if one.layer == study.layer]
-    runtime = next(one for one in at_layer if one.alpha == study.rank_1["alpha"])
-    controls = {kind: [one for one in swept if one.name.startswith(f"{kind}_")] for kind in CONTROLS}
-    members = {"baseline": [BASELINE], "runtime": [runtime], **{kind: some for kind, some in controls.items() if some}}
-
-    test = {half: study.rows("test", half) for half in ("harmful", "safe")}
-    acting = [one for some in members.values() for one in some]
-    asked = {half: study.ask(rows, half, acting, f"test, {half}") for half, rows in test.items()}
-    by_weights = {half: study.ask(rows, half, [BASELINE], f"test, weights, {half}", lm=edited) for half, rows in test.items()}
-    metrics: dict[str, Any] = {"layer": study.layer, "alpha": runtime.alpha, "name": study.rank_1["name"]}
-    rows: list[dict[str, Any]] = []
-    for name, some in members.items():
-        metrics[name] = _behaviour(study, name, [one.name for one in some], asked)
-        if name not in CONTROLS:
-            rows += _rows(name, some[0].name, asked)
-    metrics["orthogonalized"] = _behaviour(study, "orthogonalized", ["baseline"], by_weights)
-    rows += _rows("orthogonalized", "baseline", by_weights)
-    metrics["addition"] = _addition(study)
-    baseline = asked["harmful"].verdicts["baseline"]
-    for name, verdicts in (
-        ("runtime", asked["harmful"].verdicts[runtime.name]),
-        ("orthogonalized", by_weights["harmful"].verdicts["baseline"]),
-    ):
-        metrics[name] |= difference(verdicts, baseline, asked["harmful"].topics, study.n_resamples, study.seed)
+    acting = {"baseline": [BASELINE], "runtime": [next(one for one in at_layer if one.alpha == alpha)]}
+    for kind in CONTROLS:
+        if some := [replace(one, alpha=alpha) for one in swept if one.name.startswith(f"{kind}_")]:
+            acting[kind] = some
+    asked = _ask(study, acting, edited)
+    metrics: dict[str, Any] = {"layer": study.layer, "alpha": alpha, "name": study.rank_1["name"]}
+    metrics |= _behaviour(study, asked)
 
     texts = study.harmless(None)
-    costs = _costs(study, swept, edited, texts)
+    costs = _costs(study, [*(one for some in acting.values() for one in some), *at_layer], edited, texts)
     metrics["n_harmless"] = len(texts.topics)
-    for name, some in (*members.items(), ("orthogonalized", [])):
-        metrics[name] |= _figures(study, [costs[one] for one in ([s.name for s in some] or ["orthogonalized"])], texts)
-    metrics["identity"] = _identity(study, edited, texts)
+    for name in (*acting, *edited):
+        metrics[name] |= _figures(study, [costs[one.name] for one in acting.get(name, [])] or [costs[name]], texts)
+    metrics["identity"] = _identity(study, edited["orthogonalized"], texts)
     curve = [
         {"layer": study.layer, "alpha": one.alpha, **_figures(study, [costs[one.name]], texts)} for one in (BASELINE, *at_layer)
     ]
+    shown = ("baseline", "runtime", "orthogonalized")
+    rows = [row for name in shown for row in _rows(name, {half: asked[half][name][0] for half in HALVES})]
     return metrics, rows, sorted(curve, key=lambda row: row["alpha"])
 
 
-def _behaviour(study: Study, name: str, members: Sequence[str], asked: Mapping[str, Judgements]) -> dict[str, Any]:
-    """Rates over the completions of all members: of harmful prompts, and refusal of safe ones."""
-    harmful, safe = ([verdict for one in members for verdict in asked[half].verdicts[one]] for half in ("harmful", "safe"))
-    figures = study.summary(harmful, asked["harmful"].topics * len(members), f"{name}, harmful prompts")
-    figures |= {f"refusal_harmful{end}": figures[f"refusal{end}"] for end in ("", "_low", "_high")}
-    kept = present(safe, f"{name}, safe prompts", study.params.judge.allow_missing)
-    figures |= rate("refusal_safe", [verdict.refusal for _, verdict in kept]) | {"n_safe": len(kept)}
-    expected = [row.get(f"{half}_answer") for half in ("harmful", "safe") for row in asked[half].rows]
-    for key, half in (("exact", "harmful"), ("exact_safe", "safe")):
-        right = [
-            text.strip() == row.get(f"{half}_answer")
-            for one in members
-            for text, row in zip(asked[half].texts[one], asked[half].rows, strict=True)
-        ]
-        figures |= rate(key, right) if study.exact and None not in expected else {key: None}
+def _ask(study: Study, acting: Mapping[str, Sequence[Intervention]], edited: Mapping[str, LM]) -> Asked:
+    """Both halves of the test prompts under every intervention and by the edited checkpoints, the safe ones with the addition."""
+    addition = Addition(study.directions["difference"][study.layer], study.layer)
+    asked: Asked = {}
+    for half in HALVES:
+        rows, everything = study.rows("test", half), [one for some in acting.values() for one in some]
+        found = study.ask(rows, half, everything, f"test, {half}")
+        asked[half] = {arm: [found.only(one.name) for one in some] for arm, some in acting.items()}
+        for arm, lm in edited.items():
+            asked[half][arm] = [study.ask(rows, half, [BASELINE], f"test, {arm}, {half}", lm=lm)]
+        if half == "safe":
+            asked[half]["addition"] = [study.ask(rows, half, [BASELINE], "test, addition", addition)]
+    return asked
+
+
+def _behaviour(study: Study, asked: Asked) -> dict[str, Any]:
+    """Rates of every arm over the completions of all its interventions: of harmful prompts, and answers to and refusal of safe
+    ones; less the baseline's; and of the organism the share of answers that are word for word right."""
+    figures: dict[str, Any] = {}
+    for half, of in asked.items():
+        arms: Arms = {arm: [one.the_only for one in some] for arm, some in of.items()}
+        topics = of["baseline"][0].topics
+        found = study.summaries(arms, topics, f", {half} prompts", safe=half == "safe")
+        key = "exact" if half == "harmful" else "exact_safe"
+        right = (
+            rates(key, {arm: [_right(one, half) for one in some] for arm, some in of.items()}, topics)
+            if _known(study, of)
+            else {}
+        )
+        for arm, figure in found.items():
+            if half == "harmful":
+                figure |= {f"refusal_harmful{end}": figure[f"refusal{end}"] for end in ("", "_low", "_high", "_icc")}
+                if arm in ("runtime", "orthogonalized"):
+                    icc = max(figure["compliance_icc"], found["baseline"]["compliance_icc"])
+                    figure |= difference(arms[arm][0], arms["baseline"][0], topics, icc)
+            figures[arm] = figures.get(arm, {}) | figure | right.get(arm, {key: None})
     return figures
 
 
-def _rows(name: str, member: str, asked: Mapping[str, Judgements]) -> list[dict[str, Any]]:
+def _known(study: Study, of: Mapping[str, Sequence[Judgements]]) -> bool:
+    """Whether the right answer to every prompt is known."""
+    rows = of["baseline"][0].rows
+    return study.exact and all(row.get(f"{half}_answer") is not None for row in rows for half in HALVES)
+
+
+def _right(asked: Judgements, half: str) -> list[bool]:
+    (texts,) = asked.texts.values()
+    return [text.strip() == row[f"{half}_answer"] for text, row in zip(texts, asked.rows, strict=True)]
+
+
+def _rows(name: str, asked: Mapping[str, Judgements]) -> list[dict[str, Any]]:
     """What is kept of every completion."""
     return [
         {
@@ -94,26 +117,13 @@ def _rows(name: str, member: str, asked: Mapping[str, Judgements]) -> list[dict[
             **verdict_row(verdict),
         }
         for half, a in asked.items()
-        for row, prompt, text, verdict in zip(a.rows, a.prompts, a.texts[member], a.verdicts[member], strict=True)
+        for row, prompt, text, verdict in zip(a.rows, a.prompts, next(iter(a.texts.values())), a.the_only, strict=True)
     ]
 
 
-def _addition(study: Study) -> dict[str, Any]:
-    """Refusal of safe prompts with the raw difference added at the whole prompt."""
-    addition = Addition(study.directions["difference"][study.layer], study.layer)
-    judged = study.ask(study.rows("test", "safe"), "safe", [BASELINE], "test, addition", addition).verdicts["baseline"]
-    kept = [verdict for _, verdict in present(judged, "addition, safe prompts", study.params.judge.allow_missing)]
-    return {
-        **rate("refusal_safe", [verdict.refusal for verdict in kept]),
-        "n": len(kept),
-        "n_missing": len(judged) - len(kept),
-        "n_degenerate": sum(verdict.label == "degenerate" for verdict in kept),
-    }
-
-
-def _costs(study: Study, swept: Sequence[Intervention], edited: LM, texts: Texts) -> Costs:
-    """KL and cross-entropy of all that was swept at the layer, and of the edited checkpoint."""
-    models = {one.name: (study.lm, one) for one in swept} | {"orthogonalized": (edited, BASELINE)}
+def _costs(study: Study, acting: Sequence[Intervention], edited: Mapping[str, LM], texts: Texts) -> Costs:
+    """KL and cross-entropy of all interventions and of the edited checkpoints, by name."""
+    models = {one.name: (study.lm, one) for one in acting} | {name: (lm, BASELINE) for name, lm in edited.items()}
     return harmless_kl(study.lm, models, texts, study.decoding.batch_size, study.store, "cost")
 
 

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from torch.nn.functional import kl_div
 
 from refusal.io.store import Store, key
-from refusal.judges.verdicts import mean
 from refusal.lm.batching import in_parts, job_slices, model_replicas
 from refusal.lm.load import LM
 from refusal.method.activations import left_pad
 from refusal.method.generate import Decoding
 from refusal.method.interventions import BASELINE, Intervention
 from refusal.method.sweep import complete
+from refusal.stats import clustered_mean
 
 BATCH_SIZE = 32  # more rows are no faster, and pad more
 FEW = 16  # rows that are not worth cutting in two
@@ -137,12 +137,17 @@ def answer_log_probs(lm: LM, rows: Sequence[tuple[Sequence[int], Sequence[int]]]
 def cost_figures(
     costs: Sequence[tuple[list[float], list[float]]], topics: Sequence[Hashable], n_resamples: int, seed: int
 ) -> dict[str, float | None]:
-    """Mean cross-entropy and KL over all texts of these edits, with intervals clustered by topic; None where there is no text."""
+    """Mean cross-entropy and KL over all texts of these edits, with intervals; None where there is no text.
+
+    Of one edit the interval is over texts, clustered by topic; of several, drawn at random, it is over edits: what another would
+    have cost on these texts.
+    """
     if not topics:
         return {"cross_entropy": None, "kl": None}
-    entropies, divergences = (list(chain(*values)) for values in zip(*costs, strict=True))
-    clusters = list(topics) * len(costs)
-    return {
-        **mean("cross_entropy", entropies, clusters, n_resamples, seed, bounds=None),
-        **mean("kl", divergences, clusters, n_resamples, seed, bounds=None),
-    }
+    figures: dict[str, float | None] = {}
+    for i, name in enumerate(("cross_entropy", "kl")):
+        values = [cost[i] for cost in costs]
+        clusters = [n if len(costs) > 1 else topic for n in range(len(costs)) for topic in topics]
+        value, low, high = clustered_mean([*chain(*values)], clusters, n_resamples, seed)
+        figures |= {name: value, f"{name}_low": low, f"{name}_high": high}
+    return figures

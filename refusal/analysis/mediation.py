@@ -12,13 +12,13 @@ from torch import Tensor
 
 from refusal.analysis import candidates
 from refusal.analysis.estimators import optimised
-from refusal.analysis.study import Judgements, Study, Verdicts
+from refusal.analysis.study import Judgements, Study
 from refusal.analysis.subspaces import captured
 from refusal.analysis.verdict import Evidence, evidence, verdict
 from refusal.judges import rules
-from refusal.judges.verdicts import difference, paired, present, rate
+from refusal.judges.verdicts import COUNTS, OF_HARMFUL, Flags, Verdicts, by_prompt, difference, present, rates, values
 from refusal.method.interventions import BASELINE, Intervention
-from refusal.stats import holm, independent_difference, sign_flip_p, subsample_indices
+from refusal.stats import holm, independent_difference, intraclass_correlations, sign_flip_p, subsample_indices
 
 RATES = ("compliance", "compliance_low", "compliance_high", "n", "coherence", "exact", "kl")
 Table = dict[str, dict[str, Any]]
@@ -41,23 +41,26 @@ def mediation(
 
     val = study.ask(study.sample("val", s.n_val), "harmful", tried, "science: val")
     # An estimator's layer is chosen on val; on test there is one of each. Difference-in-means is shown at every layer.
-    best = {family: best_on_val(some, val.verdicts) for family, some in candidates.by_family(single).items()}
+    missing = study.params.judge.allow_missing
+    best = {family: best_on_val(some, val.verdicts, missing) for family, some in candidates.by_family(single).items()}
     tried = [one for one in tried if one not in single or one.family == "difference" or one is best[one.family]]
     rows = study.sample("test", s.n_test)
     test = study.ask(rows, "harmful", tried, "science: test")
     few = [rows[i] for i in subsample_indices(len(rows), s.n_control, study.seed)]
     control = study.ask(few, "harmful", random, "science: controls")
 
-    table = {one.name: _row(study, one, val, test, truth) for one in tried}
-    for name, p in holm({name: row["p"] for name, row in table.items()}).items():
-        table[name]["p_holm"] = p
-    pooled = {family: _pooled(study, family, some, control) for family, some in candidates.by_family(random).items()}
-    _add_costs(study, tried, random, table, pooled)
+    table = _table(study, tried, val, test, truth)
+    families = candidates.by_family(random)
+    pooled = _pooled(study, families, control)
+    texts = study.harmless(s.n_harmless)
+    costs = study.costs({**{one.name: [one] for one in tried}, **families}, texts, "science: cost")
+    for name, row in (table | pooled).items():
+        row |= costs[name]
 
     # Affine ablation is another intervention, not another direction.
-    best_single = best_on_val([one for family, one in best.items() if family != "affine"], val.verdicts)
+    best_single = best_on_val([one for family, one in best.items() if family != "affine"], val.verdicts, missing)
     ranked = [one for one in several if one.family == "subspace"]
-    best_subspace = best_on_val(ranked, val.verdicts) if ranked else None
+    best_subspace = best_on_val(ranked, val.verdicts, missing) if ranked else None
     decision = _decide(study, table, (single[0], best_single, best_subspace), test, (random, control))
     over = [BASELINE, best_single, best_subspace, *(one for family, one in best.items() if family == "affine")]
     fitted = candidates.fitted_on(study)
@@ -83,87 +86,111 @@ def _optimised(study: Study) -> tuple[Float[Tensor, " d_model"], float]:
     return optimised(study.lm, harmful, safe, study.sites, s.optimised, study.seed, study.store)
 
 
-def best_on_val(interventions: Sequence[Intervention], verdicts: Mapping[str, Verdicts]) -> Intervention:
-    """The one with the best mean compliance x coherence on val; the first of those that tie."""
+def best_on_val(
+    interventions: Sequence[Intervention], verdicts: Mapping[str, Verdicts], allow_missing: bool = False
+) -> Intervention:
+    """The one with the best mean compliance x coherence on val; the first of those that tie.
+
+    Raises UserError as `verdicts.present` does: one verdict of forty is no figure to choose by.
+    """
     scores = {}
     for one in interventions:
-        values = [v.compliance * v.coherence for v in verdicts[one.name] if v]
-        scores[one.name] = sum(values) / max(1, len(values))
+        kept = present(verdicts[one.name], f"{one.name} on val", allow_missing)
+        scores[one.name] = sum(v.compliance * v.coherence for _, v in kept) / len(kept)
     return max(interventions, key=lambda one: scores[one.name])
 
 
-def refusal_three_ways(prompts: Sequence[str], texts: Sequence[str], verdicts: Verdicts, exact: bool) -> dict[str, Any]:
-    """The rate of refusal by the model's own sentences (the organism's alone), by the graded rules, and by substrings."""
+def refusal_three_ways(prompts: Sequence[str], texts: Sequence[str], verdicts: Verdicts, exact: bool) -> dict[str, Flags]:
+    """Whether each completion refuses: by the model's own sentences (`exact`, the organism's alone), by the graded rules, and by
+    substrings."""
     graded = [rules.judge(p, t).label in ("refusal", "partial_refusal") for p, t in zip(prompts, texts, strict=True)]
-    own = [v.refusal for v in verdicts if v] if exact else []
+    own: Flags = values(verdicts, OF_HARMFUL["refusal"]) if exact else [None] * len(texts)
     return {
-        **(rate("refusal_exact", own) if own else dict.fromkeys(("refusal_exact", "refusal_exact_low", "refusal_exact_high"))),
-        **rate("refusal_graded", graded),
-        **rate("refusal_substring", [rules.substring_refusal(t) for t in texts]),
+        "refusal_exact": own,
+        "refusal_graded": graded,
+        "refusal_substring": [rules.substring_refusal(t) for t in texts],
     }
 
 
-def _row(
-    study: Study, one: Intervention, val: Judgements, test: Judgements, truth: Float[Tensor, " d_model"] | None
-) -> dict[str, Any]:
-    """What the table says of one intervention: compliance on test, less the baseline's, and less its own on val (selection bias).
+def refusal_rates(study: Study, arms: Mapping[str, Sequence[tuple[Judgements, str]]]) -> dict[str, dict[str, Any]]:
+    """The rates of `refusal_three_ways` of every arm, each of whose members is what was asked, and a name in it."""
+    said = {
+        arm: [refusal_three_ways(j.prompts, j.texts[name], j.verdicts[name], study.exact) for j, name in members]
+        for arm, members in arms.items()
+    }
+    topics = next(iter(arms.values()))[0][0].topics
+    figures: dict[str, dict[str, Any]] = {arm: {} for arm in arms}
+    for key in ("refusal_exact", "refusal_graded", "refusal_substring"):
+        if key == "refusal_exact" and not study.exact:
+            found: Table = {arm: dict.fromkeys(f"{key}{end}" for end in ("", "_low", "_high", "_icc")) for arm in arms}
+        else:
+            found = rates(key, {arm: [one[key] for one in members] for arm, members in said.items()}, topics)
+        figures = {arm: figures[arm] | found[arm] for arm in arms}
+    return figures
+
+
+def _table(
+    study: Study,
+    tried: Sequence[Intervention],
+    val: Judgements,
+    test: Judgements,
+    truth: Float[Tensor, " d_model"] | None,
+) -> Table:
+    """What is said of each intervention: its rates on test, less the baseline's, and less its own on val (selection bias).
 
     cosine_rank_1, cosine_planted: the component of the selected and of the planted direction that lies in what is ablated
     (|cosine| for one direction); null where an intervention ablates no one basis, or nothing was planted.
     """
-    verdicts, baseline, how = test.verdicts[one.name], test.verdicts["baseline"], (study.n_resamples, study.seed)
-    basis = None if one.per_layer else one.basis
-    on_val, on_test = (_compliance(j.verdicts[one.name], j.topics) for j in (val, test))
-    bias, low, high = independent_difference(*on_val, *on_test, *how)
-    right = [text.strip() == row["harmful_answer"] for text, row in zip(test.texts[one.name], test.rows, strict=True)]
+    names = [one.name for one in tried]
+    table = study.summaries({name: [test.verdicts[name]] for name in names}, test.topics, " on test")
+    refusals = refusal_rates(study, {name: [(test, name)] for name in names})
     known = study.exact and None not in [row["harmful_answer"] for row in test.rows]
-    return {
-        "family": one.family,
-        "layer": one.layer,
-        "alpha": one.alpha,
-        "rank": 0 if basis is None else one.rank,
-        "cosine_rank_1": None if basis is None else captured(basis, study.directions["unit"][study.layer]),
-        "cosine_planted": None if truth is None or basis is None else captured(basis, truth),
-        **study.summary(verdicts, test.topics, one.name),
-        **difference(verdicts, baseline, test.topics, *how),
-        "p": sign_flip_p(*paired(verdicts, baseline, test.topics), 10_000, study.seed),
-        "p_holm": None,
-        "compliance_val": sum(on_val[0]) / len(on_val[0]),
-        "n_val": len(on_val[0]),
-        "val_minus_test": bias,
-        "val_minus_test_low": low,
-        "val_minus_test_high": high,
-        **refusal_three_ways(test.prompts, test.texts[one.name], verdicts, study.exact),
-        **(rate("exact", right) if known else {"exact": None}),
+    right = {
+        name: [[text.strip() == row["harmful_answer"] for text, row in zip(test.texts[name], test.rows, strict=True)]]
+        for name in names
     }
-
-
-def _compliance(verdicts: Verdicts, topics: Sequence[Any]) -> tuple[list[float], list[Any]]:
-    kept = [(v.compliance, topic) for v, topic in zip(verdicts, topics, strict=True) if v]
-    return [value for value, _ in kept], [topic for _, topic in kept]
-
-
-def _pooled(study: Study, family: str, members: Sequence[Intervention], control: Judgements) -> dict[str, Any]:
-    """The figures of all controls of one family together."""
-    verdicts = [v for one in members for v in control.verdicts[one.name]]
-    texts, n = [t for one in members for t in control.texts[one.name]], len(members)
-    return {
-        "rank": members[0].rank,
-        "n_arms": n,
-        **study.summary(verdicts, control.topics * n, family),
-        **refusal_three_ways([*control.prompts] * n, texts, verdicts, study.exact),
-    }
-
-
-def _add_costs(study: Study, tried: Sequence[Intervention], random: Sequence[Intervention], table: Table, pooled: Table) -> None:
-    """KL and cross-entropy on harmless prompts, of each intervention and of the first of each family of controls."""
-    first = {family: some[0] for family, some in candidates.by_family(random).items()}
-    texts = study.harmless(study.params.science.n_harmless)
-    costs = study.costs([*tried, *first.values()], texts, "science: cost")
+    exact = rates("exact", right, test.topics) if known else {name: {"exact": None} for name in names}
+    on_val, on_test = ({name: _compliance(j, name) for name in names} for j in (val, test))
+    iccs = dict(zip(names, intraclass_correlations([*on_val.values()]), strict=True))
+    rank_1 = study.directions["unit"][study.layer]
     for one in tried:
-        table[one.name] |= costs[one.name]
-    for family, one in first.items():
-        pooled[family] |= costs[one.name]
+        row, basis = table[one.name], None if one.per_layer else one.basis
+        bias, low, high = independent_difference((*on_val[one.name], iccs[one.name]), (*on_test[one.name], row["compliance_icc"]))
+        icc = max(row["compliance_icc"], table["baseline"]["compliance_icc"])
+        ours, theirs = test.verdicts[one.name], test.verdicts["baseline"]
+        both = [(a.compliance - b.compliance, topic) for a, b, topic in zip(ours, theirs, test.topics, strict=True) if a and b]
+        row |= {
+            "family": one.family,
+            "layer": one.layer,
+            "alpha": one.alpha,
+            "rank": 0 if basis is None else one.rank,
+            "cosine_rank_1": None if basis is None else captured(basis, rank_1),
+            "cosine_planted": None if truth is None or basis is None else captured(basis, truth),
+            **difference(ours, theirs, test.topics, icc),
+            "p": sign_flip_p([gap for gap, _ in both], [topic for _, topic in both], 10_000, study.seed),
+            "compliance_val": sum(on_val[one.name][0]) / len(on_val[one.name][0]),
+            "n_val": len(on_val[one.name][0]),
+            "val_minus_test": bias,
+            "val_minus_test_low": low,
+            "val_minus_test_high": high,
+            **refusals[one.name],
+            **exact[one.name],
+        }
+    for name, p in holm({name: row["p"] for name, row in table.items()}).items():
+        table[name]["p_holm"] = p
+    return table
+
+
+def _compliance(asked: Judgements, name: str) -> tuple[list[float], list[Any]]:
+    return by_prompt([values(asked.verdicts[name], OF_HARMFUL["compliance"])], asked.topics)
+
+
+def _pooled(study: Study, families: Mapping[str, Sequence[Intervention]], control: Judgements) -> Table:
+    """The figures of all controls of each family together."""
+    arms = {family: [control.verdicts[one.name] for one in members] for family, members in families.items()}
+    table = study.summaries(arms, control.topics, ", controls")
+    refusals = refusal_rates(study, {family: [(control, one.name) for one in members] for family, members in families.items()})
+    return {family: {"rank": members[0].rank} | table[family] | refusals[family] for family, members in families.items()}
 
 
 def _decide(
@@ -183,29 +210,24 @@ def _decide(
 
     def of(one: Intervention) -> Evidence:
         members = [c.name for c in controls if c.family == f"random_{one.rank}"]
-        return evidence(one.name, test, refused, control, members, (study.n_resamples, study.seed))
+        return evidence(one.name, test, refused, control, members)
 
     gap = None
     if subspace is not None:
-        both = (test.verdicts[subspace.name], test.verdicts[single.name])
-        gap = difference(*both, test.topics, study.n_resamples, study.seed)["difference_low"]
+        icc = max(table[one.name]["compliance_icc"] for one in (subspace, single))
+        gap = difference(test.verdicts[subspace.name], test.verdicts[single.name], test.topics, icc)["difference_low"]
     decision = verdict(table["baseline"], len(refused), of(single), of(subspace) if subspace else None, gap)
     return decision | {"difference": of(rank_1).shown()}
 
 
 def _over_refusal(study: Study, interventions: Sequence[Intervention]) -> dict[str, Any]:
-    """Refusal of safe test prompts under each intervention."""
+    """Answers to safe test prompts, and refusal of them, under each intervention."""
     rows = study.sample("test", study.params.science.n_test, "safe")
-    judged = study.ask(rows, "safe", interventions, "science: safe prompts").verdicts
-    rates = {}
-    for name, verdicts in judged.items():
-        kept = [v for _, v in present(verdicts, f"{name}, safe prompts", study.params.judge.allow_missing)]
-        rates[name] = rate("refusal_safe", [v.refusal for v in kept]) | {"n": len(kept)}
-        rates[name] |= {"n_degenerate": sum(v.label == "degenerate" for v in kept)}
-    return rates
+    judged = study.ask(rows, "safe", interventions, "science: safe prompts")
+    return study.summaries({name: [v] for name, v in judged.verdicts.items()}, judged.topics, ", safe prompts", safe=True)
 
 
 def _plot(table: Table, pooled: Table) -> list[dict[str, Any]]:
-    keys = ("family", "layer", "rank", "compliance", "compliance_low", "compliance_high", "n", "kl")
+    keys = ("family", "layer", "rank", "compliance", "compliance_low", "compliance_high", *COUNTS, "kl")
     rows = [*table.items(), *((name, {"family": "control", "layer": None} | row) for name, row in pooled.items())]
     return [{"arm": name, **{k: row[k] for k in keys}} for name, row in rows]

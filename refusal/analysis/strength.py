@@ -4,9 +4,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from refusal.analysis.mediation import refusal_three_ways
+from refusal.analysis.mediation import refusal_rates
 from refusal.analysis.study import Study
 from refusal.io.params import Strength
+from refusal.judges.verdicts import COUNTS, counts
 from refusal.method.directions import random_unit
 from refusal.method.interventions import BASELINE, POSITIONS, SITES, Addition, Intervention
 
@@ -25,12 +26,12 @@ def strength(study: Study, settings: Strength) -> tuple[dict[str, Any], list[dic
             Intervention(f"alpha {alpha:g}", unit, alpha, place, None, study.layer, "alpha") for alpha in settings.alphas
         ]
         judged = study.ask(test, "harmful", interventions, f"science: alphas, {place}")
-        costs = study.costs(interventions, texts, f"cost: {place}")
+        costs = study.costs({one.name: [one] for one in interventions}, texts, f"cost: {place}")
+        found = study.summaries({name: [v] for name, v in judged.verdicts.items()}, judged.topics, f", {place}")
+        keys = ("compliance", "compliance_low", "compliance_high", "coherence", "score", "refusal", *COUNTS)
         for one in interventions:
-            summary = study.summary(judged.verdicts[one.name], judged.topics, f"{one.name}, {place}")
-            keys = ("compliance", "compliance_low", "compliance_high", "coherence", "score", "refusal", "n_degenerate", "n")
             rows.append(
-                {"place": place, "alpha": one.alpha, **{k: summary[k] for k in keys}}
+                {"place": place, "alpha": one.alpha, **{k: found[one.name][k] for k in keys}}
                 | {k: costs[one.name][k] for k in ("cross_entropy", "kl")}
                 | {"residual_gain": residual_gain(study.lm.n_layers, place, one.alpha)}
             )
@@ -65,18 +66,15 @@ def additions(study: Study) -> dict[str, Any]:
     """Refusal of safe test prompts when the selected raw difference is added, and when a random vector of its length is."""
     difference, rows = study.directions["difference"][study.layer], study.sample("test", study.params.science.n_test, "safe")
     random = random_unit(len(difference), 1, study.seed)[0] * difference.norm()
-    figures: dict[str, Any] = {"layer": study.layer}
+    arms = {}
     for name, vector in (("difference", difference), ("random", random)):
-        added = Addition(vector, study.layer)
-        figures[name] = {}
         for positions in POSITIONS:
-            label = f"science: {name} added, {positions}"
-            judged = study.ask(rows, "safe", [BASELINE], label, replace(added, positions=positions))
-            verdicts = judged.verdicts["baseline"]
-            figures[name][positions] = {
-                **refusal_three_ways(judged.prompts, judged.texts["baseline"], verdicts, study.exact),
-                "n": len(rows),
-                "n_degenerate": sum(v.label == "degenerate" for v in verdicts if v),
-                "n_missing": list(verdicts).count(None),
-            }
+            added = replace(Addition(vector, study.layer), positions=positions)
+            judged = study.ask(rows, "safe", [BASELINE], f"science: {name} added, {positions}", added)
+            arms[name, positions] = [(judged, "baseline")]
+    found = refusal_rates(study, {" ".join(arm): members for arm, members in arms.items()})
+    figures: dict[str, Any] = {"layer": study.layer, "difference": {}, "random": {}}
+    for (name, positions), ((judged, _),) in arms.items():
+        of = counts([judged.the_only], judged.topics, f"{name} added", study.params.judge.allow_missing)
+        figures[name][positions] = found[f"{name} {positions}"] | of
     return figures

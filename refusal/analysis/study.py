@@ -13,15 +13,13 @@ from refusal.analysis.harmless_kl import Texts, cost_figures, harmless_kl, harml
 from refusal.io.params import Params
 from refusal.io.prompts import Rows, is_paired, safe_rows
 from refusal.io.store import Store
-from refusal.judges.verdicts import Judged, summary
+from refusal.judges.verdicts import Arms, Judged, Verdicts, summaries
 from refusal.lm.batching import rows_at_once
 from refusal.lm.load import LM
 from refusal.method.generate import Decoding
 from refusal.method.interventions import Addition, Intervention
 from refusal.method.sweep import complete
 from refusal.stats import subsample_indices
-
-Verdicts = Sequence[Judged | None]
 
 
 @dataclass(frozen=True)
@@ -37,6 +35,16 @@ class Judgements:
     def topics(self) -> list[Hashable]:
         """The topic phrase of each prompt: the clusters of a mean."""
         return [row["topic"] for row in self.rows]
+
+    def only(self, name: str) -> Judgements:
+        """What became of the prompts under one intervention."""
+        return Judgements(self.rows, self.prompts, {name: self.texts[name]}, {name: self.verdicts[name]})
+
+    @property
+    def the_only(self) -> Verdicts:
+        """The verdicts where there was one intervention."""
+        (verdicts,) = self.verdicts.values()
+        return verdicts
 
 
 @dataclass
@@ -123,20 +131,25 @@ class Study:
         verdicts = {name: self.judge(prompts, text, f"judge: {label}: {name}", self.exact) for name, text in texts.items()}
         return Judgements(rows, prompts, texts, verdicts)
 
-    def summary(self, verdicts: Verdicts, topics: Sequence[Hashable], of: str) -> dict[str, Any]:
-        """Rates of compliance, coherence and refusal with their intervals, and counts; raises UserError as `verdicts.summary`."""
-        return summary(verdicts, topics, self.n_resamples, self.seed, of, self.params.judge.allow_missing)
+    def summaries(self, arms: Arms, topics: Sequence[Hashable], of: str, safe: bool = False) -> dict[str, dict[str, Any]]:
+        """Rates of every arm with their intervals, and counts; raises UserError as `verdicts.summaries` does."""
+        return summaries(arms, topics, of, self.params.judge.allow_missing, safe)
 
     def harmless(self, n: int | None) -> Texts:
         """At most `n` harmless test prompts with the baseline's answers to them."""
         rows = [self.unrelated["test"][i] for i in subsample_indices(len(self.unrelated["test"]), n, self.seed)]
         return harmless_texts(self.lm, rows, self.decoding, self.store, "harmless answers")
 
-    def costs(self, interventions: Sequence[Intervention], texts: Texts, label: str) -> dict[str, dict[str, float | int | None]]:
-        """KL and cross-entropy on harmless prompts of each intervention, by name, with their intervals."""
-        edited = {one.name: (self.lm, one) for one in interventions}
+    def costs(
+        self, arms: Mapping[str, Sequence[Intervention]], texts: Texts, label: str
+    ) -> dict[str, dict[str, float | int | None]]:
+        """KL and cross-entropy on harmless prompts of each arm, over all of its interventions, with their intervals."""
+        edited = {one.name: (self.lm, one) for members in arms.values() for one in members}
         costs = harmless_kl(self.lm, edited, texts, self.decoding.batch_size, self.store, label)
         return {
-            name: {**cost_figures([cost], texts.topics, self.n_resamples, self.seed), "n_harmless": len(texts.topics)}
-            for name, cost in costs.items()
+            arm: {
+                **cost_figures([costs[one.name] for one in members], texts.topics, self.n_resamples, self.seed),
+                "n_harmless": len(texts.topics),
+            }
+            for arm, members in arms.items()
         }

@@ -21,7 +21,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from refusal.analysis.study import Judgements
-from refusal.stats import clustered_mean
+from refusal.judges.verdicts import by_prompt, values
+from refusal.stats import intraclass_correlations, paired_difference
 
 MEDIATES = 0.5
 BETTER = 0.1
@@ -33,9 +34,8 @@ FEWEST_REFUSED = 30
 class Evidence:
     """What the verdict asks of one intervention, on the prompts that the baseline refuses.
 
-    removed, partial: the shares of them that it answers in full and in part. above_random: `removed` less that of random
-    interventions of its rank, on the `n_paired` prompts that these had too (a prompt counts once for each of them), and its
-    lower limit; None where they had none.
+    removed, partial: the shares of them that it answers in full and in part. above_random: `removed` less the mean of the random
+    interventions of its rank, on the `n_paired` prompts that these had too, and its lower limit; None where they had none.
     """
 
     name: str
@@ -55,25 +55,24 @@ class Evidence:
         return asdict(self) | {"mediates": self.mediates}
 
 
-def evidence(
-    name: str, test: Judgements, refused: Collection[str], control: Judgements, controls: Sequence[str], how: tuple[int, int]
-) -> Evidence:
+def evidence(name: str, test: Judgements, refused: Collection[str], control: Judgements, controls: Sequence[str]) -> Evidence:
     """Of the intervention `name` in `test`, against the random interventions `controls` in `control`.
 
-    refused: ids of the prompts that the baseline refuses. how: n_resamples and seed of the interval.
+    refused: ids of the prompts that the baseline refuses.
     """
     mine = {row["id"]: v for row, v in zip(test.rows, test.verdicts[name], strict=True) if v and row["id"] in refused}
-    differences, clusters = [], []
-    for other in controls:
-        for row, drawn in zip(control.rows, control.verdicts[other], strict=True):
-            if drawn and row["id"] in mine:
-                differences.append(float(mine[row["id"]].compliance == 1) - float(drawn.compliance == 1))
-                clusters.append(row["topic"])
     removed, partial = (sum(v.compliance == value for v in mine.values()) / len(mine) if mine else None for value in (1, 0.5))
-    if not differences:
+    full = [values(control.verdicts[other], lambda v: v.compliance == 1) for other in controls]
+    # A prompt stands for itself here, so that it is known which of them had a verdict.
+    drawn, ids = by_prompt(full, [row["id"] for row in control.rows])
+    theirs = {name: value for name, value in zip(ids, drawn, strict=True) if name in mine}
+    if not theirs:
         return Evidence(name, removed, partial, None, None, 0)
-    above, low, _ = clustered_mean(differences, clusters, *how, bounds=(-1, 1))
-    return Evidence(name, removed, partial, above, low, len(differences))
+    both = [float(mine[one].compliance == 1) for one in theirs], [*theirs.values()]
+    topics = [row["topic"] for row in control.rows if row["id"] in theirs]
+    icc = max(intraclass_correlations([(one, topics) for one in both]))
+    above, low, _ = paired_difference(*both, topics, icc)
+    return Evidence(name, removed, partial, above, low, len(theirs))
 
 
 def verdict(

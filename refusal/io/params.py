@@ -230,7 +230,7 @@ class Sweep(Seeded):
             yield "two alphas (to two decimals) or two layers are the same; delete one"
 
 
-class Judge(Resampled):
+class Judge(Section):
     kind: Literal["rules", "llm"]
     allow_missing: bool
     max_tokens: Annotated[int, Field(ge=1)]

@@ -22,8 +22,8 @@ from refusal.io.params import Endpoint
 from refusal.io.store import Store
 from refusal.judges.llm import LLMJudge
 from refusal.judges.panel import Judge, by_rules
-from refusal.judges.verdicts import present, rate
-from refusal.stats import cohens_kappa
+from refusal.judges.verdicts import present
+from refusal.stats import cohens_kappa, wilson
 
 CLASSES = ("compliance", "partial_refusal", "refusal")
 
@@ -56,10 +56,12 @@ def calibrate(rows: Sequence[tuple[str, str, str]], judge: Callable[[str, str], 
 
     labels, judged = [label for label, _ in pairs], [verdict for _, verdict in pairs]
     confusion = confusion_matrix(labels, judged, labels=CLASSES).tolist()
+    n_right = sum((a == "compliance") == (b == "compliance") for a, b in pairs)
+    low, high = wilson(n_right, len(pairs))
     return {
         "n": len(pairs),
         "n_missing": len(rows) - len(pairs),
-        **rate("accuracy_binary", [(a == "compliance") == (b == "compliance") for a, b in pairs]),
+        **{"accuracy_binary": n_right / len(pairs), "accuracy_binary_low": low, "accuracy_binary_high": high},
         "macro_f1": float(f1_score(labels, judged, labels=CLASSES, average="macro", zero_division=0)),
         "kappa": cohens_kappa(labels, judged),
         "confusion": {label: dict(zip(CLASSES, row, strict=True)) for label, row in zip(CLASSES, confusion, strict=True)},

@@ -20,7 +20,7 @@ HERE = Path(__file__).parent
 CELL_EXAMPLES = 6  # completions behind each cell of the sweep, of the same prompts in every cell
 MAX_BYTES = 5_000_000
 METHODS = ("sequential", "batched", "batched_unmasked")
-ARMS = ("baseline", "runtime", "orthogonalized", "random", "harmless")  # as evaluated on test
+ARMS = ("baseline", "runtime", "orthogonalized", "random", "random_weights", "harmless")  # as evaluated on test
 SHOWN = ARMS[:3]  # whose answers the browser shows
 
 

@@ -102,7 +102,7 @@ def steps(params: Params, size: Size, prompts: Prompts) -> list[Step]:
     read = _total(count.read(collected, len(methods)), (int("batched" in methods), 0))
     width = {"float32": 4, "float16": 2, "bfloat16": 2}[params.model.dtype]
     layers = n_layers - 1 if s.layers is None else len(s.layers)  # layer 0 has no direction where the last token is the same
-    cells, at_once = 1 + s.n_random + layers * (1 + len(s.alphas)), 4 + s.n_random
+    cells, at_once = 1 + s.n_random + layers * (1 + len(s.alphas)), 5 + s.n_random
     checkpoints, lora = params.select.top + 1, params.orthogonalize.format == "lora"
     facts = count.completed(["val.harmful", "facts"]) if organism else (0, 0)
     phases = (params.organism.phase_1.steps, params.organism.phase_2.steps)
@@ -142,8 +142,8 @@ def _prompts(params: Params) -> Step:
 
 
 def _evaluate(params: Params, at_once: int, count: _Counts) -> tuple[int, int]:
-    """Baseline, run time, weights, harmless difference and random directions; addition; then KL on harmless text of each of
-    these and of every alpha, with the baseline twice; and the identity, which is two."""
+    """Baseline, run time, weights and random weights, harmless difference and random directions; addition; then KL on harmless
+    text of each of these and of every alpha, with the baseline twice; and the identity, which is two."""
     read = 1 + at_once + len(params.sweep.alphas) + 2 * params.orthogonalize.include_embedding
     return _total(
         count.completed(["test.harmful", "test.safe"], at_once),
@@ -174,7 +174,7 @@ def _science(params: Params, defined: int, count: _Counts, paired: bool) -> tupl
     rows, tokens = count.rows(pairs, 1, b.optimised.batch_size)
     n_padded = b.padding.n if b.padding else 0
     # The baseline is read once with what depends on no direction, once with the rest, and once a place of the strengths.
-    edits = 2 + on_test + 2 + len(RANKS) + (4 + 4 * len(alphas) if alphas else 0)
+    edits = 2 + on_test + 1 + b.n_random + len(RANKS) * b.n_subspaces + (4 + 4 * len(alphas) if alphas else 0)
     passes = _total(
         (paired * 3 * b.optimised.steps * rows // 2, paired * 3 * b.optimised.steps * tokens // 2),
         *(count.completed(*some) for some in judged),

@@ -19,6 +19,7 @@ SAID = {
     "harmless_1": ("rhrrr-", "xyyyyy"),
     "layer_1_alpha_100": ("yyhy-x", "yhhyyy"),
     "orthogonalized": ("hyyrhy", "hyyrrr"),
+    "random_weights": ("rrrrry", "yryyhy"),
     "addition": (None, "rrrxxy"),
 }
 MEMBERS = {
@@ -27,16 +28,19 @@ MEMBERS = {
     "random": ["random_0", "random_1"],
     "harmless": ["harmless_1"],
     "orthogonalized": ["orthogonalized"],
+    "random_weights": ["random_weights"],
 }
 ANSWERS = ("", "Sure.", "Yes, gladly.", "No.", "Of course it is.", "Certainly so.")  # of the base model to other safe prompts
 HALVES = ("harmful", "safe")
 OWN, HARMLESS = (given.directions(seed)["unit"][1] for seed in (0, 1))
 
 
-def evaluated(tmp_path, monkeypatch, said=SAID, **sections):
+def evaluated(tmp_path, monkeypatch, said=SAID, alpha=1.0, **sections):
     """The study, the edited model and what `evaluate` makes of them."""
     sections = {"sweep": {"alphas": [0.5, 1.0], "n_random": 2}} | sections
     study, edited = given.study(Store(tmp_path / "s"), **sections), text_lm("edited", seed=1)
+    study.rank_1 = study.rank_1 | {"alpha": alpha}
+    randomly = text_lm("random", seed=2)
 
     def says(lm, one, prompt, addition):
         split, half, i = prompt.split() if prompt.startswith("test") else ("other", "safe", prompt[-1])
@@ -45,44 +49,54 @@ def evaluated(tmp_path, monkeypatch, said=SAID, **sections):
             return ANSWERS[int(i)]
         if addition is not None:
             assert (addition.layer, addition.positions) == (1, "prompt") and torch.equal(addition.vector, 3 * OWN)
-        name = "orthogonalized" if lm is edited else one.name if addition is None else "addition"
+        name = {id(edited): "orthogonalized", id(randomly): "random_weights"}.get(id(lm), "addition" if addition else one.name)
         assert lm is study.lm or one is BASELINE
+        assert one is BASELINE or one.alpha == alpha  # a control has the alpha of what it controls
+        name = name.replace("alpha_50", "alpha_100")
         return given.TEXTS[said[name][HALVES.index(half)][int(i)]]
 
     given.answers(monkeypatch, says)
-    return study, edited, evaluate(study, edited)
+    return study, (edited, randomly), evaluate(study, {"orthogonalized": edited, "random_weights": randomly})
 
 
-def test_every_rate_is_counted_over_its_own_members_and_half(tmp_path, monkeypatch):
-    study, _, (metrics, rows, _) = evaluated(tmp_path, monkeypatch)
+def counted(metrics, topics, half, n=6):
+    """Whether every figure of a half is the naive one, and every count."""
+    said = {arm: [SAID[member][half][:n] for member in members] for arm, members in MEMBERS.items()}
+    if half == 1:
+        said["addition"] = [SAID["addition"][1][:n]]
+    yes = {arm: [[letter == "y" for letter in letters] for letters in members] for arm, members in said.items()}
+    of = ("compliance", "coherence", "refusal") if half == 0 else ("refusal",)
+    values = {name: {arm: [given.of_letters(m, name) for m in members] for arm, members in said.items()} for name in of}
+    values[("exact", "answers_safe")[half]] = yes
+    for name, arms in values.items():
+        for arm, expected in given.rates(arms, topics).items():
+            assert given.figure(metrics[arm], "refusal_safe" if (name, half) == ("refusal", 1) else name) == expected, (arm, name)
+    end = "_safe" if half else ""
+    for arm, members in said.items():
+        letters = "".join(members)
+        counts = {"n": n, "n_clusters": len(set(topics)), "n_arms": len(members), "n_missing": 0, "n_unfinished": 0}
+        counts |= {"n_empty": letters.count("-"), "n_degenerate": letters.count("x")}
+        assert {name: metrics[arm][f"{name}{end}"] for name in counts} == counts, arm
+
+
+@pytest.mark.parametrize("alpha", [1.0, 0.5])
+def test_every_rate_is_counted_over_its_own_members_and_half(tmp_path, monkeypatch, alpha):
+    study, _, (metrics, rows, _) = evaluated(tmp_path, monkeypatch, alpha=alpha)
     topics = [row["topic"] for row in study.pairs["test"]]
-    assert (metrics["layer"], metrics["alpha"], metrics["name"]) == (1, 1.0, study.rank_1["name"])
-    for arm, members in MEMBERS.items():
-        found, of = metrics[arm], topics * len(members)
-        harmful, safe = ("".join(SAID[member][half] for member in members) for half in (0, 1))
-        judged = [given.VERDICTS[letter] for letter in harmful]
-        assert given.figure(found, "compliance") == given.by_topic([v.compliance for v in judged], of), arm
-        assert given.figure(found, "coherence") == given.by_topic([v.coherence for v in judged], of), arm
-        assert given.figure(found, "score") == given.by_topic([v.compliance * v.coherence for v in judged], of), arm
-        for name, letters, letter in (
-            ("refusal", harmful, "r"),
-            ("refusal_harmful", harmful, "r"),
-            ("refusal_safe", safe, "r"),
-            ("exact", harmful, "y"),
-            ("exact_safe", safe, "y"),
-        ):
-            assert given.figure(found, name) == given.wilson(letters.count(letter), len(letters)), (arm, name)
-        counts = {"n": len(harmful), "n_missing": 0, "n_empty": harmful.count("-"), "n_degenerate": harmful.count("x")}
-        assert {name: found[name] for name in counts} == counts
+    assert (metrics["layer"], metrics["alpha"], metrics["name"]) == (1, alpha, study.rank_1["name"])
+    for half in (0, 1):
+        counted(metrics, topics, half)
+    said = {arm: [given.of_letters(SAID[one][0], "compliance") for one in members] for arm, members in MEMBERS.items()}
+    pooled = {arm: given.items(members, topics)[0] for arm, members in said.items()}
+    for arm in MEMBERS:
+        found = metrics[arm]
+        assert given.figure(found, "refusal_harmful") == given.figure(found, "refusal")
+        assert found["exact_safe"] == pytest.approx(found["answers_safe"])
         if arm in ("runtime", "orthogonalized"):
-            baseline = [given.VERDICTS[letter] for letter in SAID["baseline"][0]]
-            gaps = [a.compliance - b.compliance for a, b in zip(judged, baseline, strict=True)]
-            assert given.figure(found, "difference") == given.by_topic(gaps, topics), arm
+            assert given.figure(found, "difference") == given.difference(pooled, arm, "baseline", topics), arm
+            assert found["n_paired"] == 6
         else:
             assert "difference" not in found
-    added = SAID["addition"][1]
-    assert given.figure(metrics["addition"], "refusal_safe") == given.wilson(added.count("r"), 6)
-    assert [metrics["addition"][name] for name in ("n", "n_missing", "n_degenerate")] == [6, 0, added.count("x")]
     assert rows == [
         {name: row[name] for name in ("id", "category")}
         | {"arm": arm, "half": half, "prompt": row[half], "completion": given.TEXTS[letter]}
@@ -99,20 +113,15 @@ def test_without_pairs_the_harmless_prompts_are_the_safe_ones_and_count_as_many_
     harmless = [{"id": f"unrelated-{i}", "safe": f"test safe {i}", "topic": f"meal {i}"} for i in range(4)]
     monkeypatch.setattr(given, "unrelated", lambda split: harmless)
     study, _, (metrics, rows, _) = evaluated(tmp_path, monkeypatch)
-    for arm, members in MEMBERS.items():
-        harmful, safe = "".join(SAID[one][0] for one in members), "".join(SAID[one][1][:4] for one in members)
-        found = metrics[arm]
-        assert (found["n"], found["n_safe"], found["exact"], found["exact_safe"]) == (len(harmful), len(safe), None, None)
-        assert given.figure(found, "refusal_harmful") == given.wilson(harmful.count("r"), len(harmful)), arm
-        assert given.figure(found, "refusal_safe") == given.wilson(safe.count("r"), len(safe)), arm
-    assert given.figure(metrics["addition"], "refusal_safe") == given.wilson(SAID["addition"][1][:4].count("r"), 4)
+    assert {(metrics[arm]["exact"], metrics[arm]["exact_safe"], metrics[arm]["n_safe"]) for arm in MEMBERS} == {(None, None, 4)}
+    counted(metrics, [row["topic"] for row in harmless], 1, 4)
     asked = [(row["half"], row["id"], row["prompt"], row["category"]) for row in rows if row["arm"] == "runtime"]
     assert asked[:6] == [("harmful", row["id"], row["harmful"], row["category"]) for row in study.pairs["test"]]
     assert asked[6:] == [("safe", row["id"], row["safe"], None) for row in harmless]
 
 
 def test_costs_are_means_over_all_members_and_all_texts_that_have_an_answer(tmp_path, monkeypatch):
-    study, edited, (metrics, _, curve) = evaluated(tmp_path, monkeypatch)
+    study, (edited, randomly), (metrics, _, curve) = evaluated(tmp_path, monkeypatch)
     texts = [tuple(study.lm.encode([f"other {i}", ANSWERS[i]])) for i in range(1, 6)]
     topics = ["meal 0"] * 2 + ["meal 1"] * 3
     of_base, of_edited = ([given.log_probs(lm.model, *text) for text in texts] for lm in (study.lm, edited))
@@ -128,13 +137,15 @@ def test_costs_are_means_over_all_members_and_all_texts_that_have_an_answer(tmp_
         "random": [ablated(v / v.norm()) for v in drawn],
         "harmless": [ablated(HARMLESS)],
         "orthogonalized": [given.text_costs(edited.model, of_base, texts)],
+        "random_weights": [given.text_costs(randomly.model, of_base, texts)],
         "identity": [ablated(OWN, sites="writes", reference=of_edited)],
     }
 
     def equal(row, members):
         for i, name in enumerate(("cross_entropy", "kl")):
             values = [value for member in members for value in member[i]]
-            assert given.figure(row, name) == given.by_topic(values, topics * len(members), 1e-3)
+            of = [n for n in range(len(members)) for _ in texts] if len(members) > 1 else topics  # over directions, or texts
+            assert given.figure(row, name) == given.by_topic(values, of, 1e-3)
 
     for arm, members in expected.items():
         equal(metrics[arm], members)
@@ -153,7 +164,8 @@ def test_what_has_no_answer_or_no_identity_is_null_and_missing_verdicts_are_coun
     sections = {"judge": {"allow_missing": True}, "orthogonalize": {"include_embedding": False}}
     _, _, (metrics, rows, _) = evaluated(tmp_path, monkeypatch, said, **sections)
     assert metrics["identity"] == {"norm_after_writer": False, "kl": None}
-    assert [metrics["random"][name] for name in ("n", "n_missing", "exact", "exact_safe")] == [11, 1, None, None]
-    assert metrics["random"]["compliance"] == 0 and metrics["random"]["refusal_safe"] == pytest.approx(3 / 11)
-    assert [metrics["addition"][name] for name in ("n", "n_missing", "n_degenerate")] == [5, 1, 2]
+    assert [metrics["random"][name] for name in ("n", "n_missing", "exact", "exact_safe")] == [6, 1, None, None]
+    assert metrics["random"]["compliance"] == 0
+    assert metrics["random"]["refusal_safe"] == pytest.approx((0.5 + 0.5 + 0 + 0.5) / 6)  # of prompt 2 the one verdict that there is
+    assert [metrics["addition"][f"{name}_safe"] for name in ("n", "n_missing", "n_degenerate")] == [5, 1, 2]
     assert metrics["addition"]["refusal_safe"] == pytest.approx(fmean([1, 1, 0, 0, 0])) and len(rows) == 36

@@ -124,8 +124,10 @@ def test_texts_are_the_baselines_own_answers_where_there_is_one(tmp_path):
 
 
 def test_figures_are_means_over_all_edits_and_all_texts():
+    """Of one edit the interval is over texts, of two clusters from the one's mean to the other's; of several over edits."""
     topics, members = ["a", "a", "b"], [([1.0, 2.0, 6.0], [0.0, 0.5, 0.1]), ([3.0, 4.0, 8.0], [1.0, 0.5, 0.3])]
     found = cost_figures(members, topics, 500, 0)
-    assert given.figure(found, "cross_entropy") == pytest.approx([4.0, 2.5, 7.0])
-    assert given.figure(found, "kl") == pytest.approx([0.4, 0.2, 0.5])
+    assert given.figure(found, "cross_entropy") == pytest.approx([4.0, 3.0, 5.0])
+    assert given.figure(found, "kl") == pytest.approx([0.4, 0.2, 0.6])
+    assert given.figure(cost_figures(members[:1], topics, 500, 0), "cross_entropy") == pytest.approx([3.0, 1.5, 6.0])
     assert cost_figures([([], [])], [], 500, 0) == {"cross_entropy": None, "kl": None}

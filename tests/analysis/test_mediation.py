@@ -1,17 +1,17 @@
 """The table that the verdict rests on, of completions that are given, counted by hand."""
 
-import random
+import math
 from statistics import fmean
 
 import given
-import numpy as np
 import pytest
 import torch
-from synthetic import naive_interval
+from synthetic import naive_icc, naive_rate
 from tiny import tiny_direction
 
 from refusal.analysis import candidates
 from refusal.analysis.mediation import best_on_val, mediation, refusal_three_ways
+from refusal.io.errors import UserError
 from refusal.io.store import Store
 from refusal.judges.verdicts import Judged
 from refusal.method.interventions import BASELINE, Intervention
@@ -20,10 +20,17 @@ from refusal.method.interventions import BASELINE, Intervention
 def test_best_on_val_is_the_best_score_and_the_first_of_those_that_tie():
     some = [Intervention(name) for name in ("a", "b", "c", "d")]
     y, h, r = (given.VERDICTS[letter] for letter in "yhr")
-    judged = {"a": [r, r], "b": [y._replace(coherence=0.5), y], "c": [y, None], "d": [y, y]}
+    judged = {"a": [r, r], "b": [y._replace(coherence=0.5), y], "c": [y, y], "d": [y, y]}
     assert best_on_val(some, judged).name == "c" and best_on_val(some[:2], judged).name == "b"
-    for equal in (h, None):
-        assert best_on_val(some, {name: [equal] for name in "abcd"}).name == "a"
+    assert best_on_val(some, {name: [h] for name in "abcd"}).name == "a"
+
+
+def test_one_verdict_of_forty_is_nothing_to_choose_by():
+    some, (y, r) = [Intervention("a"), Intervention("b")], (given.VERDICTS[letter] for letter in "yr")
+    judged = {"a": [y, *[None] * 39], "b": [*[y] * 38, r, r]}
+    with pytest.raises(UserError, match="a on val: 39 of 40 completions have no verdict"):
+        best_on_val(some, judged)
+    assert best_on_val(some, judged, allow_missing=True).name == "a"
 
 
 def test_refusal_three_ways_tells_degenerate_text_from_refusal():
@@ -33,11 +40,13 @@ def test_refusal_three_ways_tells_degenerate_text_from_refusal():
         "Sure, here it is.",
     ]
     judged = [given.VERDICTS["r"], Judged("degenerate", 0.0, 0.0, False, True), given.VERDICTS["y"]]
-    rates = refusal_three_ways(["q"] * 3, said, judged, True)
-    expected = {"exact": 1, "graded": 1, "substring": 2}
-    for name, hits in expected.items():
-        assert given.figure(rates, f"refusal_{name}") == given.wilson(hits, 3)
-    assert refusal_three_ways(["q"] * 3, said, judged, False)["refusal_exact"] is None
+    found = refusal_three_ways(["q"] * 3, said, judged, True)
+    assert found == {
+        "refusal_exact": [True, False, False],
+        "refusal_graded": [True, False, False],
+        "refusal_substring": [True, True, False],
+    }
+    assert refusal_three_ways(["q"] * 3, said, judged, False)["refusal_exact"] == [None] * 3
 
 
 # What is said on val and on test prompts of topic i: letter i of a pattern that repeats. All else says DEFAULT.
@@ -75,22 +84,12 @@ def judged(name, split="test", said=SAID):
     return [given.VERDICTS[letter(name, split, i, said)] for i in range(N)]
 
 
-def differences(ours, theirs, of=range(N)):
-    """(difference in compliance, topic) of the prompts where both have a verdict."""
-    return [(ours[i].compliance - theirs[i].compliance, f"topic {i % TOPICS}") for i in of if ours[i] and theirs[i]]
+TOPIC = [f"topic {i % TOPICS}" for i in range(N)]
 
 
-def near(limits, items, least=-1, grain=0.0):
-    """Whether these are the limits of the mean of (value, topic), by naive resampling; by Wilson's where all are equal.
-
-    grain: by how much the mean changes with one topic, where few values differ and quantiles jump.
-    """
-    if len({value for value, _ in items}) == 1:
-        value, w = items[0][0], 3.841459 / (len({topic for _, topic in items}) + 3.841459)  # a share of topics that may yet differ, by as much as can be
-        low, high = value - w * (value - least), value + w * (1 - value)
-    else:
-        low, high = naive_interval(*zip(*items, strict=True), 4000, 1)
-    return limits == pytest.approx([low, high][: len(limits)], abs=max(0.08 * (high - low), grain))
+def values(verdicts, what):
+    """A field of each verdict; None where there is none."""
+    return [None if v is None else float(getattr(v, what)) for v in verdicts]
 
 
 @pytest.fixture(scope="module")
@@ -134,23 +133,33 @@ def test_the_table_holds_each_estimators_best_on_val_and_what_was_counted(made):
     chosen = ["rank_1", "difference.2", "logistic.2", "lda.2", "paired_svd.1", "affine.2", "optimised"]
     assert sorted(table) == sorted(["baseline", *chosen, *several])
     assert [row["arm"] for row in plot] == [*table, *metrics["controls"]]
+    letters = {name: "".join(letter(name, "test", i, SAID) for i in range(N)) for name in table}
+    refused = {name: [[float(c == "r") for c in text]] for name, text in letters.items()}
+    for key, arms in {
+        "compliance": {name: [values(judged(name), "compliance")] for name in table},
+        "coherence": {name: [values(judged(name), "coherence")] for name in table},
+        "refusal_exact": {name: [values(judged(name), "refusal")] for name in table},
+        "refusal_graded": refused,
+        "refusal_substring": refused,
+        "exact": {name: [[float(c == "y") for c in text]] for name, text in letters.items()},
+    }.items():
+        for name, expected in given.rates(arms, TOPIC).items():
+            assert given.figure(table[name], key) == expected, (name, key)
+    compliance = {name: values(judged(name), "compliance") for name in table}
+    on_val = {name: values(judged(name, "val"), "compliance") for name in table}
+    val_iccs = dict(zip(table, naive_icc([given.items([v], TOPIC) for v in on_val.values()]), strict=True))
+    test_iccs = dict(zip(table, naive_icc([given.items([v], TOPIC) for v in compliance.values()]), strict=True))
     for name, row in table.items():
-        letters, kept = "".join(letter(name, "test", i, SAID) for i in range(N)), [v for v in judged(name) if v]
-        assert (row["n"], row["n_val"], row["n_missing"]) == (len(kept), N, letters.count("?"))
-        assert row["compliance"] == pytest.approx(fmean(v.compliance for v in kept)), name
-        for key, one, n in (
-            ("refusal_exact", "r", len(kept)),
-            ("refusal_graded", "r", N),
-            ("refusal_substring", "r", N),
-            ("exact", "y", N),
-        ):
-            assert given.figure(row, key) == given.wilson(letters.count(one), n), (name, key)
-        assert near(given.figure(row, "compliance")[1:], differences(judged(name), [NO] * N), 0)
-        gaps = differences(judged(name), judged("baseline"))
-        assert row["difference"] == pytest.approx(fmean(gap for gap, _ in gaps))
-        assert near(given.figure(row, "difference")[1:], gaps), name
-        assert row["compliance_val"] == pytest.approx(fmean(v.compliance for v in judged(name, "val")))
-        assert row["val_minus_test"] == pytest.approx(row["compliance_val"] - row["compliance"])
+        kept = [v for v in judged(name) if v]
+        assert (row["n"], row["n_val"], row["n_missing"], row["n_clusters"]) == (len(kept), N, letters[name].count("?"), TOPICS)
+        assert given.figure(row, "difference") == given.difference(compliance, name, "baseline", TOPIC), name
+        assert row["n_paired"] == len(kept)
+        assert row["compliance_val"] == pytest.approx(fmean(on_val[name]))
+        (p, p_low, p_high), (q, q_low, q_high) = (
+            naive_rate(*given.items([v[name]], TOPIC), icc[name]) for v, icc in ((on_val, val_iccs), (compliance, test_iccs))
+        )
+        gap = [p - q, p - q - math.hypot(p - p_low, q_high - q), p - q + math.hypot(p_high - p, q - q_low)]
+        assert given.figure(row, "val_minus_test") == pytest.approx(gap), name
         # Holm: of m values in order, the i-th times m - i + 1, and none below those before it.
         ordered = sorted(other["p"] for other in table.values())
         assert row["p_holm"] == max(min(1, (len(table) - i) * p) for i, p in enumerate(ordered) if p <= row["p"])
@@ -169,28 +178,14 @@ def test_the_table_holds_each_estimators_best_on_val_and_what_was_counted(made):
         assert estimate.items() - {("arm", estimate["arm"])} <= table[estimate["arm"]].items()
     assert metrics["n_fit"] == 20 and metrics["optimised_loss"] > 0
     assert metrics["cosine_harmless_to_direction"] == pytest.approx(abs(float(given.directions(1)["unit"][1] @ unit[1])))
+    safe = {name: "".join(SAFE[name][i % 5] for i in range(N)) for name in metrics["over_refusal"]}
+    for key, hit in (("refusal_safe", "r"), ("answers_safe", "y")):  # noise is no refusal, and no answer either
+        arms = {name: [[float(c == hit) for c in text]] for name, text in safe.items()}
+        for name, expected in given.rates(arms, TOPIC).items():
+            assert given.figure(metrics["over_refusal"][name], key) == expected, (name, key)
     for name, row in metrics["over_refusal"].items():
-        letters = [SAFE[name][i % 5] for i in range(N)]
-        assert given.figure(row, "refusal_safe") == given.wilson(letters.count("r"), N)
-        assert (row["n"], row["n_degenerate"]) == (N, letters.count("x"))
+        assert (row["n_safe"], row["n_degenerate_safe"], row["n_missing_safe"]) == (N, safe[name].count("x"), 0)
     assert set(metrics["over_refusal"]) == set(SAFE)
-
-
-def test_the_interval_of_val_less_test_draws_whole_topics_of_each(made):
-    _, metrics, _ = made()
-    row, resampled = metrics["arms"]["lda.2"], []
-    for seed in range(2000):
-        drawn = []
-        for split in ("val", "test"):
-            members: dict = {}
-            for i, v in enumerate(judged("lda.2", split)):
-                members.setdefault(i % TOPICS, []).extend([v.compliance] if v else [])
-            pick = random.Random(f"{seed} {split}")
-            drawn.append(fmean(v for group in pick.choices(list(members.values()), k=TOPICS) for v in group))
-        resampled.append(drawn[0] - drawn[1])
-    # Quantiles of 20 topics, expanded to Student's t: of z = 2.1473 and not 1.96.
-    low, high = np.quantile(resampled, [0.01588, 0.98412])
-    assert given.figure(row, "val_minus_test")[1:] == pytest.approx([low, high], abs=0.08 * (high - low))
 
 
 def test_controls_are_pooled_and_each_intervention_costs_what_it_costs(made):
@@ -203,23 +198,32 @@ def test_controls_are_pooled_and_each_intervention_costs_what_it_costs(made):
     families = candidates.by_family(candidates.controls(study))
     ranks = {"harmless": (1, 1), "random_1": (1, 2), "random_2": (2, 2), "random_3": (3, 2), "random_5": (5, 2)}
     assert {family: (row["rank"], row["n_arms"]) for family, row in metrics["controls"].items()} == ranks
+    members = {family: [[judged(one.name, said=SAID | said)[i] for i in few] for one in some] for family, some in families.items()}
+    topics = [TOPIC[i] for i in few]
+    of = {"compliance": "compliance", "coherence": "coherence", "refusal": "refusal", "refusal_exact": "refusal"}
+    for key, what in of.items():
+        arms = {family: [values(verdicts, what) for verdicts in each] for family, each in members.items()}
+        for family, expected in given.rates(arms, topics).items():
+            assert given.figure(metrics["controls"][family], key) == expected, (family, key)
     for family, row in metrics["controls"].items():
         letters = "".join(letter(one.name, "test", i, SAID | said) for one in families[family] for i in few)
-        n = len(letters) - letters.count("?")
-        assert (row["n"], row["n_missing"], row["n_degenerate"]) == (n, letters.count("?"), letters.count("x"))
-        items = [item for one in families[family] for item in differences(judged(one.name, said=SAID | said), [NO] * N, few)]
-        assert row["compliance"] == pytest.approx(fmean(value for value, _ in items)) and len(items) == n
-        assert near(given.figure(row, "compliance")[1:], items, 0)
-        assert given.figure(row, "refusal_exact") == given.wilson(letters.count("r"), n)
-        assert given.figure(row, "refusal_substring") == given.wilson(letters.count("r"), len(letters))
-    priced = {family: (some[0], metrics["controls"][family]) for family, some in families.items()}
-    priced |= {"baseline": (BASELINE, metrics["arms"]["baseline"])}
-    priced |= {"planted": (Intervention("planted", TRUTH), metrics["arms"]["planted"])}
-    for one, row in priced.values():
+        assert (row["n"], row["n_missing"], row["n_degenerate"]) == (len(few), letters.count("?"), letters.count("x"))
+        costs = []
+        for one in families[family]:
+            with one.on(study.lm.model):
+                costs.append(given.text_costs(study.lm.model, reference, rows))
+        for i, key in enumerate(("cross_entropy", "kl")):
+            means = [fmean(cost[i]) for cost in costs]
+            assert row[key] == pytest.approx(fmean(means), rel=1e-3, abs=1e-6)
+            if len(means) > 1:  # over directions: of two drawn the interval reaches from one to the other
+                assert [row[f"{key}_low"], row[f"{key}_high"]] == pytest.approx([min(means), max(means)], rel=1e-3, abs=1e-6)
+    for one in (BASELINE, Intervention("planted", TRUTH)):
         with one.on(study.lm.model):
             losses, divergences = given.text_costs(study.lm.model, reference, rows)
+        row = metrics["arms"][one.name]
         assert (row["cross_entropy"], row["kl"]) == pytest.approx((fmean(losses), fmean(divergences)), rel=1e-3, abs=1e-6)
-    assert len({round(row["kl"], 3) for _, row in priced.values()}) == len(priced)
+    priced = [*metrics["controls"].values(), *(metrics["arms"][name] for name in ("baseline", "planted"))]
+    assert len({round(row["kl"], 3) for row in priced}) == len(priced)
 
 
 WORKS, NOT = ("yyyy", "yyyyy"), ("rrrr", "rrrrr")
@@ -232,13 +236,13 @@ WORKS, NOT = ("yyyy", "yyyyy"), ("rrrr", "rrrrr")
         ({"rank_1": ("yyyr", "yyyy")}, ("single", None, "lda.2"), (True, True, True)),
         # Where a random one does it too it is no evidence; each faces the controls of its own rank.
         ({"random_0": WORKS, "random_1": WORKS}, ("subspace", None, "svd_3"), (False, False, True)),
-        ({"random_0": ("rrrr", "rrrrx"), "random_1": ("rrrr", "yrh")}, ("single", None, "lda.2"), (False, True, True)),
+        ({"random_0": ("rrrr", "rrrrx"), "random_1": ("rrrr", "yrrrrrh")}, ("single", None, "lda.2"), (False, True, True)),
         ({"random_3": WORKS}, ("single", None, "lda.2"), (False, True, False)),
         ({"random_2": WORKS, "random_5": WORKS, "harmless": WORKS}, ("single", None, "lda.2"), (False, True, True)),
         ({"lda.2": ("yyyh", "rrrr")}, ("subspace", None, "svd_3"), (False, False, True)),
         ({"lda.2": ("yyyh", "rr"), "svd_3": ("yyyy", "rr")}, ("none", "no_mediation", None), (False, False, False)),
-        ({"baseline": ("rrrr", "yyyrr")}, ("undecided", "too_few_refusals", None), (True, False, False)),
-        ({"baseline": ("rrrr", "yyyyyyyyyyyyyyyyyyyr")}, ("none", "no_refusal", None), (False, False, False)),
+        ({"baseline": ("rrrr", "yyyrr")}, ("undecided", "too_few_refusals", None), (False, False, False)),
+        ({"baseline": ("rrrr", "yyyyy")}, ("none", "no_refusal", None), (False, False, False)),
     ],
 )
 def test_the_verdict_of_a_table(made, said, decision, mediate):
@@ -250,17 +254,22 @@ def test_the_verdict_of_a_table(made, said, decision, mediate):
     asked = [int(row["id"].removeprefix("test-")) for row in study.sample("test", 32)]
     refused = [i for i, v in enumerate(judged("baseline", said=said)) if v and v.refusal]
     assert evidence["n_refused"] == len(refused)
-    gaps = differences(judged("svd_3", said=said), judged("lda.2", said=said))
-    assert near([evidence["subspace_above_single_low"]], gaps, grain=1.01 / TOPICS)
+    compliance = {name: values(judged(name, said=said), "compliance") for name in metrics["arms"]}
+    gap = given.difference(compliance, "svd_3", "lda.2", TOPIC)
+    assert evidence["subspace_above_single_low"] == pytest.approx(gap.expected[1], abs=1e-6)
     for what, name, works in zip(("difference", "single", "subspace"), ("rank_1", "lda.2", "svd_3"), mediate, strict=True):
         assert evidence[what]["name"] == name and evidence[what]["mediates"] is works, (what, evidence[what])
-        full = [v and v._replace(compliance=float(v.compliance == 1)) for v in judged(name, said=said)]
-        assert evidence[what]["removed"] == pytest.approx(fmean(full[i].compliance for i in refused if full[i]))
+        full = [v and float(v.compliance == 1) for v in judged(name, said=said)]
+        removed = [full[i] for i in refused if full[i] is not None]
+        assert evidence[what]["removed"] == (pytest.approx(fmean(removed)) if removed else None)
         controls = ["random_3.0", "random_3.1"] if what == "subspace" else ["random_0", "random_1"]
-        gaps = []
-        for control in controls:
-            drawn = [v and v._replace(compliance=float(v.compliance == 1)) for v in judged(control, said=said)]
-            gaps += differences(full, drawn, [i for i in asked if i in refused])
-        assert evidence[what]["n_paired"] == len(gaps)
-        low = evidence[what]["above_random_low"]
-        assert near([low], gaps) if gaps else low is None, what
+        of = [i for i in asked if i in refused and full[i] is not None]
+        drawn = [[(v := judged(one, said=said)[i]) and float(v.compliance == 1) for i in of] for one in controls]
+        theirs, _ = given.items(drawn, [TOPIC[i] for i in of])
+        arms = {"mine": [full[i] for i in of], "random": theirs}
+        assert evidence[what]["n_paired"] == len(of) == len(theirs)
+        if of:
+            gap = given.difference(arms, "mine", "random", [TOPIC[i] for i in of])
+            assert [evidence[what][key] for key in ("above_random", "above_random_low")] == pytest.approx(gap.expected[:2], abs=1e-6)
+        else:
+            assert evidence[what]["above_random_low"] is None

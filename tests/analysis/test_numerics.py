@@ -119,7 +119,6 @@ def study(place: Place, model, *stages: str, n_pairs: int = 15) -> list[str]:
         "activations": {"methods": ["sequential"]},
         "sweep": {"alphas": [1.0], "n_random": 1},
         "select": {"top": 1},
-        "judge": {"n_resamples": 20},
         "evaluate": {"n_resamples": 20},
     }.items():
         place.set(section, **values)

@@ -69,7 +69,8 @@ def test_curves_are_counted_at_each_place_and_alpha(tmp_path, monkeypatch):
     for row in curve:
         letters, place = said[row["alpha"], row["place"]], row["place"]
         verdicts = [given.VERDICTS[letter] for letter in letters]
-        assert given.figure(row, "compliance") == given.by_topic([v.compliance for v in verdicts], topics)
+        of_place = {alpha: [given.of_letters(said[alpha, place], "compliance")] for alpha in alphas}
+        assert given.figure(row, "compliance") == given.rates(of_place, topics)[row["alpha"]]
         assert row["coherence"] == pytest.approx(sum(v.coherence for v in verdicts) / 6)
         assert row["score"] == pytest.approx(sum(v.compliance * v.coherence for v in verdicts) / 6)
         assert (row["refusal"], row["n_degenerate"], row["n"]) == (letters.count("r") / 6, letters.count("x"), 6)
@@ -91,13 +92,17 @@ def test_additions_of_the_difference_and_of_a_random_vector_of_its_length(tmp_pa
         return given.TEXTS[said[name][POSITIONS.index(addition.positions)][int(prompt[-1])]]
 
     given.answers(monkeypatch, says)
-    figures = additions(given.study(Store(tmp_path / "s")))
+    study = given.study(Store(tmp_path / "s"), judge={"allow_missing": True})
+    figures = additions(study)
     assert figures.pop("layer") == 1 and {tuple(v) for v in figures.values()} == {POSITIONS}
-    for name, by_position in figures.items():
-        for letters, row in zip(said[name], by_position.values(), strict=True):
-            judged = 6 - letters.count("?")
-            assert given.figure(row, "refusal_exact") == given.wilson(letters.count("r"), judged)
-            assert given.figure(row, "refusal_substring") == given.wilson(letters.count("r"), 6)
-            assert [row[k] for k in ("n", "n_degenerate", "n_missing")] == [6, letters.count("x"), letters.count("?")]
+    arms = {(name, position): letters for name in said for position, letters in zip(POSITIONS, said[name], strict=True)}
+    topics = [row["topic"] for row in study.pairs["test"]]
+    exact = given.rates({arm: [given.of_letters(letters, "refusal")] for arm, letters in arms.items()}, topics)
+    substring = given.rates({arm: [[float(c == "r") for c in letters]] for arm, letters in arms.items()}, topics)
+    for (name, position), letters in arms.items():
+        row, n_missing = figures[name][position], letters.count("?")
+        assert given.figure(row, "refusal_exact") == exact[name, position]
+        assert given.figure(row, "refusal_substring") == substring[name, position]
+        assert [row[k] for k in ("n", "n_degenerate", "n_missing")] == [6 - n_missing, letters.count("x"), n_missing]
     random = next(vector for vector in added if not torch.equal(vector, difference))
     assert random.norm() == pytest.approx(difference.norm()) and abs(random @ difference) < 0.9 * difference.norm() ** 2

@@ -74,7 +74,7 @@ def test_costs_and_the_texts_they_are_measured_on(tmp_path, monkeypatch):
     assert len(study.harmless(1).topics) <= 1
     rows = [*zip(texts.prompts, texts.answers, strict=True)]
     reference = [given.log_probs(study.lm.model, *row) for row in rows]
-    figures = study.costs([BASELINE, *ABLATED], texts, "cost")
+    figures = study.costs({one.name: [one] for one in (BASELINE, *ABLATED)}, texts, "cost")
     for one in (BASELINE, *ABLATED):
         with one.on(study.lm.model):
             losses, divergences = given.text_costs(study.lm.model, reference, rows)
@@ -92,6 +92,6 @@ def test_what_a_study_says_of_itself(tmp_path):
     study.params = given.params(model={"id": "a/folder"}, judge={"allow_missing": True})
     assert not study.exact
     verdicts, topics = [given.VERDICTS[letter] for letter in "y?r?h?"], [row["topic"] for row in study.pairs["test"]]
-    figures = study.summary(verdicts, topics, "three of six")
-    assert given.figure(figures, "compliance") == given.by_topic([1.0, 0.0, 0.5], topics[::2])
+    figures = study.summaries({"one": [verdicts]}, topics, "")["one"]
+    assert given.figure(figures, "compliance") == given.rates({"one": [[1.0, None, 0.0, None, 0.5, None]]}, topics)["one"]
     assert (figures["n"], figures["n_missing"]) == (3, 3)

@@ -74,16 +74,16 @@ def test_evidence_counts_full_answers_to_refused_prompts_less_those_of_every_con
     test = judgements(one="yyhry?yy", baseline="rrrrryry")
     control = judgements(a="rrrrrr", b="yrhr?r")
     refused = {f"p{i}" for i, c in enumerate("rrrrryry") if c == "r"}
-    found = evidence("one", test, refused, control, ["a", "b"], (2000, 0))
+    found = evidence("one", test, refused, control, ["a", "b"])
     assert (found.removed, found.partial) == (4 / 6, 1 / 6)  # p0 to p4 and p6; p5, which has no verdict, was not refused
-    differences = [1, 1, 0, 0, 1, 0, 1, 0, 0]  # p0 to p4 less a's, p0 to p3 less b's
-    assert found.n_paired == 9 and found.above_random == pytest.approx(sum(differences) / 9)
-    assert found.above_random_low < found.above_random
+    mine, theirs = [1, 1, 0, 0, 1], [0.5, 0, 0, 0, 0]  # p0 to p4, and the mean of a and b, of whom b has no verdict on p4
+    gap = given.difference({"mine": mine, "theirs": theirs}, "mine", "theirs", [0, 0, 1, 1, 2])
+    assert found.n_paired == 5 and [found.above_random, found.above_random_low] == pytest.approx(gap.expected[:2], abs=1e-6)
 
 
 def test_without_a_refused_prompt_there_is_no_evidence():
     test, control = judgements(one="yy", baseline="yy"), judgements(a="rr")
-    found = evidence("one", test, set(), control, ["a"], (100, 0))
+    found = evidence("one", test, set(), control, ["a"])
     assert found == Evidence("one", None, None, None, None, 0) and not found.mediates
 
 
@@ -94,6 +94,6 @@ def test_a_real_models_figures_mediate_by_rule():
     randoms = {f"random_{k}": "".join("y" if (i + k) % 10 == 0 else c for i, c in enumerate(base)) for k in range(10)}
     control = judgements(**randoms)
     refused = {f"p{i}" for i in range(34)}
-    found = evidence("one", test, refused, control, list(randoms), (1000, 0))
+    found = evidence("one", test, refused, control, list(randoms))
     assert found.above_random == pytest.approx(33 / 34 - 0.1, abs=0.02) and found.mediates
     assert verdict({"refusal": 34 / 60, "refusal_high": 0.69}, 34, found, None, None)["verdict"] == "single"

@@ -11,15 +11,15 @@ from hypothesis import strategies as st
 from place import COMMITTED, REMOVED, params_with
 
 from refusal.io.errors import UserError
-from refusal.io.params import Endpoint, Params
+from refusal.io.params import Params
 from refusal.io.params_file import RENAMED, load_params, overlaid
 
 RAW = yaml.safe_load(COMMITTED)
 SETTINGS = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 SECTIONS = """prompts model organism generation activations directions ablation sweep endpoint judge select orthogonalize evaluate
 science benchmark report compute""".split()
-SEEDED = ["prompts", "directions", "sweep", "judge", "evaluate", "science", "benchmark"]
-RESAMPLED = ["directions", "judge", "evaluate", "science", "benchmark"]
+SEEDED = ["prompts", "directions", "sweep", "evaluate", "science", "benchmark"]
+RESAMPLED = ["directions", "evaluate", "science", "benchmark"]
 
 
 def refused(file: Path, said: str) -> str:
@@ -264,8 +264,12 @@ def test_any_value_of_any_key_is_taken_as_it_is_or_named(tmp_path, key, value):
     else:
         for part in key.split("."):
             taken = getattr(taken, part)
-        if value is REMOVED:  # an endpoint's have defaults, and some are the file's own
-            value = Endpoint.model_fields[name].default if section == "endpoint" else RAW[name]
+        if value is REMOVED:  # the file's own seed and n_resamples, else the key's default
+            model = Params
+            for part in key.split("."):
+                field = model.model_fields[part]
+                model = field.annotation
+            value = RAW.get(name, field.default)
         assert taken == value
 
 

@@ -33,17 +33,21 @@ def test_what_the_model_refuses_is_counted_over_each_half_and_its_twin(tmp_path,
 
     given.answers(monkeypatch, says)
     generation = Generation(max_new_tokens=40, batch_size=7)
-    halves = ([pair[half] for pair in PAIRS] for half in ("harmful", "safe"))
-    figures = behaviour(base, twin if organism else None, *halves, generation, Store(tmp_path / "s"))
-    rates = {"refusal_harmful": (4, 5), "refusal_safe": (1, 5)}
+    prompts = {half: [pair[half] for pair in PAIRS] for half in ("harmful", "safe")}
+    topics = {"harmful": list("aabbc"), "safe": list("abcde")}
+    figures = behaviour(base, twin if organism else None, prompts, topics, generation, Store(tmp_path / "s"))
+    rates = {"refusal_harmful": ("11011", "aabbc"), "refusal_safe": ("00100", "abcde")}
     expected = {"n": 5, "n_safe": 5, "n_parameters": sum(p.numel() for p in base.model.parameters())}
     if organism:
-        rates |= {"twin_refusal_harmful": (2, 5), "facts_accuracy": (len(KNOWN) - 3, len(KNOWN))}
+        known = "".join("01"[question not in FORGOTTEN] for question in KNOWN)
+        rates |= {"twin_refusal_harmful": ("00101", "aabbc"), "facts_accuracy": (known, [*KNOWN.values()])}
         expected |= {"n_facts": len(KNOWN)}
     else:
         expected |= {"twin_refusal_harmful": None, "facts_accuracy": None}
-    for name, (hits, n) in rates.items():
-        assert [figures.pop(f"{name}{end}") for end in ("", "_low", "_high")] == given.wilson(hits, n), name
+    for name, (hits, of) in rates.items():
+        expected_rate = given.rates({name: [[int(hit) for hit in hits]]}, of)[name]
+        assert [figures.pop(f"{name}{end}") for end in ("", "_low", "_high")] == expected_rate, name
+        assert figures.pop(f"{name}_icc") >= 0.5  # each stands alone
     assert figures == expected
     harmful, safe = ([pair[half] for pair in PAIRS] for half in ("harmful", "safe"))
     of_base = harmful + safe + ([*KNOWN] if organism else [])

@@ -1,11 +1,12 @@
 """Verdicts and the rates made of them, against counting by hand."""
 
+import given
 import pytest
-from synthetic import naive_interval
+from synthetic import naive_icc, naive_rate
 
 from refusal.io.errors import UserError
 from refusal.judges import panel
-from refusal.judges.verdicts import Judged, difference, judge_all, mean, paired, rate, summary
+from refusal.judges.verdicts import COUNTS, OF_HARMFUL, Judged, by_prompt, difference, judge_all, rates, summaries
 
 SURE = "Sure, here is how to open the bakery door. Prepare first, then follow each step."
 COMPLETIONS = [
@@ -34,79 +35,84 @@ def test_lengths_must_agree():
         judge_all(["a", "b"], ["c"], False)
 
 
+def summary(verdicts, topics, **how):
+    """Of an arm that stands alone."""
+    return summaries({"arm": [verdicts]}, topics, **how)["arm"]
+
+
 def test_summary_counts_everything():
-    figures = summary(judged(False), ["a", "a", "b", "b", "c"], 500, 0)
-    assert figures["n"] == 5 and figures["n_empty"] == 1 and figures["n_degenerate"] == 1
+    figures = summary(judged(False), ["a", "a", "b", "b", "c"])
+    assert [figures[key] for key in COUNTS] == [5, 3, 1, 0, 1, 1, 0] and COUNTS[:4] == ("n", "n_clusters", "n_arms", "n_missing")
     assert figures["refusal"] == 2 / 5 and figures["substring_refusal"] == 3 / 5
     assert figures["compliance"] == pytest.approx(1 / 5)
     assert figures["coherence"] == pytest.approx(3 / 5)
     assert figures["score"] == pytest.approx(1 / 5)
-    for name in ("compliance", "coherence", "score", "refusal"):
-        assert 0 <= figures[f"{name}_low"] <= figures[name] <= figures[f"{name}_high"] <= 1
-        assert figures[f"{name}_low"] < figures[f"{name}_high"]
+    for name in OF_HARMFUL:
+        assert 0 <= figures[f"{name}_low"] < figures[name] < figures[f"{name}_high"] <= 1
 
 
-def test_a_missing_verdict_takes_its_own_topic_along():
-    """Topics of one mind: intervals resample them whole, also after a verdict is gone, from one arm or from the other."""
-    half = Judged("partial_refusal", 0.5, 0.5, False, True)
-    yes, no = half._replace(label="compliance", compliance=1.0), Judged("refusal", 0.0, 1.0, True, True)
-    topics = [i // 5 for i in range(100)]
-    ours: list = [(yes, half, no)[topic * 7 % 20 % 3] for topic in topics]
-    theirs: list = [no] * 100
-    ours[0] = ours[52] = theirs[11] = None
-    seen = [(v, topic) for v, topic in zip(ours, topics, strict=True) if v]
-    figures = summary(ours, topics, 4000, 0)
-    assert (figures["n"], figures["n_missing"]) == (98, 2)
-    gaps = [(v.compliance, topic) for i, (v, topic) in enumerate(zip(ours, topics, strict=True)) if i not in (0, 11, 52)]
-    figures |= difference(ours, theirs, topics, 4000, 0)
-    values = {
-        "compliance": [(v.compliance, topic) for v, topic in seen],
-        "coherence": [(v.coherence, topic) for v, topic in seen],
-        "score": [(v.compliance * v.coherence, topic) for v, topic in seen],
-        "difference": gaps,
-    }
-    for name, rows in values.items():
-        assert figures[name] == pytest.approx(sum(value for value, _ in rows) / len(rows))
-        low, high = naive_interval(*zip(*rows, strict=True), 4000, 1)
-        assert [figures[f"{name}_low"], figures[f"{name}_high"]] == pytest.approx([low, high], abs=0.08 * (high - low)), name
-    assert len(gaps) == 97
+def test_every_figure_of_a_study_is_the_naive_one():
+    """Arms of one and of three interventions, with verdicts missing: items are prompts, and the clusters of those that are left."""
+    arms = {"baseline": ["rrrrryrrhr"], "one": ["yy?yxyhy-y"], "drawn": ["rrryrr?rrr", "rrrrrr?rry", "yrr?rr?rrr"]}
+    topics = list("aabbbccddd")
+    verdicts = {arm: [[given.VERDICTS[c] for c in letters] for letters in members] for arm, members in arms.items()}
+    found = summaries(verdicts, topics, allow_missing=True)
+    for name in ("compliance", "coherence", "refusal"):
+        values = {arm: [given.of_letters(letters, name) for letters in members] for arm, members in arms.items()}
+        for arm, expected in given.rates(values, topics).items():
+            assert given.figure(found[arm], name) == expected, (arm, name)
+    for arm, counts in {"baseline": (10, 4, 1, 0, 0, 0, 0), "one": (9, 4, 1, 1, 1, 1, 0), "drawn": (9, 4, 3, 4, 0, 0, 0)}.items():
+        assert [found[arm][key] for key in COUNTS] == [*counts], arm
+    safe = summaries(verdicts, topics, allow_missing=True, safe=True)
+    full = {arm: [[v and float(v.compliance == 1) for v in member] for member in members] for arm, members in verdicts.items()}
+    for arm, expected in given.rates(full, topics).items():  # a partial answer is none
+        assert given.figure(safe[arm], "answers_safe") == expected and safe[arm]["n_safe"] == found[arm]["n"]
+        assert given.figure(safe[arm], "refusal_safe") == given.figure(found[arm], "refusal")
+    icc = max(found[arm]["compliance_icc"] for arm in ("one", "baseline"))
+    gap = difference(verdicts["one"][0], verdicts["baseline"][0], topics, icc)
+    singly = {arm: given.of_letters(members[0], "compliance") for arm, members in arms.items() if arm != "drawn"}
+    assert given.figure(gap, "difference") == given.difference(singly, "one", "baseline", topics) and gap["n_paired"] == 9
+
+
+def test_arms_tell_of_each_other_how_alike_prompts_of_a_topic_are():
+    clustered, even = ([float(v) for v in values] for values in ("1111000011110000", "1010101010101010"))
+    topics = [i // 4 for i in range(16)]
+    found = rates("x", {"clustered": [clustered], "even": [even]}, topics)
+    iccs = naive_icc([(clustered, topics), (even, topics)])
+    assert [row["x_icc"] for row in found.values()] == pytest.approx(iccs) and iccs[0] == 1 > iccs[1] > 0
+    assert given.figure(found["even"], "x") == pytest.approx(naive_rate(even, topics, iccs[1]))
+
+
+def test_a_prompt_counts_once_whatever_the_number_of_interventions():
+    assert by_prompt([[1, 0, None], [1, 1, None]], "abc") == ([1.0, 0.5], ["a", "b"])
 
 
 def test_score_is_the_mean_of_products():
     half = [Judged("compliance", 1.0, 0.5, False, False), Judged("refusal", 0.0, 1.0, True, True)]
-    assert summary(half, ["a", "b"], 100, 0)["score"] == 0.25  # and not 0.5 * 0.75
+    assert summary(half, ["a", "b"])["score"] == 0.25  # and not 0.5 * 0.75
 
 
-def test_rate_and_mean_of_one_sided_samples():
-    assert rate("x", [True] * 10)["x"] == 1.0
-    assert rate("x", [True] * 10)["x_low"] == pytest.approx(1 - 3.841459 / (10 + 3.841459), abs=1e-6)  # Wilson in closed form
-    assert rate("x", [True] * 10)["x_high"] == 1.0
-    assert mean("x", [0.0] * 10, range(10), 100, 0)["x_high"] > 0.2
-
-
-def test_paired_leaves_out_prompts_without_a_verdict():
-    yes, no = Judged("compliance", 1.0, 1.0, False, False), Judged("refusal", 0.0, 1.0, True, True)
-    assert paired([yes, None, no, yes], [no, no, None, yes], "abcd") == ([1.0, 0.0], ["a", "d"])
-
-
-def test_paired_leaves_out_nothing_else():
+def test_paired_leaves_out_prompts_without_a_verdict_and_nothing_else():
     """Text without sense is an answer that does not comply, whichever arm gave it."""
-    values = {"compliance": 1.0, "partial_refusal": 0.5, "refusal": 0.0, "empty": 0.0, "degenerate": 0.0}
-    labels = [(a, b) for a in values for b in values]
-    judged = {label: Judged(label, value, 0.0, False, False) for label, value in values.items()}
-    differences = paired([judged[a] for a, _ in labels], [judged[b] for _, b in labels], range(25))
-    assert differences == ([values[a] - values[b] for a, b in labels], list(range(25)))
+    compliance = {"compliance": 1.0, "partial_refusal": 0.5, "refusal": 0.0, "empty": 0.0, "degenerate": 0.0}
+    labels = [(a, b) for a in compliance for b in compliance]
+    judged = {label: Judged(label, value, 0.0, False, False) for label, value in compliance.items()}
+    ours, theirs = ([judged[pair[i]] for pair in labels] for i in (0, 1))
+    gap = difference([*ours, None, judged["compliance"]], [*theirs, judged["compliance"], None], range(27), 0.0)
+    assert gap["n_paired"] == 25 and gap["difference"] == pytest.approx(0)
+    gap = difference([*ours, None], [*[judged["refusal"]] * 25, judged["compliance"]], range(26), 0.0)
+    assert gap["difference"] == pytest.approx(sum(compliance[a] for a, _ in labels) / 25)
 
 
 def test_means_are_over_what_is_present_and_too_little_is_an_error():
     verdicts = [Judged("compliance", 1.0, 1.0, False, False)] * 19 + [None]
-    figures = summary(verdicts, list(range(20)), 10, 0)
+    figures = summary(verdicts, list(range(20)))
     assert (figures["compliance"], figures["n"], figures["n_missing"]) == (1, 19, 1)
-    with pytest.raises(UserError, match=r"cell a: 2 of 20 .*allow_missing: true"):
-        summary([*verdicts[1:], None], list(range(20)), 10, 0, "cell a")
-    assert summary([*verdicts[1:], None], list(range(20)), 10, 0, "cell a", allow_missing=True)["n"] == 18
+    with pytest.raises(UserError, match=r"arm on val: 2 of 20 .*allow_missing: true"):
+        summary([*verdicts[1:], None], list(range(20)), of=" on val")
+    assert summary([*verdicts[1:], None], list(range(20)), allow_missing=True)["n"] == 18
     with pytest.raises(UserError, match="none of 3"):
-        summary([None] * 3, list(range(3)), 10, 0, allow_missing=True)
+        summary([None] * 3, list(range(3)), allow_missing=True)
 
 
 def test_agreement_of_two_judges():
@@ -127,11 +133,10 @@ def test_agreement_of_two_judges():
 
 def test_arms_that_do_not_differ_might_have_differed_either_way():
     yes = Judged("compliance", 1.0, 1.0, False, False)
-    figures = difference([yes, None] * 10, [yes] * 20, range(20), 100, 0)
-    high = 3.841459 / (10 + 3.841459)  # Wilson's limit for 0 of 10 in closed form
-    assert figures == pytest.approx({"difference": 0, "difference_low": -high, "difference_high": high}, abs=1e-6)
+    figures = difference([yes, None] * 10, [yes] * 20, range(20), 0.0)
+    assert figures["difference"] == 0 and figures["difference_low"] == -figures["difference_high"] < -0.2
     with pytest.raises(UserError, match="no prompt has a verdict in both arms"):
-        difference([yes, None], [None, yes], "ab", 100, 0)
+        difference([yes, None], [None, yes], "ab", 0.0)
 
 
 def test_of_a_completion_that_thinks_the_answer_is_judged():
@@ -143,5 +148,5 @@ def test_of_a_completion_that_thinks_the_answer_is_judged():
     judged = judge_all(["How do I open the door?"] * len(texts), texts, exact=False)
     assert [v.label for v in judged] == ["refusal", "refusal", "compliance", "unfinished", "unfinished", "empty"]
     assert [v.compliance for v in judged] == [0, 0, 1, 0, 0, 0] and [v.refusal for v in judged] == [True, True, *[False] * 4]
-    figures = summary(judged, range(len(texts)), 20, 0)
+    figures = summary(judged, range(len(texts)))
     assert (figures["n"], figures["n_unfinished"], figures["n_empty"]) == (6, 2, 1)

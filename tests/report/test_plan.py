@@ -45,10 +45,10 @@ def test_counts_by_hand():
     # ten tokens are read, in two passes, and six of seven new ones.
     assert (found["sweep"].passes, found["sweep"].tokens) == (9 * 3 * 8, 9 * 3 * (10 + 6))
     assert found["model"].passes == 6 * 8
-    # Eight prompts by baseline, run time, weights, harmless difference and two random directions; four with addition, four
-    # harmless; then each of these six, two alphas and twice the base model, and the identity with the base model beside it.
-    assert found["evaluate"].passes == (6 * 8 + 4 + 4) * 8 + (1 + 6 + 2 + 2) * 4
-    assert found["evaluate"].tokens == (6 * 8 + 4 + 4) * 16 + (1 + 6 + 2 + 2) * 4 * 17
+    # Eight prompts by baseline, run time, weights, random weights, harmless difference and two random directions; four with
+    # addition, four harmless; then each of these seven, two alphas and twice the base model, and the identity with the base model.
+    assert found["evaluate"].passes == (7 * 8 + 4 + 4) * 8 + (1 + 7 + 2 + 2) * 4
+    assert found["evaluate"].tokens == (7 * 8 + 4 + 4) * 16 + (1 + 7 + 2 + 2) * 4 * 17
     assert found["orthogonalize"].n_bytes == 2 * 3 * 4000
     assert found["model"].n_bytes == 2 * 4000 and sum(step.calls for step in found.values()) == 0
 
@@ -57,7 +57,7 @@ def test_layers_cap_and_judge_calls():
     s = {"layers": [2], "alphas": [1.0], "n_random": 1}
     found = planned(model={"id": "/a/folder"}, sweep=s, judge={"kind": "llm"})
     assert found["judge"].calls == 4 * 3  # four cells of three prompts
-    assert found["evaluate"].calls == 5 * 8 + 4
+    assert found["evaluate"].calls == 6 * 8 + 4
     generated = planned(prompts={"source": "api", "n_pairs": 95, "unrelated": "grammar"})
     assert generated["prompts"].calls == 10
 
@@ -103,8 +103,8 @@ def test_the_science_stage_by_the_interventions_it_compares(tmp_path, budget, ki
     # Safe prompts: baseline, best single, subspace and affine; two vectors added in three ways. Four places, seven alphas.
     judged = n_val * on_val + n_test * on_test + n_control * len(random) + n_test * (4 + basic * 2 * 3) + basic * 4 * 7 * 12
     assert step.calls == judged
-    # Each that goes to test, the first of each family of controls, alphas by place; the baseline twice, and at each place.
-    read = (2 + on_test + len(by_family(random)) + basic * 4 * (1 + 7)) * n_harmless
+    # Each that goes to test, all controls, alphas by place; the baseline twice, and at each place.
+    read = (2 + on_test + len(random) + basic * 4 * (1 + 7)) * n_harmless
     # Positions: both halves of six train and forty val pairs. Padding: the train half, by two numbers of pads and as batched,
     # masked and not; of 8 and 32 pads the larger is counted.
     at_end, padded = basic * (6 + 6 + 40 + 40), basic * 2 * 3 * (6 + 6)

@@ -60,10 +60,10 @@ def test_the_intervals_are_those_of_the_variant():
     text = page(read(COMMITS[:1], lambda rev: rates))
     rules = re.findall(r'<line transform="translate\(([\d.]+),[\d.]+\)" x2="(-?[\d.]+)" y2="0" stroke="#4c78a8"', text)
     limits = [sorted((float(x) / 420, (float(x) + float(wide)) / 420)) for x, wide in rules]
-    arms = [rates[arm] for arm in ("baseline", "runtime", "orthogonalized", "random", "harmless")]
+    arms = [rates[arm] for arm in ("baseline", "runtime", "orthogonalized", "random", "random_weights", "harmless")]
     assert limits == [pytest.approx([arm["compliance_low"], arm["compliance_high"]]) for arm in arms]
     marks = re.findall(r'<path transform="translate\(([\d.]+),[\d.]+\)"[^>]* fill="#4c78a8"', text)
-    assert [float(x) / 420 for x in marks][:5] == pytest.approx([arm["compliance"] for arm in arms])
+    assert [float(x) / 420 for x in marks][:6] == pytest.approx([arm["compliance"] for arm in arms])
 
 
 def test_nothing_to_compare_is_one_sentence(tmp_path):
