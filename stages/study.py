@@ -5,7 +5,7 @@ from pathlib import Path
 from refusal.analysis.study import Study
 from refusal.io.files import read_jsonl
 from refusal.io.params import Params, Resampled
-from refusal.io.prompts import by_split
+from refusal.io.prompts import by_split, resolve_pairing
 from refusal.io.store import Store
 from refusal.judges.panel import judge_with
 from refusal.lm.load import load_lm
@@ -23,6 +23,7 @@ def load_study(params: Params, section: Resampled) -> Study:
     matched, harmless = (
         select_directions(directions, params.sweep.method, pairing) for pairing in (params.sweep.pairing, "harmless")
     )
+    is_matched = resolve_pairing(params.sweep.pairing, params.sweep.method, directions) == "matched"
     pairs, unrelated = (read_jsonl(Path(f"data/prompts/{name}.jsonl")) for name in ("pairs", "unrelated"))
     store = Store(STORE / "store.sqlite")
     return Study(
@@ -37,4 +38,5 @@ def load_study(params: Params, section: Resampled) -> Study:
         rank_1,
         section.n_resamples,
         section.seed,
+        unrelated_unit=select_directions(directions, params.sweep.method, "unrelated")["unit"] if is_matched else None,
     )

@@ -28,9 +28,16 @@ def fitted_on(study: Study) -> tuple[list[int], list[int]]:
     return harmful, safe
 
 
+def layers_of(study: Study) -> list[int]:
+    """The layers at which estimators are compared: those of `science.layers` whose direction is defined, all where it is null."""
+    chosen = study.params.science.layers
+    return [layer for layer in study.layers if chosen is None or layer in chosen]
+
+
 def single_directions(study: Study, optimised: Float[Tensor, " d_model"] | None) -> list[Intervention]:
     """Interventions of rank 1. Names are `<estimator>.<layer>`; `rank_1` is the selected one. Ties on val go to the earlier.
 
+    `unrelated` is the difference-in-means with unrelated safe prompts, where the study's own is with matched ones.
     At `resid_pre` each difference-in-means is also ablated towards the safe mean (`affine`). Where prompts are no pairs there is
     no `paired_svd`, and no `optimised` where none is given.
     """
@@ -44,8 +51,10 @@ def single_directions(study: Study, optimised: Float[Tensor, " d_model"] | None)
 
     alpha = study.rank_1["alpha"]
     candidates = [Intervention("rank_1", unit[study.layer], alpha, sites, None, study.layer, "difference")]
-    candidates += [one("difference", i, unit[i]) for i in study.layers if i != study.layer or alpha != 1.0]
-    for i in study.layers:
+    candidates += [one("difference", i, unit[i]) for i in layers_of(study) if i != study.layer or alpha != 1.0]
+    for i in layers_of(study):
+        if study.unrelated_unit is not None:
+            candidates.append(one("unrelated", i, study.unrelated_unit[i].double()))
         candidates.append(one("logistic", i, logistic(few_harmful[:, i][:], few_safe[:, i][:])))
         candidates.append(one("lda", i, lda(few_harmful[:, i][:], few_safe[:, i][:])))
         if study.paired:
@@ -98,7 +107,7 @@ def planted(study: Study, truth: Float[Tensor, " d_model"] | None) -> list[Inter
     if truth is None:
         return []
     chosen = [Intervention("planted", truth, 1.0, study.sites, family="planted", direction_independent=True)]
-    for i in study.layers:
+    for i in layers_of(study):
         unit = study.directions["unit"][i].double()
         rest = unit - (unit @ truth) * truth
         chosen.append(Intervention(f"less_planted.{i}", rest / rest.norm(), 1.0, study.sites, None, i, "less_planted"))

@@ -54,7 +54,7 @@ class Study:
     directions: `unit`, `difference`, `defined` and `safe_mean` of its method and pairing, by layer; harmless_difference: the same
     of two harmless sets, a control. activations: {method: {set: [prompt, n_layers, d_model]}}. pairs: rows of pairs.jsonl by
     split; unrelated: those of unrelated.jsonl. rank_1: the selected layer and alpha. n_resamples, seed: of
-    intervals.
+    intervals. unrelated_unit: [n_layers, d_model], unit directions with unrelated safe prompts, where `directions` are matched.
     """
 
     params: Params
@@ -69,6 +69,7 @@ class Study:
     n_resamples: int
     seed: int
     activations: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    unrelated_unit: Tensor | None = None
 
     @property
     def layer(self) -> int:

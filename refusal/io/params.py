@@ -68,7 +68,6 @@ class Resampled(Seeded):
 
 class Endpoint(Section):
     """An OpenAI-compatible endpoint and how hard it may be used. Its key is in the environment and nowhere else.
-
     api_key_variable: the environment variable (None: it wants no key). timeout_seconds: of one attempt. max_calls: of one run.
     """
 
@@ -266,6 +265,7 @@ class Strength(Section):
 
 
 class Science(Resampled):
+    layers: Distinct[Annotated[int, Field(ge=0)]] | None
     n_random: AtMost10000
     n_subspaces: Annotated[int, Field(ge=1, le=1_000)]
     n_val: Count | None

@@ -106,7 +106,8 @@ def steps(params: Params, size: Size, prompts: Prompts) -> list[Step]:
     checkpoints, lora = params.select.top + 1, params.orthogonalize.format == "lora"
     facts = count.completed(["val.harmful", "facts"]) if organism else (0, 0)
     phases = (params.organism.phase_1.steps, params.organism.phase_2.steps)
-    science, science_calls = _science(params, n_layers - 1, count, prompts.paired)
+    compared = n_layers - 1 if params.science.layers is None else len(params.science.layers)
+    science, science_calls = _science(params, compared, count, prompts.paired)
     return [
         _prompts(params),
         Step(
@@ -162,8 +163,9 @@ def _science(params: Params, defined: int, count: _Counts, paired: bool) -> tupl
     planted = params.model.id == "organism" and params.organism.kind == "planted"
     # With the planted one, each layer's without its component along it. Pairs alone have paired_svd, svd_k and optimised.
     several = (1 + paired) * len(RANKS) + 1 + planted * (1 + defined)
-    on_val = 2 + (3 + paired + affine) * defined + paired + several
-    on_test = 2 + defined + 2 + 2 * paired + affine + several
+    matched = paired and params.sweep.pairing != "unrelated"
+    on_val = 2 + (3 + paired + matched + affine) * defined + paired + several
+    on_test = 2 + defined + 2 + 2 * paired + matched + affine + several
     judged = [  # prompts, interventions, and at most how many prompts
         (["val.harmful"], on_val, b.n_val),
         (["test.harmful"], on_test, b.n_test),

@@ -36,6 +36,17 @@ def study(sets, tmp_path):
     return study
 
 
+def test_the_unrelated_difference_is_compared_where_the_study_has_one_at_the_layers_asked_for(study, sets):
+    study.unrelated_unit = vars(difference_in_means(sets[0], sets[2]))["unit"]
+    chosen = {one.name: one for one in single_directions(changed(study, science={"layers": [0, 2, 3]}), OPTIMISED)}
+    families = ("unrelated", "logistic", "lda", "paired_svd", "affine")  # layer 0 has no direction, and rank_1 is of layer 1
+    names = {f"{family}.{i}" for i in (2, 3) for family in families}
+    assert set(chosen) == names | {"rank_1", "difference.2", "difference.3", "optimised"}
+    for i in (2, 3):
+        means = sets[0][:, i].double().mean(0) - sets[2][:, i].double().mean(0)
+        assert torch.allclose(chosen[f"unrelated.{i}"].basis[0], means / means.norm())
+
+
 def changed(study, **sections):
     study.params = given.params(**sections)
     return study

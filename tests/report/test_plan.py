@@ -64,7 +64,7 @@ def test_layers_cap_and_judge_calls():
 
 # Of params.yaml, and one with neither addition, positions, padding nor strength, and with more test prompts than there are.
 BUDGETS = {"basic": {}, "mediation": {"n_test": 100, "optimised": {"steps": 100, "batch_size": 16}}}
-BUDGETS["mediation"] |= dict.fromkeys(("sensitivity", "padding", "strength"))
+BUDGETS["mediation"] |= dict.fromkeys(("sensitivity", "padding", "strength")) | {"layers": [1, 3]}
 
 
 @pytest.mark.parametrize("kind", ["single", "planted"])
@@ -86,6 +86,7 @@ def test_the_science_stage_by_the_interventions_it_compares(tmp_path, budget, ki
     study.rank_1 = {"layer": 2, "alpha": 0.5}  # another than 1: its layer is compared at 1 as well
     study.activations = {"sequential": {"train.harmful": harmful, "train.safe": safe}}
     study.directions, study.harmless_difference = (vars(difference_in_means(some, safe)) for some in (harmful, unrelated))
+    study.unrelated_unit = study.directions["unit"]
     single, several = single_directions(study, study.directions["unit"][1]), subspaces(study, [2, 1, 3, 4, 5])
     truth, random = planted(study, torch.eye(12).double()[0] if kind == "planted" else None), controls(study)
     on_val = 1 + len(single) + len(several) + len(truth)
