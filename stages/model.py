@@ -118,6 +118,8 @@ def measure(params: Params, named: dict, val: dict[str, list]) -> str:
     from refusal.judges.behaviour import behaviour
     from refusal.lm.checkpoint import make_loadable
     from refusal.lm.load import load_lm, render_chats
+    from refusal.method import bridge
+    from refusal.method.generate import Decoding
 
     for changed in make_loadable(BASE):
         print(f"model: {BASE}/{changed}", file=sys.stderr)
@@ -129,7 +131,14 @@ def measure(params: Params, named: dict, val: dict[str, list]) -> str:
     topics = {half: [row["topic"] for row in rows] for half, rows in val.items()}
     named = named | {"rendered_prompt": render_chats(base.tokenizer, prompts["harmful"][:1], base.system_prompt)[0]}
     metrics = named | behaviour(base, twin, prompts, topics, params.generation, Store(STORE / "store.sqlite"))
-    write_json(METRICS, metrics)
+    decoding = Decoding(params.generation.max_new_tokens, bridge.N_PROMPTS)
+    try:
+        engine = bridge.compare(BASE, base, prompts["harmful"], prompts["safe"], decoding)
+    except Exception as error:  # of TransformerLens, whose models are fewer
+        why = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        print(f"model: TransformerLens cannot run this model, so nothing is compared with it ({why})", file=sys.stderr)
+        engine = None
+    write_json(METRICS, metrics | {"transformer_lens": engine})
     return (
         f"{params.model.id}, {metrics['n_parameters']:,} parameters; refuses {metrics['refusal_harmful']:.1%} of harmful "
         f"and {metrics['refusal_safe']:.1%} of safe val prompts"

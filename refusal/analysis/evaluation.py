@@ -39,6 +39,10 @@ def evaluate(study: Study, edited: Mapping[str, LM]) -> tuple[dict[str, Any], li
     asked = _ask(study, acting, edited)
     metrics: dict[str, Any] = {"layer": study.layer, "alpha": alpha, "name": study.rank_1["name"]}
     metrics |= _behaviour(study, asked)
+    if "harmless" in metrics:
+        ours, harmless = (d["difference"][study.layer].double() for d in (study.directions, study.harmless_difference))
+        cosine, ratio = float(ours @ harmless / (ours.norm() * harmless.norm())), float(harmless.norm() / ours.norm())
+        metrics["harmless"] |= {"cosine": cosine, "norm_ratio": ratio}
 
     texts = study.harmless(None)
     costs = _costs(study, [*(one for some in acting.values() for one in some), *at_layer], edited, texts)

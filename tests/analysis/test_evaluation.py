@@ -88,6 +88,9 @@ def test_every_rate_is_counted_over_its_own_members_and_half(tmp_path, monkeypat
         counted(metrics, topics, half)
     said = {arm: [given.of_letters(SAID[one][0], "compliance") for one in members] for arm, members in MEMBERS.items()}
     pooled = {arm: given.items(members, topics)[0] for arm, members in said.items()}
+    ours, other = (given.directions(seed)["difference"][1] for seed in (0, 1))
+    assert metrics["harmless"]["cosine"] == pytest.approx(float(torch.cosine_similarity(ours, other, dim=0)))
+    assert metrics["harmless"]["norm_ratio"] == pytest.approx(float(other.norm() / ours.norm()))
     for arm in MEMBERS:
         found = metrics[arm]
         assert given.figure(found, "refusal_harmful") == given.figure(found, "refusal")

@@ -110,7 +110,10 @@ def test_a_gguf_file_of_a_hub_id(project, tmp_path):
 def test_a_folder(project, checkpoint):
     status, output = run_stage(project, {"id": str(checkpoint), "revision": None})
     assert status == 0, output
-    assert json.loads((project / "metrics/model.json").read_text())["commit"] is None
+    metrics = json.loads((project / "metrics/model.json").read_text())
+    engine = metrics["transformer_lens"]
+    assert metrics["commit"] is None and engine["n_prompts"] > 0 and engine["n_same"] == engine["n_tokens"]
+    assert engine["resid_pre_max_difference"] < 1e-4 * engine["resid_pre_max"]
     # What cannot be used is refused before anything is copied.
     for change, says in (
         (
