@@ -6,6 +6,8 @@ READY := .venv/ready
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export VIRTUAL_ENV := $(CURDIR)/.venv
 
+REAL := studies/qwen2.5-coder-0.5b-instruct
+
 .PHONY: help setup pull repro verify portability train refresh plan compare picture test plots perf cuda slow soak organisms full study real lint lock restore
 
 help: ## what can be made
@@ -51,6 +53,7 @@ compare: restore ## every variant compared on one page: report/variants.html
 
 picture: $(READY) ## the pictures in the README, docs/*.svg, from committed figures
 	python -m refusal.report.picture plots/separation.csv plots/sweep.csv metrics/evaluate.json docs/result.svg
+	test ! -d $(REAL)/metrics || python -m refusal.report.picture $(REAL)/plots/separation.csv $(REAL)/plots/sweep.csv $(REAL)/metrics/evaluate.json docs/real.svg
 	test ! -f metrics/organisms.json || python -m refusal.report.organisms metrics/organisms.json docs/organisms.svg
 
 plots: restore ## every plot as one page, dvc_plots/index.html

@@ -303,12 +303,15 @@ def test_every_parameter_that_a_command_sets_exists_and_may_have_that_value():
             Params.model_validate(params)
 
 
-def metrics(name: str) -> dict:
-    return json.loads((ROOT / "metrics" / f"{name}.json").read_text(encoding="utf-8"))
+REAL = "studies/qwen2.5-coder-0.5b-instruct"
 
 
-def rows(name: str) -> list[dict[str, str]]:
-    with (ROOT / "plots" / f"{name}.csv").open(encoding="utf-8", newline="") as file:
+def metrics(name: str, of: str = ".") -> dict:
+    return json.loads((ROOT / of / "metrics" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def rows(name: str, of: str = ".") -> list[dict[str, str]]:
+    with (ROOT / of / "plots" / f"{name}.csv").open(encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
 
 
@@ -367,6 +370,40 @@ def reproduced() -> list[str]:
     return [f"| {words} | {rows[name]['published']:.4g} | {rows[name]['ours']:.4g} |" for name, words in REPRODUCED.items()]
 
 
+def real_study() -> list[str]:
+    """What the README says of the real model."""
+    e, d, v = metrics("evaluate", REAL), metrics("directions", REAL), metrics("science", REAL)["verdict"]
+    sweep, run, one = metrics("judge", REAL), e["runtime"], v["difference"]
+    unrelated = metrics("science", REAL)["estimators"]["unrelated"]
+    unmasked = {i: c for i, c in enumerate(d["batched_unmasked-matched"]["cosine_to_sequential"]) if c is not None}
+    least = min(unmasked, key=lambda i: unmasked[i])
+    arms = [
+        ("untouched", "baseline"),
+        (f"direction ablated at run time (layer {e['layer']}, alpha {e['alpha']:g})", "runtime"),
+        ("the same as edited weights", "orthogonalized"),
+        (f"{e['random']['n_arms']} random directions ablated", "random"),
+        ("a random direction as edited weights", "random_weights"),
+        ("the difference of two harmless sets ablated", "harmless"),
+    ]
+    best = [cell for cell in sweep.values() if cell["layer"] is not None and cell["compliance"] >= 0.9]
+    return [
+        *(
+            f"| {words} | {interval(e[arm], 'compliance')} | {e[arm]['coherence']:.2f} | {interval(e[arm], 'answers_safe')} | {e[arm]['kl']:.3f} |"
+            for words, arm in arms
+        ),
+        f"the difference in means of {d['sequential-matched']['n_harmful']} matched pairs at layer {e['layer']}, chosen on val",
+        f"compliance with {run['n']} harmful test prompts from {interval(e['baseline'], 'compliance')} to {interval(run, 'compliance')}",
+        f"a paired difference of {run['difference']:+.2f} [{run['difference_low']:+.2f}, {run['difference_high']:+.2f}]",
+        f"random directions leave it at {interval(e['random'], 'compliance')}",
+        f"Of the {v['n_refused']} test prompts that the model refuses, {one['removed']:.2f} are then answered in full, {one['above_random']:+.2f} "
+        f"beyond random directions (lower limit {one['above_random_low']:+.2f}): the verdict is `{v['verdict']}`",
+        f"At {len(best)} of its {len(d['sequential-matched']['layers'])} layers the direction takes compliance on val to .9 or more",
+        f"unrelated safe prompts give a direction that does so too ({interval(unrelated, 'compliance')}, layer {unrelated['layer']})",
+        f"padding that is attended to turns it to cosine {unmasked[least]:.2f} at layer {least}, and masked padding leaves it "
+        f"({d['batched-matched']['cosine_to_sequential_min']:.6f})",
+    ]
+
+
 def quoted() -> list[str]:
     """What the README says of the committed figures, made from them; blanks do not count."""
     e, d, b = metrics("evaluate"), metrics("directions"), metrics("benchmark")["rank_1"]
@@ -409,6 +446,7 @@ def quoted() -> list[str]:
         f"two of its largest tensors {edit['peak_minus_two_largest_mb']:+.0f} MB",
         f"The study in a fresh clone took {pipeline['repro_seconds']:.0f} s, a variant of the sweep {pipeline['variant_seconds']:.0f} s, a run "
         f"that finds nothing to do {pipeline['noop_seconds']:.1f} s",
+        *real_study(),
         *whole_science(),
         *organisms(),
         *reproduced(),
@@ -487,11 +525,12 @@ def test_organisms_come_out_as_they_were_made():
         assert o["random"]["random_1"]["n_arms"] == 10, name
 
 
-def test_the_picture_is_that_of_the_committed_figures():
+@pytest.mark.parametrize(("of", "file"), [(".", "docs/result.svg"), (REAL, "docs/real.svg")])
+def test_the_picture_is_that_of_the_committed_figures(of, file):
     from refusal.report.picture import picture
 
-    made = picture(rows("separation"), rows("sweep"), metrics("evaluate"))
-    assert (ROOT / "docs/result.svg").read_text(encoding="utf-8") == made, "run `make picture` and commit docs/result.svg"
+    made = picture(rows("separation", of), rows("sweep", of), metrics("evaluate", of))
+    assert (ROOT / file).read_text(encoding="utf-8") == made, f"run `make picture` and commit {file}"
 
 
 def test_the_picture_of_organisms_is_that_of_the_committed_figures():

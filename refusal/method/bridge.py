@@ -1,11 +1,11 @@
-"""An independent engine on the model at hand: TransformerLens's bridge must read and ablate what this package does."""
+"""TransformerLens's bridge: interventions as its hooks, and a check of the model at hand by an engine that is not ours."""
 
 from __future__ import annotations
 
 import contextlib
 import io
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from refusal.io.errors import UserError
 from refusal.lm.load import LM
 from refusal.method.activations import last_token_resid_pre
 from refusal.method.directions import difference_in_means
@@ -20,6 +21,12 @@ from refusal.method.generate import Decoding, generate
 from refusal.method.interventions import Intervention
 
 N_PROMPTS = 8
+# TransformerLens's names of the places in a block where an ablation acts.
+HOOKS = {
+    "resid_pre": ("hook_resid_pre",),
+    "paper": ("hook_resid_pre", "hook_attn_out", "hook_mlp_out"),
+    "writes": ("hook_attn_out", "hook_mlp_out"),
+}
 
 
 @torch.inference_mode()
@@ -35,11 +42,10 @@ def compare(
     prompts, calm = (lm.encode(half[:N_PROMPTS], decoding.max_new_tokens) for half in (harmful, safe))
     ours, theirs = last_token_resid_pre(lm, prompts, "batched").float(), last_token_resid_pre(lm, calm, "batched").float()
     directions, layer = difference_in_means(ours, theirs), lm.n_layers // 2
-    v = directions.unit[layer]
     completions: list[list[int]] = []
     if directions.defined[layer]:
-        plain = generate(lm, prompts, decoding)
-        completions = generate(lm, prompts, decoding, [Intervention("ablated", v, 1.0, "resid_pre")])
+        ablated = Intervention("ablated", directions.unit[layer], 1.0, "resid_pre")
+        plain, completions = generate(lm, prompts, decoding), generate(lm, prompts, decoding, [ablated])
 
     bridge, names = _bridge(folder, lm), [f"blocks.{i}.hook_resid_pre" for i in range(lm.n_layers)]
     read = []
@@ -53,7 +59,7 @@ def compare(
         **dict.fromkeys(("n_changed", "n_tokens", "n_same")),
     }
     if completions:
-        hooks = [(name, partial(_ablated, v=v.to(lm.model.device))) for name in names]
+        hooks = fwd_hooks(ablated, lm.n_layers)
         n_same = 0
         for prompt, completion in zip(prompts, completions, strict=True):
             ids = torch.tensor([[*prompt, *completion]], device=lm.model.device)
@@ -64,9 +70,34 @@ def compare(
     return figures
 
 
-def _ablated(r: Tensor, hook: Any, v: Tensor) -> Tensor:
-    wide = r.double()
-    return (wide - torch.einsum("bsd,d->bs", wide, v)[..., None] * v).to(r.dtype)
+def fwd_hooks(intervention: Intervention, n_layers: int) -> list[tuple[str, Callable[..., Tensor]]]:
+    """The intervention as `run_with_hooks(fwd_hooks=...)` of TransformerLens takes it, at any of the sites.
+
+    Raises UserError for edited weights, which need no hook. Where a norm stands behind a writer (Gemma 2 and 3) TransformerLens's
+    hook names and this package's sites are not known to be the same place, beyond `resid_pre`.
+    """
+    names = HOOKS.get(intervention.sites)
+    if names is None or intervention.basis is None:
+        raise UserError(
+            f"{intervention.name}: is no ablation at run time and has no hooks: choose among {', '.join(HOOKS)}"
+        )
+    hooks: list[tuple[str, Callable[..., Tensor]]] = []
+    for layer in range(n_layers):
+        basis = intervention.basis[layer] if intervention.per_layer else intervention.basis
+        offset = None if intervention.offset is None else intervention.offset[layer]
+        hook = partial(_ablated, basis=basis, alpha=intervention.alpha, offset=offset)
+        hooks += [(f"blocks.{layer}.{name}", hook) for name in names]
+    if intervention.sites == "writes" and not intervention.per_layer:
+        hooks.append(("hook_embed", partial(_ablated, basis=intervention.basis, alpha=intervention.alpha, offset=None)))
+    return hooks
+
+
+def _ablated(r: Tensor, hook: Any, basis: Tensor, alpha: float, offset: Tensor | None) -> Tensor:
+    wide, rows = r.double(), basis.to(r.device, torch.float64)
+    component = torch.einsum("bsd,kd->bsk", wide, rows)
+    if offset is not None:
+        component = component - offset.to(component)
+    return (wide - alpha * torch.einsum("bsk,kd->bsd", component, rows)).to(r.dtype)
 
 
 def _bridge(folder: Path, lm: LM) -> Any:

@@ -20,26 +20,24 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from refusal.io.errors import UserError
+from refusal.method.control_vector import read_control_vector
 from refusal.method.directions import as_json, cosine
 
-READ = (".safetensors", ".pt", ".npy")
-
-
+READ = (".safetensors", ".pt", ".npy", ".gguf")
 MOST_LAYERS = 256  # a longer vector is no list of one number a layer
 
 
 def read_vectors(folder: Path) -> tuple[dict[str, Float[Tensor, "n_layers d_model"]], dict[str, Float[Tensor, " n_layers"]]]:
-    """(directions, figures) of every .safetensors, .pt and .npy below `folder`, by `<file>`, `<file>:<tensor>`,
-    `<file>:position_-1`. Figures are vectors: numbers by layer, or one direction for every layer; `compare` tells which.
+    """(directions, figures) of every .safetensors, .pt, .npy and control vector (.gguf) below `folder`, by `<file>`,
+    `<file>:<tensor>`, `<file>:position_-1`. Figures are vectors: numbers by layer, or one direction for every layer; `compare`
+    tells which.
 
     A .pt is read with `weights_only=True`, so nothing in it runs. Raises UserError naming a file that cannot be read so, or
     holds something else.
     """
     directions: dict[str, Tensor] = {}
     figures: dict[str, Tensor] = {}
-    for path in sorted(path for path in folder.rglob("*") if path.suffix in (*READ, ".gguf") and path.is_file()):
-        if path.suffix == ".gguf":
-            raise UserError(f"{path}: GGUF is not read here; save its vectors as .safetensors, or take it out of the folder")
+    for path in sorted(path for path in folder.rglob("*") if path.suffix in READ and path.is_file()):
         for name, tensor in _tensors(path).items():
             for position, array in _by_position(tensor).items():
                 if array.ndim not in (1, 2) or not array.is_floating_point():
@@ -59,6 +57,8 @@ def _tensors(path: Path) -> dict[str, Tensor]:
             tensors = load_file(path)
             # A directions.safetensors of this package holds more than directions.
             return {name: tensor for name, tensor in tensors.items() if name.endswith(".unit")} or tensors
+        if path.suffix == ".gguf":
+            return {"": read_control_vector(path)}
         if path.suffix == ".npy":
             return {"": torch.from_numpy(numpy.load(path, allow_pickle=False))}
         content = torch.load(path, weights_only=True, map_location="cpu")

@@ -22,7 +22,7 @@ def test_both_engines_read_and_ablate_the_same(tmp_path):
 
 def test_another_ablation_and_other_activations_would_show(tmp_path, monkeypatch):
     real = bridge.last_token_resid_pre
-    monkeypatch.setattr(bridge, "_ablated", lambda r, hook, v: r)
+    monkeypatch.setattr(bridge, "_ablated", lambda r, hook, **how: r)
     monkeypatch.setattr(bridge, "last_token_resid_pre", lambda *args: real(*args) + 0.01)
     found = compared(tmp_path, text_lm())
     assert found["n_same"] < found["n_tokens"] and found["resid_pre_max_difference"] == pytest.approx(0.01, rel=1e-2)

@@ -10,6 +10,7 @@ from tiny import tiny_direction, tiny_model
 from refusal.analysis.subspaces import random_subspaces
 from refusal.io.errors import UserError
 from refusal.lm.architecture import SUPPORTED
+from refusal.method.bridge import fwd_hooks
 from refusal.method.interventions import BASELINE, SITES, Ablation, Addition, Intervention, edited_weights, intervene
 
 IDS = torch.randint(3, 96, (3, 9), generator=torch.Generator().manual_seed(0))
@@ -90,6 +91,22 @@ def test_equals_transformer_lens_and_the_naive_loop(model, bridge, sites, alpha)
     with one(v, alpha, sites).on(model):
         assert torch.equal(model(IDS).logits, ours)
     assert (ours - model(IDS).logits).abs().max() > 0.5  # the test is not vacuous
+
+
+@pytest.mark.parametrize("sites", SITES)
+def test_hooks_for_transformer_lens_do_the_same(model, bridge, sites):
+    """A direction, a subspace, a basis a layer, and an offset where one may be; and they would show if left out."""
+    subspace = torch.linalg.qr(tiny_direction(rows=2).double().T)[0].T
+    own = torch.stack([subspace[:1], torch.zeros(1, subspace.shape[1]), subspace[1:]])
+    some = [one(tiny_direction(), 1.5, sites), one(subspace, 0.75, sites), one(own, 1.0, sites)]
+    if sites == "resid_pre":
+        some.append(one(tiny_direction(), 1.0, sites, torch.tensor([[0.5], [-2.0], [1.0]])))
+    plain = bridge(IDS)
+    for intervention in some:
+        theirs = bridge.run_with_hooks(IDS, fwd_hooks=fwd_hooks(intervention, 3))
+        assert (logits(model, intervention) - theirs).abs().max() < 1e-5 < (plain - theirs).abs().max()
+    with pytest.raises(UserError, match="has no hooks"):
+        fwd_hooks(one(tiny_direction(), 1.0, "weights"), 3)
 
 
 @pytest.mark.parametrize("sites", SITES)
