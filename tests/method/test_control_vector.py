@@ -8,6 +8,7 @@ from tiny import tiny_model
 from refusal.io.errors import UserError
 from refusal.method.control_vector import read_control_vector, write_control_vector
 from refusal.method.interventions import Addition, intervene
+from refusal.report.published import compare, read_vectors
 
 VECTORS = torch.randn(5, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 VECTORS[3] = torch.nan
@@ -48,6 +49,17 @@ def test_what_a_block_puts_out_is_what_enters_the_next(tmp_path):
     with intervene(model, Addition(vectors[layer], layer)):
         assert torch.allclose(model(ids).logits, theirs, atol=1e-6)
     assert not torch.allclose(model(ids).logits, theirs, atol=1e-2)
+
+
+def test_one_in_data_published_is_compared_with_ours(tmp_path):
+    (tmp_path / "theirs").mkdir()
+    write_control_vector(tmp_path / "theirs/a.gguf", VECTORS, "qwen2")
+    ours = VECTORS.clone()
+    ours[4] = torch.randn(8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    (row,) = compare(*read_vectors(tmp_path / "theirs"), {"sequential-matched": ours})["files"].values()
+    cosines = row["cosine"]["sequential-matched"]
+    assert row["comparable"] and cosines[:2] == [None, None] and cosines[3] is None
+    assert cosines[2] == pytest.approx(1) and abs(cosines[4]) < 0.9
 
 
 def test_what_is_none_is_one_sentence(tmp_path):
