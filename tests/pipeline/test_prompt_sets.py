@@ -82,9 +82,8 @@ def test_the_study_of_a_published_set_runs_to_its_end(studies, name):
     safe = test if paired else [row for row in unrelated if row["split"] == "test"]
 
     evaluated, science = files["evaluate"], files["science"]
-    arms = {"baseline": 1, "runtime": 1, "orthogonalized": 1, "random": 1, "harmless": 1}
-    for arm, members in arms.items():
-        assert (evaluated[arm]["n"], evaluated[arm]["n_safe"]) == (members * len(test), members * len(safe)), arm
+    for arm in ("baseline", "runtime", "orthogonalized", "random", "random_weights", "harmless"):
+        assert (evaluated[arm]["n"], evaluated[arm]["n_safe"]) == (len(test), len(safe)), arm
     assert evaluated["n_harmless"] <= len([row for row in unrelated if row["split"] == "test"])
     asked = [row for row in read_jsonl(folder / "data/evaluated/completions.jsonl") if row["arm"] == "baseline"]
     assert [row["prompt"] for row in asked] == [row["harmful"] for row in test] + [row["safe"] for row in safe]

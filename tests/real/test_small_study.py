@@ -91,7 +91,7 @@ def test_one_direction_restores_compliance_and_random_ones_do_not(lm, prompts, d
     judged = {name: by_rules(prompts[0], each, name) for name, each in said.items()}
     compliance = {name: sum(one.compliance for one in each) / N for name, each in judged.items()}
     refused = sum(one.refusal for one in judged["baseline"]) / N
-    change = difference(judged["ablated"], judged["baseline"], range(N), 1000, 0)
+    change = difference(judged["ablated"], judged["baseline"], range(N), 0.0)
     random = sum(compliance[one.name] for one in randoms) / N_RANDOM
     print(f"\nn = {N}: the baseline refuses {refused:.2f}; compliance {compliance}; {change}")
     assert refused >= 0.4

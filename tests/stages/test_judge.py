@@ -45,7 +45,7 @@ def study(folder: Path, n: int, url: str | None = None, **judge) -> Path:
     """
     folder.mkdir()
     params = yaml.safe_load((ROOT / "params.yaml").read_text())
-    params["judge"] |= {"n_resamples": 50} | ({"kind": "llm"} if url else {}) | judge
+    params["judge"] |= ({"kind": "llm"} if url else {}) | judge
     params["endpoint"] |= SETTINGS | ({"base_url": url} if url else {})
     params["model"]["id"] = "a-folder"  # no organism: its refusals are known, these are judged
     (folder / "params.yaml").write_text(yaml.safe_dump(params))
@@ -166,12 +166,12 @@ def test_missing_verdicts_are_counted_and_too_many_are_an_error_unless_allowed(t
     with serve(mute) as server:
         folder = study(tmp_path / "study", 10, server.url)
         said = run(folder, ok=False)
-        assert "judge: cell baseline: 3 of 10 completions have no verdict" in said and not (folder / "metrics").exists()
+        assert "judge: baseline on val: 3 of 10 completions have no verdict" in said and not (folder / "metrics").exists()
         change(folder, "judge", {"allow_missing": True})
         assert "11 without a verdict" in run(folder)
     grid = metrics(folder, "judge")
     assert {name: (cell["n"], cell["n_missing"]) for name, cell in grid.items()} == {
-        "baseline": (7, 3), "random": (14, 6), "layer_1_alpha_100": (8, 2)}  # fmt: skip
+        "baseline": (7, 3), "random": (7, 6), "layer_1_alpha_100": (8, 2)}  # fmt: skip
     rows = [json.loads(line) for line in (folder / "data/judged/verdicts.jsonl").read_text().splitlines()]
     assert [row["compliance"] for row in rows if row["label"] == "missing"] == [None] * 11
 
