@@ -8,7 +8,7 @@ export VIRTUAL_ENV := $(CURDIR)/.venv
 
 REAL := studies/qwen2.5-coder-0.5b-instruct
 
-.PHONY: help setup pull repro verify portability train refresh plan compare picture test plots perf cuda slow soak organisms full study real lint lock restore
+.PHONY: help setup pull repro verify portability train refresh plan compare picture test plots perf cuda slow faults soak organisms full study real lint lock restore
 
 help: ## what can be made
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -67,6 +67,9 @@ cuda: $(READY) ## the tests that need a GPU
 
 slow: $(READY) ## the tests that train organisms on other seeds
 	python -m pytest -q -m slow
+
+faults: $(READY) ## put known faults into a copy, one by one: a test must fail at each (ten minutes)
+	python -m pytest -q -m faults
 
 soak: $(READY) ## kill a small study at fifty moments and more: metrics/soak.json (a quarter of an hour)
 	python tests/pipeline/soak.py
