@@ -36,6 +36,7 @@ PAGES = ("README.md", "CONTRIBUTING.md", *sorted(f"docs/{path.name}" for path in
 INSTEAD = [
     (r"^make test$", "", "these tests are what it runs"),
     (r"^make cuda$", "", "no GPU is asked of a test"),
+    (r"^make faults$", "", "ten minutes; tests/test_faults.py sees that each fault fits the code"),
     (r"^make lint$", "", "what .ci/run runs after these tests; the small study lacks the files"),
     (r"make setup", r"cp -r ../.venv .\nmake setup", "no packages from the network: the environment is that of these tests"),
     (r"https://github\.com/<owner>/<repository> <path>/", "{tmp}/theirs ", "a Git repository on this machine"),
