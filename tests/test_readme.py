@@ -398,6 +398,8 @@ def real_study() -> list[str]:
         f"random directions leave it at {interval(e['random'], 'compliance')}",
         f"Of the {v['n_refused']} test prompts that the model refuses, {one['removed']:.2f} are then answered in full, {one['above_random']:+.2f} "
         f"beyond random directions (lower limit {one['above_random_low']:+.2f}): the verdict is `{v['verdict']}`",
+        f"the model refuses {e['baseline']['refusal_safe']:.2f} of the safe halves too, and its cosine with the direction is "
+        f"{e['harmless']['cosine']:.2f}",
         f"At {len(best)} of its {len(d['sequential-matched']['layers'])} layers the direction takes compliance on val to .9 or more",
         f"unrelated safe prompts give a direction that does so too ({interval(unrelated, 'compliance')}, layer {unrelated['layer']})",
         f"padding that is attended to turns it to cosine {unmasked[least]:.2f} at layer {least}, and masked padding leaves it "

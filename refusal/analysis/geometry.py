@@ -10,6 +10,7 @@ from refusal.analysis.separation import auroc, contrast, effective_rank, halves,
 from refusal.analysis.study import Study
 from refusal.analysis.subspaces import captured, paired_svd
 from refusal.io.params import Padding
+from refusal.io.progress import progress
 from refusal.method.activations import batches, last_token_resid_pre
 from refusal.method.directions import project
 
@@ -21,12 +22,12 @@ def spectra(study: Study) -> ByLayer | None:
     if not study.paired:
         return None
     train, d = study.activations[study.params.sweep.method], study.params.directions
-    return [
-        spectrum_row(train["train.harmful"][:, i], train["train.safe"][:, i], d.n_sign_flips, d.seed)
-        if i in study.layers
-        else None
-        for i in range(study.lm.n_layers)
-    ]
+    rows: ByLayer = [None] * study.lm.n_layers
+    with progress(len(study.layers), "science: spectra", "layer") as bar:
+        for i in study.layers:
+            rows[i] = spectrum_row(train["train.harmful"][:, i], train["train.safe"][:, i], d.n_sign_flips, d.seed)
+            bar.update()
+    return rows
 
 
 def spectrum_row(harmful: Tensor, safe: Tensor, n_flips: int, seed: int) -> dict[str, float]:
@@ -89,9 +90,11 @@ def sensitivity(study: Study, n_resamples: int) -> tuple[dict[str, Any], list[di
     contrasts = {(m, p): contrast(a, p, d.seed) for m, a in study.activations.items() for p in pairings}
     reference = contrasts.get(("sequential", pairings[0]), next(iter(contrasts.values()))).directions
     rows = []
-    for (method, pairing), one in contrasts.items():
-        sizes = by_size(one, reference, n_resamples, study.seed)
-        rows += [{"method": method, "pairing": pairing, **row} for row in sizes]
+    with progress(len(contrasts), "science: fewer prompts", "set") as bar:
+        for (method, pairing), one in contrasts.items():
+            sizes = by_size(one, reference, n_resamples, study.seed)
+            rows += [{"method": method, "pairing": pairing, **row} for row in sizes]
+            bar.update()
     keys = ("n", "cosine", "low", "high", "to_reference")
     at_layer: dict[str, Any] = {f"{m}-{p}": [] for m, p in contrasts}
     for row in rows:
