@@ -78,9 +78,7 @@ def fwd_hooks(intervention: Intervention, n_layers: int) -> list[tuple[str, Call
     """
     names = HOOKS.get(intervention.sites)
     if names is None or intervention.basis is None:
-        raise UserError(
-            f"{intervention.name}: is no ablation at run time and has no hooks: choose among {', '.join(HOOKS)}"
-        )
+        raise UserError(f"{intervention.name}: is no ablation at run time and has no hooks: choose among {', '.join(HOOKS)}")
     hooks: list[tuple[str, Callable[..., Tensor]]] = []
     for layer in range(n_layers):
         basis = intervention.basis[layer] if intervention.per_layer else intervention.basis
