@@ -543,8 +543,9 @@ def test_the_picture_of_organisms_is_that_of_the_committed_figures():
 
 
 def test_the_first_result_is_within_two_screens():
-    before = README[: README.index("docs/result.svg")]
-    assert len(before.splitlines()) <= 2 * 40 and README.index("make repro") < README.index("docs/result.svg")
+    first = README.index("docs/real.svg")
+    assert len(README[:first].splitlines()) <= 40 and first < README.index("make real") < README.index("make repro")
+    assert len(README[: README.index("make repro")].splitlines()) <= 2 * 40
 
 
 def test_links_lead_somewhere():

@@ -12,6 +12,7 @@ from refusal.analysis.benchmark import TASKS, packaged, tasks_of
 from refusal.analysis.candidates import RANKS
 from refusal.io.params import Params
 from refusal.lm.architecture import Architecture
+from refusal.method.bridge import N_PROMPTS
 
 # (documents, requests a document, tokens a request) of the write-up's tasks. Documents: the split that lm-eval's task files
 # score, as the hub's dataset cards give their sizes. The other two were measured on 200 rows of each with Qwen's tokenizer.
@@ -112,7 +113,7 @@ def steps(params: Params, size: Size, prompts: Prompts) -> list[Step]:
         _prompts(params),
         Step(
             "model",
-            *_total(count.completed(["val.harmful", "val.safe"]), facts),
+            *_total(count.completed(["val.harmful", "val.safe"]), facts, *_engine(count)),
             n_bytes=size.downloaded + (2 if organism else 1) * COPIES * size.n_bytes,
             note=f"trains {phases[0]} + {phases[1]} steps first" if organism else "",
         ),
@@ -140,6 +141,16 @@ def _prompts(params: Params) -> Step:
     sources = ((p.source, p.n_pairs), (p.unrelated, p.n_unrelated))
     written = sum(-(-(n or 0) // p.api.pairs_per_request) for source, n in sources if source == "api")
     return Step("prompts", calls=written, note="at least; more where rows are refused" if written else "")
+
+
+def _engine(count: _Counts) -> list[tuple[int, int]]:
+    """The first prompts of val read by both engines, completed untouched and ablated, and the latter read once more."""
+    return [
+        count.completed(["val.harmful"], 2, N_PROMPTS),
+        count.read(["val.harmful", "val.safe"], 1, 0, N_PROMPTS),
+        count.read(["val.harmful"], 1, 0, N_PROMPTS),
+        count.read(["val.harmful"], 1, count.new, N_PROMPTS),
+    ]
 
 
 def _evaluate(params: Params, at_once: int, count: _Counts) -> tuple[int, int]:

@@ -44,7 +44,9 @@ def test_counts_by_hand():
     # Baseline, two random directions, layers 1 and 2 at two alphas and their harmless differences: nine cells of three prompts;
     # ten tokens are read, in two passes, and six of seven new ones.
     assert (found["sweep"].passes, found["sweep"].tokens) == (9 * 3 * 8, 9 * 3 * (10 + 6))
-    assert found["model"].passes == 6 * 8
+    # Six val prompts; then three of them in TransformerLens too: read by both, with the three safe ones by ours; completed twice, and
+    # the completions read.
+    assert found["model"].passes == 6 * 8 + 2 * 3 * 8 + (3 + 3) + 3 + 3
     # Eight prompts by baseline, run time, weights, random weights, harmless difference and two random directions; four with
     # addition, four harmless; then each of these seven, two alphas and twice the base model, and the identity with the base model.
     assert found["evaluate"].passes == (7 * 8 + 4 + 4) * 8 + (1 + 7 + 2 + 2) * 4
