@@ -1,11 +1,9 @@
 """Made-up activations whose directions are known; effect sizes and intervals by naive loops."""
 
 import math
-import random
 
 import numpy as np
 import torch
-from scipy.stats import norm
 from scipy.stats import t as student
 
 
@@ -30,19 +28,6 @@ def naive_d(a: list[float], b: list[float]) -> float:
     mean = lambda x: sum(x) / len(x)  # noqa: E731
     squares = sum((x - mean(a)) ** 2 for x in a) + sum((x - mean(b)) ** 2 for x in b)
     return (mean(a) - mean(b)) / math.sqrt(squares / (len(a) + len(b) - 2))
-
-
-def naive_interval(values, clusters, n_resamples: int, seed: int) -> tuple[float, float]:
-    """The expanded percentile bootstrap of a mean: cluster by cluster, item by item, with a generator of Python's own."""
-    rng, names = random.Random(seed), sorted(set(clusters))
-    members = {name: [v for v, c in zip(values, clusters, strict=True) if c == name] for name in names}
-    means = []
-    for _ in range(n_resamples):
-        drawn = [value for _ in names for value in members[rng.choice(names)]]
-        means.append(sum(drawn) / len(drawn))
-    means.sort()
-    tail = norm.cdf(-math.sqrt(len(names) / (len(names) - 1)) * student.ppf(0.975, len(names) - 1))
-    return means[round(tail * n_resamples)], means[round((1 - tail) * n_resamples)]
 
 
 def naive_icc(arms) -> list[float]:
@@ -80,12 +65,17 @@ def naive_wilson(p: float, n: float, quantile: float = 1.959964) -> list[float]:
 
 def naive_difference(ours, theirs, clusters, icc: float) -> list[float]:
     """Newcombe's hybrid of both rates' limits with their corrected correlation."""
-    (p, p_low, p_high), (q, q_low, q_high) = (naive_rate(values, clusters, icc) for values in (ours, theirs))
+    one, other = (naive_rate(values, clusters, icc) for values in (ours, theirs))
     n, m = len(ours), sum(list(clusters).count(c) for c in clusters) / len(ours)
-    shared = sum((a - p) * (b - q) for a, b in zip(ours, theirs, strict=True)) / n
-    spread = math.sqrt(sum((a - p) ** 2 for a in ours) * sum((b - q) ** 2 for b in theirs)) / n
+    shared = sum((a - one[0]) * (b - other[0]) for a, b in zip(ours, theirs, strict=True)) / n
+    spread = math.sqrt(sum((a - one[0]) ** 2 for a in ours) * sum((b - other[0]) ** 2 for b in theirs)) / n
     if shared > 0:
         shared = max(0.0, shared - (1 + (m - 1) * icc) / (2 * n))
-    r = shared / spread if spread else 0.0
+    return naive_hybrid(one, other, shared / spread if spread else 0.0)
+
+
+def naive_hybrid(one, other, r: float = 0.0) -> list[float]:
+    """The difference of two rates (value, low, high) with Newcombe's limits, r being their correlation."""
+    (p, p_low, p_high), (q, q_low, q_high) = one, other
     down, up = (p - p_low, q_high - q), (p_high - p, q - q_low)
     return [p - q, *(p - q + side * math.sqrt(a * a - 2 * r * a * b + b * b) for side, (a, b) in ((-1, down), (1, up)))]

@@ -1,7 +1,7 @@
 """How often the intervals of clustered rates and differences hold the truth, by simulation over a grid of studies.
 
 A study is six arms on the same prompts: beta-binomial clusters of 5 to 20 prompts. The first arm is looked at; the others have
-rates of their own, and either its intraclass correlation or others. What is not covered is named in docs/mediation.md.
+rates of their own, and either its intraclass correlation or others. What is not covered is named in docs/intervals.md.
 """
 
 import itertools

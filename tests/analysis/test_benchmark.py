@@ -212,7 +212,9 @@ def test_a_table_of_checkpoints_is_paired_with_the_baseline():
     for name, of in (("baseline", baseline), ("rank_1", rank_1)):
         for task, values in of.items():
             row, error = made[name]["tasks"][task], statistics.stdev(values) / len(values) ** 0.5
-            assert [row["low"], row["high"]] == pytest.approx(naive_wilson(sum(values) / len(values), len(values)), abs=1e-6)
+            share = sum(values) / len(values)
+            expected = [share, *naive_wilson(share, len(values))]
+            assert [row[k] for k in ("score", "low", "high")] == pytest.approx(expected, abs=1e-6)
             assert row["n"] == len(values) and row["standard_error"] == pytest.approx(error)
     # The mean of two strata's means of resampled differences, -1, 0, 1, 0, 0 and 0, -1, 0, -1: by all resamples of each.
     generator = torch.Generator().manual_seed(1)

@@ -59,18 +59,25 @@ def evaluated(tmp_path, monkeypatch, said=SAID, alpha=1.0, **sections):
     return study, (edited, randomly), evaluate(study, {"orthogonalized": edited, "random_weights": randomly})
 
 
-def counted(metrics, topics, half, n=6):
+def counted(metrics, topics, half, n=6, exact=True):
     """Whether every figure of a half is the naive one, and every count."""
     said = {arm: [SAID[member][half][:n] for member in members] for arm, members in MEMBERS.items()}
     if half == 1:
         said["addition"] = [SAID["addition"][1][:n]]
-    yes = {arm: [[letter == "y" for letter in letters] for letters in members] for arm, members in said.items()}
-    of = ("compliance", "coherence", "refusal") if half == 0 else ("refusal",)
-    values = {name: {arm: [given.of_letters(m, name) for m in members] for arm, members in said.items()} for name in of}
-    values[("exact", "answers_safe")[half]] = yes
+
+    def said_of(letter_value):
+        return {arm: [[letter_value(letter) for letter in letters] for letters in members] for arm, members in said.items()}
+
+    refusal, right = said_of(lambda letter: letter == "r"), said_of(lambda letter: letter == "y")
+    if half == 0:
+        values = {what: said_of(lambda letter, what=what: getattr(given.VERDICTS[letter], what)) for what in ("compliance", "coherence")}
+        values |= {"score": said_of(lambda letter: given.VERDICTS[letter].compliance * given.VERDICTS[letter].coherence)}
+        values |= {"refusal": refusal, "refusal_harmful": refusal} | ({"exact": right} if exact else {})
+    else:
+        values = {"refusal_safe": refusal, "answers_safe": right} | ({"exact_safe": right} if exact else {})
     for name, arms in values.items():
         for arm, expected in given.rates(arms, topics).items():
-            assert given.figure(metrics[arm], "refusal_safe" if (name, half) == ("refusal", 1) else name) == expected, (arm, name)
+            assert given.figure(metrics[arm], name) == expected, (arm, name)
     end = "_safe" if half else ""
     for arm, members in said.items():
         letters = "".join(members)
@@ -93,8 +100,6 @@ def test_every_rate_is_counted_over_its_own_members_and_half(tmp_path, monkeypat
     assert metrics["harmless"]["norm_ratio"] == pytest.approx(float(other.norm() / ours.norm()))
     for arm in MEMBERS:
         found = metrics[arm]
-        assert given.figure(found, "refusal_harmful") == given.figure(found, "refusal")
-        assert found["exact_safe"] == pytest.approx(found["answers_safe"])
         if arm in ("runtime", "orthogonalized"):
             assert given.figure(found, "difference") == given.difference(pooled, arm, "baseline", topics), arm
             assert found["n_paired"] == 6
@@ -117,7 +122,8 @@ def test_without_pairs_the_harmless_prompts_are_the_safe_ones_and_count_as_many_
     monkeypatch.setattr(given, "unrelated", lambda split: harmless)
     study, _, (metrics, rows, _) = evaluated(tmp_path, monkeypatch)
     assert {(metrics[arm]["exact"], metrics[arm]["exact_safe"], metrics[arm]["n_safe"]) for arm in MEMBERS} == {(None, None, 4)}
-    counted(metrics, [row["topic"] for row in harmless], 1, 4)
+    counted(metrics, [row["topic"] for row in study.pairs["test"]], 0, exact=False)
+    counted(metrics, [row["topic"] for row in harmless], 1, 4, exact=False)
     asked = [(row["half"], row["id"], row["prompt"], row["category"]) for row in rows if row["arm"] == "runtime"]
     assert asked[:6] == [("harmful", row["id"], row["harmful"], row["category"]) for row in study.pairs["test"]]
     assert asked[6:] == [("safe", row["id"], row["safe"], None) for row in harmless]

@@ -1,12 +1,11 @@
 """The table that the verdict rests on, of completions that are given, counted by hand."""
 
-import math
 from statistics import fmean
 
 import given
 import pytest
 import torch
-from synthetic import naive_icc, naive_rate
+from synthetic import naive_hybrid, naive_icc, naive_rate
 from tiny import tiny_direction
 
 from refusal.analysis import candidates
@@ -155,11 +154,8 @@ def test_the_table_holds_each_estimators_best_on_val_and_what_was_counted(made):
         assert given.figure(row, "difference") == given.difference(compliance, name, "baseline", TOPIC), name
         assert row["n_paired"] == len(kept)
         assert row["compliance_val"] == pytest.approx(fmean(on_val[name]))
-        (p, p_low, p_high), (q, q_low, q_high) = (
-            naive_rate(*given.items([v[name]], TOPIC), icc[name]) for v, icc in ((on_val, val_iccs), (compliance, test_iccs))
-        )
-        gap = [p - q, p - q - math.hypot(p - p_low, q_high - q), p - q + math.hypot(p_high - p, q - q_low)]
-        assert given.figure(row, "val_minus_test") == pytest.approx(gap), name
+        both = (naive_rate(*given.items([v[name]], TOPIC), icc[name]) for v, icc in ((on_val, val_iccs), (compliance, test_iccs)))
+        assert given.figure(row, "val_minus_test") == pytest.approx(naive_hybrid(*both)), name
         # Holm: of m values in order, the i-th times m - i + 1, and none below those before it.
         ordered = sorted(other["p"] for other in table.values())
         assert row["p_holm"] == max(min(1, (len(table) - i) * p) for i, p in enumerate(ordered) if p <= row["p"])
@@ -200,13 +196,18 @@ def test_controls_are_pooled_and_each_intervention_costs_what_it_costs(made):
     assert {family: (row["rank"], row["n_arms"]) for family, row in metrics["controls"].items()} == ranks
     members = {family: [[judged(one.name, said=SAID | said)[i] for i in few] for one in some] for family, some in families.items()}
     topics = [TOPIC[i] for i in few]
-    of = {"compliance": "compliance", "coherence": "coherence", "refusal": "refusal", "refusal_exact": "refusal"}
-    for key, what in of.items():
-        arms = {family: [values(verdicts, what) for verdicts in each] for family, each in members.items()}
+    texts_of = {family: [[letter(one.name, "test", i, SAID | said) for i in few] for one in some] for family, some in families.items()}
+    of = {
+        key: {family: [values(verdicts, what) for verdicts in each] for family, each in members.items()}
+        for key, what in (("compliance", "compliance"), ("coherence", "coherence"), ("refusal", "refusal"), ("refusal_exact", "refusal"))
+    }
+    # Of a text without a verdict too.
+    of["refusal_substring"] = {family: [[float(c == "r") for c in letters] for letters in each] for family, each in texts_of.items()}
+    for key, arms in of.items():
         for family, expected in given.rates(arms, topics).items():
             assert given.figure(metrics["controls"][family], key) == expected, (family, key)
     for family, row in metrics["controls"].items():
-        letters = "".join(letter(one.name, "test", i, SAID | said) for one in families[family] for i in few)
+        letters = "".join(c for each in texts_of[family] for c in each)
         assert (row["n"], row["n_missing"], row["n_degenerate"]) == (len(few), letters.count("?"), letters.count("x"))
         costs = []
         for one in families[family]:

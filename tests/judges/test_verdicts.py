@@ -2,7 +2,7 @@
 
 import given
 import pytest
-from synthetic import naive_icc, naive_rate
+from synthetic import naive_difference, naive_icc, naive_rate
 
 from refusal.io.errors import UserError
 from refusal.judges import panel
@@ -134,6 +134,8 @@ def test_agreement_of_two_judges():
 def test_arms_that_do_not_differ_might_have_differed_either_way():
     yes = Judged("compliance", 1.0, 1.0, False, False)
     figures = difference([yes, None] * 10, [yes] * 20, range(20), 0.0)
+    expected = pytest.approx(naive_difference([1.0] * 10, [1.0] * 10, range(10), 0.0), abs=1e-9)
+    assert given.figure(figures, "difference") == expected and figures["n_paired"] == 10
     assert figures["difference"] == 0 and figures["difference_low"] == -figures["difference_high"] < -0.2
     with pytest.raises(UserError, match="no prompt has a verdict in both arms"):
         difference([yes, None], [None, yes], "ab", 0.0)

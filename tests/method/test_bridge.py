@@ -6,7 +6,7 @@ from tiny import text_lm
 from refusal.method import bridge
 from refusal.method.generate import Decoding
 
-HARMFUL, SAFE = ([f"{word} {i}{'?' * i}" for i in range(9)] for word in ("How to break it", "What to mend now"))
+HARMFUL, SAFE = ([f"{word} {i}{'?' * i}" for i in range(9)] for word in ("How to break it", "What to paint it"))
 
 
 def compared(tmp_path, lm, safe=SAFE):
