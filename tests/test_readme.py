@@ -379,7 +379,7 @@ def real_study() -> list[str]:
     unmasked = {i: c for i, c in enumerate(d["batched_unmasked-matched"]["cosine_to_sequential"]) if c is not None}
     least = min(unmasked, key=lambda i: unmasked[i])
     arms = [
-        ("untouched", "baseline"),
+        ("baseline", "baseline"),
         (f"direction ablated at run time (layer {e['layer']}, alpha {e['alpha']:g})", "runtime"),
         ("the same as edited weights", "orthogonalized"),
         (f"{e['random']['n_arms']} random directions ablated", "random"),

@@ -144,7 +144,7 @@ def _prompts(params: Params) -> Step:
 
 
 def _engine(count: _Counts) -> list[tuple[int, int]]:
-    """The first prompts of val read by both engines, completed untouched and ablated, and the latter read once more."""
+    """The first prompts of val read by both engines, completed with and without ablation, and the former read once more."""
     return [
         count.completed(["val.harmful"], 2, N_PROMPTS),
         count.read(["val.harmful", "val.safe"], 1, 0, N_PROMPTS),
