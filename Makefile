@@ -23,6 +23,7 @@ pull: restore ## fetch the trained model and the prompts of the committed study,
 	@python -m stages.pull
 
 repro: pull ## set up and rebuild every figure of the study (it trains where params.yaml or the code of the training has changed)
+	@python -m stages.rebuilt
 	dvc repro
 	python -m stages.verify committed
 

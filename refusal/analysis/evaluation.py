@@ -6,7 +6,7 @@ from typing import Any
 
 from refusal.analysis.harmless_kl import Costs, Texts, cost_figures, harmless_kl
 from refusal.analysis.study import Judgements, Study
-from refusal.judges.verdicts import Arms, difference, rates
+from refusal.judges.verdicts import Arms, difference
 from refusal.judges.verdicts import row as verdict_row
 from refusal.lm.architecture import architecture_of
 from refusal.lm.load import LM
@@ -81,31 +81,15 @@ def _behaviour(study: Study, asked: Asked) -> dict[str, Any]:
         arms: Arms = {arm: [one.the_only for one in some] for arm, some in of.items()}
         topics = of["baseline"][0].topics
         found = study.summaries(arms, topics, f", {half} prompts", safe=half == "safe")
-        key = "exact" if half == "harmful" else "exact_safe"
-        right = (
-            rates(key, {arm: [_right(one, half) for one in some] for arm, some in of.items()}, topics)
-            if _known(study, of)
-            else {}
-        )
+        exact = study.exact_rates(of, half)
         for arm, figure in found.items():
             if half == "harmful":
                 figure |= {f"refusal_harmful{end}": figure[f"refusal{end}"] for end in ("", "_low", "_high", "_icc")}
                 if arm in ("runtime", "orthogonalized"):
                     icc = max(figure["compliance_icc"], found["baseline"]["compliance_icc"])
                     figure |= difference(arms[arm][0], arms["baseline"][0], topics, icc)
-            figures[arm] = figures.get(arm, {}) | figure | right.get(arm, {key: None})
+            figures[arm] = {**figures.get(arm, {}), **figure, **exact[arm]}
     return figures
-
-
-def _known(study: Study, of: Mapping[str, Sequence[Judgements]]) -> bool:
-    """Whether the right answer to every prompt is known."""
-    rows = of["baseline"][0].rows
-    return study.exact and all(row.get(f"{half}_answer") is not None for row in rows for half in HALVES)
-
-
-def _right(asked: Judgements, half: str) -> list[bool]:
-    (texts,) = asked.texts.values()
-    return [text.strip() == row[f"{half}_answer"] for text, row in zip(texts, asked.rows, strict=True)]
 
 
 def _rows(name: str, asked: Mapping[str, Judgements]) -> list[dict[str, Any]]:
@@ -121,7 +105,7 @@ def _rows(name: str, asked: Mapping[str, Judgements]) -> list[dict[str, Any]]:
             **verdict_row(verdict),
         }
         for half, a in asked.items()
-        for row, prompt, text, verdict in zip(a.rows, a.prompts, next(iter(a.texts.values())), a.the_only, strict=True)
+        for row, prompt, text, verdict in zip(a.rows, a.prompts, a.the_only_texts, a.the_only, strict=True)
     ]
 
 

@@ -71,10 +71,10 @@ def additions(study: Study) -> dict[str, Any]:
         for positions in POSITIONS:
             added = replace(Addition(vector, study.layer), positions=positions)
             judged = study.ask(rows, "safe", [BASELINE], f"science: {name} added, {positions}", added)
-            arms[name, positions] = [(judged, "baseline")]
-    found = refusal_rates(study, {" ".join(arm): members for arm, members in arms.items()})
+            arms[name, positions] = [judged]
+    found = refusal_rates(study, arms)
     figures: dict[str, Any] = {"layer": study.layer, "difference": {}, "random": {}}
-    for (name, positions), ((judged, _),) in arms.items():
+    for (name, positions), (judged,) in arms.items():
         of = counts([judged.the_only], judged.topics, f"{name} added", study.params.judge.allow_missing)
-        figures[name][positions] = found[f"{name} {positions}"] | of
+        figures[name][positions] = found[name, positions] | of
     return figures

@@ -173,7 +173,7 @@ def test_what_has_no_answer_or_no_identity_is_null_and_missing_verdicts_are_coun
     sections = {"judge": {"allow_missing": True}, "orthogonalize": {"include_embedding": False}}
     _, _, (metrics, rows, _) = evaluated(tmp_path, monkeypatch, said, **sections)
     assert metrics["identity"] == {"norm_after_writer": False, "kl": None}
-    assert [metrics["random"][name] for name in ("n", "n_missing", "exact", "exact_safe")] == [6, 1, None, None]
+    assert [metrics["random"][name] for name in ("n", "n_missing", "exact", "exact_safe")] == [6, 1, 0, None]
     assert metrics["random"]["compliance"] == 0
     assert metrics["random"]["refusal_safe"] == pytest.approx((0.5 + 0.5 + 0 + 0.5) / 6)  # of prompt 2 the one verdict that there is
     assert [metrics["addition"][f"{name}_safe"] for name in ("n", "n_missing", "n_degenerate")] == [5, 1, 2]
