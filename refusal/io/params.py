@@ -87,6 +87,7 @@ class Prompts(Seeded):
     splits: Splits
     _one_file = field_validator("harmful", mode="before")(lambda files: [files] if isinstance(files, str) else files)
     near_duplicate: Annotated[float, Field(gt=0, le=1)]
+    keep: Literal["all", "behaving"] = "all"
     api: PromptsApi
 
     def contradictions(self) -> Iterator[str]:
@@ -207,6 +208,10 @@ class Orthogonalize(Section):
     format: Literal["safetensors", "lora"]
 
 
+class Evaluate(Resampled):
+    n_harmless: Count | None
+
+
 class Optimised(Section):
     steps: Count
     batch_size: Count
@@ -286,7 +291,7 @@ class Params(Section):
     judge: Judge
     select: Select
     orthogonalize: Orthogonalize
-    evaluate: Resampled
+    evaluate: Evaluate
     science: Science
     benchmark: Benchmark
     report: Report

@@ -98,6 +98,7 @@ def steps(params: Params, size: Size, prompts: Prompts) -> list[Step]:
     n_layers, organism = size.architecture.n_layers, params.model.id == "organism"
     parts = ("harmful", "safe", "unrelated") if prompts.paired else ("harmful", "unrelated")
     collected = [f"{split}.{part}" for split in ("train", "val") for part in parts]
+    kept = [f"train.{part}" for part in parts] if params.prompts.keep == "behaving" else []
     methods = params.activations.methods
     # Batched computes what all prompts begin with by itself, once.
     read = _total(count.read(collected, len(methods)), (int("batched" in methods), 0))
@@ -117,6 +118,7 @@ def steps(params: Params, size: Size, prompts: Prompts) -> list[Step]:
             n_bytes=size.downloaded + (2 if organism else 1) * COPIES * size.n_bytes,
             note=f"trains {phases[0]} + {phases[1]} steps first" if organism else "",
         ),
+        Step("behaviour", *count.completed(kept), calls=llm * count.rows(kept, 1)[0]),
         # DVC's cache and the workspace; the resume store keeps activations too.
         Step("activations", *read, n_bytes=(COPIES + 1) * read[0] * n_layers * size.architecture.d_model * width),
         Step("sweep", *count.completed(["val.harmful"], cells), note=f"{cells} cells x {n['val.harmful']} val prompts"),
@@ -160,8 +162,8 @@ def _evaluate(params: Params, at_once: int, count: _Counts) -> tuple[int, int]:
     return _total(
         count.completed(["test.harmful", "test.safe"], at_once),
         count.completed(["test.safe"]),
-        count.completed(["test.unrelated"]),
-        count.read(["test.unrelated"], read, count.new),
+        count.completed(["test.unrelated"], 1, params.evaluate.n_harmless),
+        count.read(["test.unrelated"], read, count.new, params.evaluate.n_harmless),
     )
 
 

@@ -55,6 +55,17 @@ def test_counts_by_hand():
     assert found["model"].n_bytes == 2 * 4000 and sum(step.calls for step in found.values()) == 0
 
 
+def test_kept_prompts_and_harmless_texts_are_counted():
+    found = planned(
+        model={"id": "/a/folder"}, prompts={"keep": "behaving"}, evaluate={"n_harmless": 3}, generation={"max_new_tokens": 7},
+        judge={"kind": "llm"}, sweep={"layers": [2], "alphas": [1.0], "n_random": 1},
+    )  # fmt: skip
+    n = sum(PROMPTS.n[f"train.{part}"] for part in ("harmful", "safe", "unrelated"))
+    assert (found["behaviour"].passes, found["behaviour"].tokens, found["behaviour"].calls) == (n * 8, n * 16, n)
+    assert found["evaluate"].passes == (6 * 8 + 4 + 3) * 8 + (1 + 6 + 1 + 2) * 3
+    assert planned(model={"id": "/a/folder"})["behaviour"].passes == 0
+
+
 def test_layers_cap_and_judge_calls():
     s = {"layers": [2], "alphas": [1.0], "n_random": 1}
     found = planned(model={"id": "/a/folder"}, sweep=s, judge={"kind": "llm"})
