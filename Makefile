@@ -8,7 +8,7 @@ export VIRTUAL_ENV := $(CURDIR)/.venv
 
 REAL := studies/qwen2.5-coder-0.5b-instruct
 
-.PHONY: help setup pull repro verify portability train refresh plan compare picture test plots perf cuda slow faults soak organisms full study real lint lock restore
+.PHONY: help setup pull repro verify portability train refresh plan compare picture models test plots perf cuda slow faults soak organisms full study real lint lock restore
 
 help: ## what can be made
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -56,6 +56,9 @@ picture: $(READY) ## the pictures in the README, docs/*.svg, from committed figu
 	python -m refusal.report.picture plots/separation.csv plots/sweep.csv metrics/evaluate.json docs/result.svg
 	test ! -d $(REAL)/metrics || python -m refusal.report.picture $(REAL)/plots/separation.csv $(REAL)/plots/sweep.csv $(REAL)/metrics/evaluate.json docs/real.svg
 	test ! -f metrics/organisms.json || python -m refusal.report.organisms metrics/organisms.json docs/organisms.svg
+
+models: $(READY) ## every model that was studied beside the write-up's: docs/across-models.md, from committed figures
+	python -m stages.models
 
 plots: restore ## every plot as one page, dvc_plots/index.html
 	dvc plots show
