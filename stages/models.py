@@ -1,4 +1,6 @@
-"""models: docs/across-models.md, every committed study beside the write-up's models and the organisms: `make models`."""
+"""models: docs/across-models.md, every committed study beside the write-up's models and the organisms; and the tables of
+docs/replication.md, of the study of a real Qwen. `make models`.
+"""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +14,7 @@ if TYPE_CHECKING:
     from refusal.report.models import Made
 
 PAGE, ORGANISMS = Path("docs/across-models.md"), Path("metrics/organisms.json")
+REPLICATION, REAL = Path("docs/replication.md"), STUDIES / "qwen2.5-coder-0.5b-instruct"
 METRICS = ("model", "science")
 NOT_SHOWN = ("published", "benchmark", "report")  # stages that no figure of the page comes from
 
@@ -23,7 +26,18 @@ def main(params: Params) -> str:
     names = sorted(made.parent.name for made in STUDIES.glob("*/study.json"))
     organisms = read_json(ORGANISMS) if ORGANISMS.is_file() else None
     write_text(PAGE, page([study(name) for name in names], organisms, published()["across_models"]))
+    if REPLICATION.is_file() and (REAL / "study.json").is_file():
+        write_text(REPLICATION, replication(REPLICATION.read_text(encoding="utf-8")))
     return f"{PAGE}: {len(names)} {'study' if len(names) == 1 else 'studies'} of ours"
+
+
+def replication(text: str) -> str:
+    """docs/replication.md with the tables of the committed figures."""
+    from refusal.report.replication import NAMES, arms, filled, numbered, statements
+    from refusal.report.reproduction import published
+
+    metrics = {name: read_json(REAL / f"metrics/{name}.json") for name in NAMES}
+    return filled(text, {"arms": arms(metrics), "statements": numbered(statements(metrics, published()))})
 
 
 def study(name: str) -> "Made":

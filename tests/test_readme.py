@@ -106,6 +106,7 @@ INLINE = {
     "dvc repro -f model": None,
     "python -m refusal.judges.calibrate FILE.csv --judge rules": None,
     "make picture": None,
+    "make models": "tests/report/test_models.py",
     "make organisms": "two hours; tests/test_science.py and tests/test_organism.py hold what it is made of",
     "make perf": "tests/test_perf.py and tests/test_perf_sweep.py hold its parts; whole it takes half an hour",
     "python -m perf extraction": "as make perf",
