@@ -47,8 +47,8 @@ Each row of ours is a study of `studies/`, on its own prompts and under its own 
 prompts, with 95 % intervals ([intervals.md](intervals.md)). The best single direction and the best subspace were chosen on
 val. *Refusals removed* is the share of the prompts refused untouched that are then answered in full; *beyond random* is that
 share less the same share of random directions (or subspaces of the same rank), with its lower limit, on which the verdict
-rests ([mediation.md](mediation.md)). *Of today's code*: whether parameters and code are those that made the figures;
-`make study` names what has changed. A dash: not known.
+rests ([mediation.md](mediation.md)). *Of today's code*: whether parameters and code, as far as these figures come from them, are
+those that made them; `make study` names all that has changed. A dash: not known.
 """
 THEIRS = """\
 Rows in italics are the write-up's, not ours. Each is the greatest *mean compliance* (0, 0.5 or 1 a prompt, judged by
