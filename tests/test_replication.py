@@ -182,7 +182,7 @@ def test_the_last_column_follows_its_rules():
     assert outcome(2, directions__batched_unmasked_matched__separation_low=[0.1] * 24) == OPEN
     assert outcome(3, directions__batched_matched__cosine_to_sequential_min=0.5) == NO
     assert outcome(4, science__verdict__difference__mediates=False) == NO
-    assert outcome(4, science__verdict__verdict="undecided") == OPEN
+    assert outcome(4, science__verdict__verdict="undecided") == outcome(4, science__verdict__reason="no_refusal") == OPEN
     assert outcome(5, evaluate__layer=11) == NO
     assert outcome(5, judge__baseline__compliance_high=0.95) == YES and outcome(5, judge__baseline__compliance_high=1.0) == NO
     assert outcome(6, science__estimators__unrelated__compliance_high=0.9) == YES

@@ -118,7 +118,7 @@ def _batches(m: Mapping[str, Metrics], published: Metrics) -> Found:
 def _ablation(m: Mapping[str, Metrics], published: Metrics) -> Found:
     e, v, arms = m["evaluate"], m["science"]["verdict"], m["science"]["arms"]
     top, unrelated = (published["arms"][name][0] for name in ("sequential-matched", "sequential-unrelated"))
-    decided = v["verdict"] != "undecided"
+    decided = v["verdict"] != "undecided" and v["reason"] != "no_refusal"
     yield (
         "Ablating one direction makes the model comply",
         f"{top['compliance']:.2f}; untouched, random: no figure",
