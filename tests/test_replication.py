@@ -191,7 +191,8 @@ def test_the_last_column_follows_its_rules():
     assert outcome(8, evaluate__orthogonalized__difference_low=-0.1) == outcome(8, evaluate__orthogonalized__compliance=0.8) == NO
     theirs = dict.fromkeys(published()["settings"]["benchmark_tasks"])
     assert outcome(9, benchmark__baseline__tasks=theirs, benchmark__rank_1__difference_low=-0.006) == YES
-    assert outcome(9, benchmark__baseline__tasks=theirs) == OPEN
+    assert outcome(9, benchmark__baseline__tasks=theirs, benchmark__rank_1__difference_low=-0.007) == OPEN
+    assert outcome(9, benchmark__rank_1__difference_low=-0.006) == OPEN  # of other tasks
     assert outcome(10, judge__layer_1_alpha_100__alpha=2.0) == NO
     fell = [{"quantity": "alpha_drop_off", "ours": 2.0}]
     assert outcome(10, judge__layer_1_alpha_100__alpha=2.0, reproduction__rows=fell) == YES

@@ -184,7 +184,7 @@ def _cost(m: Mapping[str, Metrics], published: Metrics) -> Found:
         f"{theirs:+.3f} on seven tasks",
         f"{interval(b['rank_1'], 'difference', '+.3f')} on {'the same' if comparable else 'other'} tasks; "
         f"random {interval(b['random'], 'difference', '+.3f')}",
-        (YES if b["rank_1"]["difference_low"] > 2 * theirs else OPEN) if comparable else OPEN,
+        YES if comparable and b["rank_1"]["difference_low"] > 2 * theirs else OPEN,  # no loss beyond twice theirs
     )
     alphas = sorted({cell["alpha"] for cell in m["judge"].values() if cell["layer"] is not None})
     (fall,) = (row["ours"] for row in m["reproduction"]["rows"] if row["quantity"] == "alpha_drop_off")
