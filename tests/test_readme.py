@@ -111,7 +111,7 @@ INLINE = {
     "make perf": "tests/test_perf.py and tests/test_perf_sweep.py hold its parts; whole it takes half an hour",
     "python -m perf extraction": "as make perf",
     "make full": None,
-    **dict.fromkeys(("make pull", "make refresh", "git checkout dvc.lock metrics plots"), "tests/pipeline/test_repository_remote.py"),
+    **dict.fromkeys(("make pull", "make refresh"), "tests/pipeline/test_repository_remote.py"),
     "make verify": "tests/report/test_verify.py",
     "make train": "what tests/pipeline's small study begins with",
     "make portability": "what .ci/run checks after these tests",

@@ -87,7 +87,7 @@ def mediation(
         "optimised_loss": loss,
         "n_fit": len(fitted[0]),
         "n_fit_safe": len(fitted[1]),
-        "cosine_harmless_to_direction": captured(random[0].basis, unit),  # type: ignore[arg-type]
+        "cosine_harmless_to_direction": float(study.harmless_difference["unit"][study.layer].double() @ unit.double()),
     }, _plot(table, pooled)
 
 
@@ -199,7 +199,8 @@ def _pooled(study: Study, families: Mapping[str, Sequence[Intervention]], contro
     arms = {family: [control.verdicts[one.name] for one in members] for family, members in families.items()}
     table = study.summaries(arms, control.topics, ", controls")
     refusals = refusal_rates(study, {family: [control.only(one.name) for one in members] for family, members in families.items()})
-    return {family: {"rank": members[0].rank} | table[family] | refusals[family] for family, members in families.items()}
+    rank = {family: 0 if members[0].per_layer else members[0].rank for family, members in families.items()}
+    return {family: {"rank": rank[family]} | table[family] | refusals[family] for family, members in families.items()}
 
 
 def _decide(

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from refusal.analysis.benchmark import TASKS, packaged, tasks_of
-from refusal.analysis.candidates import RANKS
+from refusal.analysis.candidates import AT_LEAST, RANKS
 from refusal.io.params import Params
 from refusal.lm.architecture import Architecture
 from refusal.method.bridge import N_PROMPTS
@@ -179,17 +179,18 @@ def _science(params: Params, defined: int, count: _Counts, paired: bool) -> tupl
     matched = paired and params.sweep.pairing != "unrelated"
     on_val = 2 + (3 + paired + matched + affine) * defined + paired + several
     on_test = 2 + defined + 2 + 2 * paired + matched + affine + several
+    controls = 1 + b.n_random + len(RANKS) * b.n_subspaces + AT_LEAST * (1 + affine)
     judged = [  # prompts, interventions, and at most how many prompts
         (["val.harmful"], on_val, b.n_val),
         (["test.harmful"], on_test, b.n_test),
-        (["test.harmful"], 1 + b.n_random + len(RANKS) * b.n_subspaces, b.n_control),
+        (["test.harmful"], controls, b.n_control),
         (["test.safe"], 4 + 6 * bool(alphas), b.n_test),
-        (["test.harmful"], 4 * len(alphas), b.strength.n if b.strength else 0),
+        (["test.harmful"], 2 * 4 * len(alphas), b.strength.n if b.strength else 0),
     ]
     rows, tokens = count.rows(pairs, 1, b.optimised.batch_size)
     n_padded = b.padding.n if b.padding else 0
     # The baseline is read once with what depends on no direction, once with the rest, and once a place of the strengths.
-    edits = 2 + on_test + 1 + b.n_random + len(RANKS) * b.n_subspaces + (4 + 4 * len(alphas) if alphas else 0)
+    edits = 2 + on_test + controls + (4 + 2 * 4 * len(alphas) if alphas else 0)
     passes = _total(
         (paired * 3 * b.optimised.steps * rows // 2, paired * 3 * b.optimised.steps * tokens // 2),
         *(count.completed(*some) for some in judged),

@@ -49,14 +49,23 @@ def test_curves_are_counted_at_each_place_and_alpha(tmp_path, monkeypatch):
     said = {(0.5, place): "rryrhr" for place in PLACES} | {(1.0, place): "yyhyyy" for place in PLACES}
     said |= {(2.0, "resid_pre"): "xxxxyx", (2.0, "paper"): "x-xrhr", (2.0, "writes"): "yyyyxx", (2.0, "weights"): "rrrrrh"}
 
+    control, drawn = {(alpha, place): "rrrrrh" for alpha in (0.5, 1.0) for place in PLACES}, []
+    control |= {(2.0, place): "rrrrxr" for place in PLACES}
+
     def says(lm, one, prompt, addition):
-        assert torch.equal(one.basis[0], given.directions(0)["unit"][1]) and prompt.startswith("test harmful")
-        return given.TEXTS[said[one.alpha, one.sites][int(prompt[-1])]]
+        assert prompt.startswith("test harmful")
+        own = torch.equal(one.basis[0], given.directions(0)["unit"][1])
+        if not own:
+            drawn.append(one.basis[0])
+        return given.TEXTS[(said if own else control)[one.alpha, one.sites][int(prompt[-1])]]
 
     alphas = [0.5, 1.0, 2.0]
     study = given.study(Store(tmp_path / "s"), science={"strength": {"alphas": alphas, "n": 6}, "n_harmless": 2})
     given.answers(monkeypatch, lambda lm, one, prompt, addition: "Yes." if "other" in prompt else says(lm, one, prompt, addition))
     collapse, curve = strength(study, study.params.science.strength)
+    assert all(torch.equal(v, drawn[0]) for v in drawn) and drawn[0].norm() == pytest.approx(1)
+    # A random direction's best is a partial answer of six, gone at alpha 2.
+    assert {place: found.pop("random_measured") for place, found in collapse.items()} == dict.fromkeys(PLACES, 2.0)
     assert collapse == {  # scores are 7.5/24, 5.25/6 and as said at alpha 2
         "resid_pre": {"measured": 2.0, "diverges_beyond": 2.0},
         "paper": {"measured": 2.0, "diverges_beyond": 2.0},
@@ -67,6 +76,10 @@ def test_curves_are_counted_at_each_place_and_alpha(tmp_path, monkeypatch):
     topics, texts = [row["topic"] for row in study.pairs["test"]], study.harmless(2)
     rows = [*zip(texts.prompts, texts.answers, strict=True)]
     for row in curve:
+        theirs = [given.VERDICTS[letter] for letter in control[row["alpha"], row["place"]]]
+        assert row["random_compliance"] == pytest.approx(sum(v.compliance for v in theirs) / 6) and row["random_n"] == 6
+        with Intervention("one", drawn[0], row["alpha"], row["place"]).on(study.lm.model):
+            losses, kl = given.text_costs(study.lm.model, [given.log_probs(study.lm.model, *text) for text in rows], rows)
         letters, place = said[row["alpha"], row["place"]], row["place"]
         verdicts = [given.VERDICTS[letter] for letter in letters]
         of_place = {alpha: [given.of_letters(said[alpha, place], "compliance")] for alpha in alphas}

@@ -114,11 +114,11 @@ def test_the_science_stage_by_the_interventions_it_compares(tmp_path, budget, ki
     step = next(step for step in steps(study.params, size, prompts) if step.stage == "science")
     basic = budget == "basic"
     n_val, n_test, n_control, n_harmless, n_steps = (40, 60, 30, 40, 60) if basic else (40, 70, 30, 40, 100)
-    # Safe prompts: baseline, best single, subspace and affine; two vectors added in three ways. Four places, seven alphas.
-    judged = n_val * on_val + n_test * on_test + n_control * len(random) + n_test * (4 + basic * 2 * 3) + basic * 4 * 7 * 12
+    # Safe prompts: baseline, best single, subspace and affine; two vectors added in three ways. Four places, seven alphas, two directions.
+    judged = n_val * on_val + n_test * on_test + n_control * len(random) + n_test * (4 + basic * 2 * 3) + basic * 4 * 14 * 12
     assert step.calls == judged
     # Each that goes to test, all controls, alphas by place; the baseline twice, and at each place.
-    read = (2 + on_test + len(random) + basic * 4 * (1 + 7)) * n_harmless
+    read = (2 + on_test + len(random) + basic * 4 * (1 + 14)) * n_harmless
     # Positions: both halves of six train and forty val pairs. Padding: the train half, by two numbers of pads and as batched,
     # masked and not; of 8 and 32 pads the larger is counted.
     at_end, padded = basic * (6 + 6 + 40 + 40), basic * 2 * 3 * (6 + 6)
