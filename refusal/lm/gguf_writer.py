@@ -148,7 +148,7 @@ def _heads(config: PreTrainedConfig, name: str) -> int | None:
 
 def _cast(path: Path, entry: Entry, rows: Tensor, dtype: torch.dtype, squares: Tensor) -> Tensor:
     """The rows in `dtype`; squares: the sums of (cast - W)^2 and W^2, added to."""
-    cast, wide = rows.to(dtype), rows.double()
+    cast = rows.to(dtype)
     if not cast.isfinite().all():
         says = "NaN or infinity: fix the checkpoint"
         if rows.isfinite().all():
@@ -158,7 +158,9 @@ def _cast(path: Path, entry: Entry, rows: Tensor, dtype: torch.dtype, squares: T
                     f"values beyond {str(dtype).removeprefix('torch.')}: set orthogonalize.format to safetensors in params.yaml"
                 )
         raise UserError(f"{path.name}: tensor {entry.name} holds {says}")
-    squares += torch.stack([(cast.double() - wide).square().sum(), wide.square().sum()])
+    wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    for i, part in enumerate((cast - wide, wide)):
+        squares[i] += torch.linalg.vector_norm(part, dtype=torch.promote_types(part.dtype, torch.float64)) ** 2
     return cast
 
 
