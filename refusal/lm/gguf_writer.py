@@ -13,7 +13,7 @@ import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 ARCHITECTURES = {"llama": MODEL_ARCH.LLAMA, "qwen2": MODEL_ARCH.QWEN2}  # by `model_type`; each is tested
 FORMATS = {"gguf-f16": "F16", "gguf-bf16": "BF16"}  # what `orthogonalize.format` calls the types
 _FILE_TYPES = {"F16": LlamaFileType.MOSTLY_F16, "BF16": LlamaFileType.MOSTLY_BF16}  # of matrices; vectors are F32
+_BUFFER = ".rotary_emb.inv_freq"  # in old checkpoints of Llama, and read by nothing
 _CHUNK = 1 << 22  # elements that are cast together
 
 
@@ -150,13 +151,9 @@ def _cast(path: Path, entry: Entry, rows: Tensor, dtype: torch.dtype, squares: T
     """The rows in `dtype`; squares: the sums of (cast - W)^2 and W^2, added to."""
     cast = rows.to(dtype)
     if not cast.isfinite().all():
-        says = "NaN or infinity: fix the checkpoint"
+        other, says = "gguf-bf16" if dtype == torch.float16 else "safetensors", "NaN or infinity: fix the checkpoint"
         if rows.isfinite().all():
-            says = "values beyond float16: set orthogonalize.format to gguf-bf16 in params.yaml"
-            if dtype != torch.float16:
-                says = (
-                    f"values beyond {str(dtype).removeprefix('torch.')}: set orthogonalize.format to safetensors in params.yaml"
-                )
+            says = f"values beyond {str(dtype)[6:]}: set orthogonalize.format to {other} in params.yaml"
         raise UserError(f"{path.name}: tensor {entry.name} holds {says}")
     wide = rows.to(torch.promote_types(rows.dtype, torch.float32))
     for i, part in enumerate((cast - wide, wide)):
@@ -176,7 +173,11 @@ def _read(folder: Path) -> _Source:
             f"{folder}: GGUF is written of {' and '.join(ARCHITECTURES)} alone, and this is {kind}: "
             "set orthogonalize.format to safetensors in params.yaml"
         )
-    tokenizer, shards = load_tokenizer(folder), read_shards(folder)
+    tokenizer = load_tokenizer(folder)
+    shards = [
+        replace(shard, entries=tuple(entry for entry in shard.entries if not entry.name.endswith(_BUFFER)))
+        for shard in read_shards(folder)
+    ]
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(config)
@@ -203,9 +204,8 @@ def _unlike(config: PreTrainedConfig) -> str | None:
         return "it has biases that others of its architecture lack"
     if getattr(config, "use_sliding_window", False):
         return "its attention has a sliding window"
-    if (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads) * (
-        config.num_attention_heads
-    ) != config.hidden_size:
+    of_head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if of_head * config.num_attention_heads != config.hidden_size:
         return "its heads are not as wide together as hidden_size"
     return None if config.hidden_act == "silu" else f"its activation is {config.hidden_act}"
 
@@ -257,7 +257,7 @@ def _other_tokens(
     if model["type"] != "BPE" or split is None or core["normalizer"] not in (None, {"type": "NFC"}):
         return "its tokenizer is none of byte pairs whose way to split text is that of Qwen2, Llama 3, SmolLM or GPT-2"
     if odd := [t.content for t in added if not set(t.content) <= alphabet or t.lstrip or t.rstrip or t.single_word]:
-        return f"its tokenizer's added token {odd[0]} takes blanks with it, or has characters beyond ASCII"
+        return f"its tokenizer's added token {odd[0]!r} takes blanks or only words, or has a blank or characters beyond ASCII"
     if max(tokenizer.get_vocab().values()) >= config.vocab_size:
         return "its tokenizer has more tokens than the embedding has rows"
     # llama.cpp takes a word of the vocabulary whole, whatever the merges make of it, where text is split as Llama 3's is.

@@ -230,7 +230,7 @@ def other_tokenizers():
     for name, token in (("blanks", AddedToken("<mask>", lstrip=True)), ("spelling", AddedToken("<｜end｜>", special=True))):
         added = byte_pairs()
         added.add_tokens([token])
-        yield name, added, f"its tokenizer's added token {token.content} takes blanks"
+        yield name, added, f"its tokenizer's added token '{token.content}' takes blanks"
     core = json.loads(tokenizer_of("qwen2").backend_tokenizer.to_str())
     core["model"] |= {"ignore_merges": True, "merges": core["model"]["merges"][:-5]}
     whole = PreTrainedTokenizerFast(
@@ -265,6 +265,8 @@ def test_tensors_that_others_do_not_have_are_refused_before_the_work(tmp_path, t
     ):
         save_file(tensors | change, path, {"format": "pt"})
         refused(tmp_path / "base", says)
+    save_file(tensors | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(4)}, path, {"format": "pt"})
+    assert write_gguf(tmp_path / "base", tmp_path / "m.gguf", "F16").keys() == tensors.keys()
     save_file({name: t for name, t in tensors.items() if "layers.2.mlp.up_proj" not in name}, path, {"format": "pt"})
     refused(tmp_path / "base", r"tensor model\.layers\.2\.mlp\.up_proj\.weight is missing")
 
