@@ -205,7 +205,7 @@ class Select(Section):
 
 class Orthogonalize(Section):
     include_embedding: bool
-    format: Literal["safetensors", "lora"]
+    format: Literal["safetensors", "lora", "gguf-f16", "gguf-bf16"]
 
 
 class Evaluate(Resampled):

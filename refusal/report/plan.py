@@ -12,6 +12,7 @@ from refusal.analysis.benchmark import TASKS, packaged, tasks_of
 from refusal.analysis.candidates import AT_LEAST, RANKS
 from refusal.io.params import Params
 from refusal.lm.architecture import Architecture
+from refusal.lm.gguf_writer import FORMATS
 from refusal.method.bridge import N_PROMPTS
 
 # (documents, requests a document, tokens a request) of the write-up's tasks. Documents: the split that lm-eval's task files
@@ -25,6 +26,7 @@ STANDARD = {
     "truthfulqa_mc1": (817, 5.1, 179.4),
     "winogrande": (1267, 2.0, 22.1),
 }
+EDITS = {"safetensors": "checkpoints", "lora": "adapters of kilobytes"}
 COPIES = 2  # of each output: the workspace's and DVC's cache's (one, where the file system shares blocks)
 
 
@@ -105,7 +107,8 @@ def steps(params: Params, size: Size, prompts: Prompts) -> list[Step]:
     width = {"float32": 4, "float16": 2, "bfloat16": 2}[params.model.dtype]
     layers = n_layers - 1 if s.layers is None else len(s.layers)  # layer 0 has no direction where the last token is the same
     cells, at_once = 1 + s.n_random + layers * (1 + len(s.alphas)), 5 + s.n_random
-    checkpoints, lora = params.select.top + 1, params.orthogonalize.format == "lora"
+    checkpoints, of_edit = params.select.top + 1, params.orthogonalize.format
+    gguf = 2 * size.n_parameters if of_edit in FORMATS else 0
     facts = count.completed(["val.harmful", "facts"]) if organism else (0, 0)
     phases = (params.organism.phase_1.steps, params.organism.phase_2.steps)
     compared = n_layers - 1 if params.science.layers is None else len(params.science.layers)
@@ -125,8 +128,8 @@ def steps(params: Params, size: Size, prompts: Prompts) -> list[Step]:
         Step("judge", calls=llm * cells * n["val.harmful"]),
         Step(
             "orthogonalize",
-            n_bytes=0 if lora else COPIES * checkpoints * size.n_bytes,
-            note=f"{checkpoints} {'adapters of kilobytes' if lora else 'checkpoints'}",
+            n_bytes=0 if of_edit == "lora" else COPIES * checkpoints * (size.n_bytes + gguf),
+            note=f"{checkpoints} {EDITS.get(of_edit, 'checkpoints, each as GGUF too')}",
         ),
         Step(
             "evaluate",

@@ -122,6 +122,18 @@ def test_adapters_in_place_of_checkpoints_give_the_same_figures(study):
     run(folder, "dvc", "repro")
 
 
+def test_gguf_files_beside_the_checkpoints_leave_the_figures_as_they_are(study):
+    folder, _ = study
+    before = {name: metrics(folder, name) for name in ("evaluate", "benchmark", "orthogonalize")}
+    with changed(folder, {"orthogonalize.format": "gguf-bf16"}):
+        assert stages_run(run(folder, "dvc", "repro", "evaluate", "benchmark"))[0] == "orthogonalize"
+        for cell in metrics(folder, "orthogonalize").values():
+            assert (folder / "models/ablated" / cell["name"] / cell["gguf"]).stat().st_size > 100_000
+            assert cell["gguf"] == f"{cell['name']}.gguf" and 0 < cell["max_cast"] < 2**-8
+        assert all(metrics(folder, name) == before[name] for name in ("evaluate", "benchmark"))
+    run(folder, "dvc", "repro")
+
+
 def test_a_queued_variant_shares_the_store_and_is_listed_with_the_study(study):
     folder, _ = study
     commit(folder)

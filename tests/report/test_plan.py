@@ -52,6 +52,8 @@ def test_counts_by_hand():
     assert found["evaluate"].passes == (7 * 8 + 4 + 4) * 8 + (1 + 7 + 2 + 2) * 4
     assert found["evaluate"].tokens == (7 * 8 + 4 + 4) * 16 + (1 + 7 + 2 + 2) * 4 * 17
     assert found["orthogonalize"].n_bytes == 2 * 3 * 4000
+    more = planned(select={"top": 2}, orthogonalize={"format": "gguf-f16"})["orthogonalize"]  # two bytes a parameter more
+    assert (more.n_bytes, more.note) == (2 * 3 * (4000 + 2 * 1000), "3 checkpoints, each as GGUF too")
     assert found["model"].n_bytes == 2 * 4000 and sum(step.calls for step in found.values()) == 0
 
 
