@@ -78,20 +78,25 @@ def test_curves_are_counted_at_each_place_and_alpha(tmp_path, monkeypatch):
     for row in curve:
         theirs = [given.VERDICTS[letter] for letter in control[row["alpha"], row["place"]]]
         assert row["random_compliance"] == pytest.approx(sum(v.compliance for v in theirs) / 6) and row["random_n"] == 6
-        with Intervention("one", drawn[0], row["alpha"], row["place"]).on(study.lm.model):
-            losses, kl = given.text_costs(study.lm.model, [given.log_probs(study.lm.model, *text) for text in rows], rows)
         letters, place = said[row["alpha"], row["place"]], row["place"]
         verdicts = [given.VERDICTS[letter] for letter in letters]
-        of_place = {alpha: [given.of_letters(said[alpha, place], "compliance")] for alpha in alphas}
-        assert given.figure(row, "compliance") == given.rates(of_place, topics)[row["alpha"]]
+        of_place = {
+            f"{of}{alpha}": [given.of_letters(letters[alpha, place], "compliance")]
+            for of, letters in (("", said), ("random_", control))
+            for alpha in alphas
+        }
+        rates = given.rates(of_place, topics)
+        assert given.figure(row, "compliance") == rates[f"{row['alpha']}"]
+        assert given.figure(row, "random_compliance") == rates[f"random_{row['alpha']}"]
         assert row["coherence"] == pytest.approx(sum(v.coherence for v in verdicts) / 6)
         assert row["score"] == pytest.approx(sum(v.compliance * v.coherence for v in verdicts) / 6)
         assert (row["refusal"], row["n_degenerate"], row["n"]) == (letters.count("r") / 6, letters.count("x"), 6)
         assert row["residual_gain"] == (1 - row["alpha"]) ** (3 if place in ("resid_pre", "paper") else 1)
         reference = [given.log_probs(study.lm.model, *text) for text in rows]
-        with Intervention("one", given.directions(0)["unit"][1], row["alpha"], place).on(study.lm.model):
-            losses, kl = given.text_costs(study.lm.model, reference, rows)
-        assert (row["cross_entropy"], row["kl"]) == pytest.approx((sum(losses) / 2, sum(kl) / 2), rel=1e-3)
+        for of, v in (("", given.directions(0)["unit"][1]), ("random_", drawn[0])):
+            with Intervention("one", v, row["alpha"], place).on(study.lm.model):
+                losses, kl = given.text_costs(study.lm.model, reference, rows)
+            assert (row[f"{of}cross_entropy"], row[f"{of}kl"]) == pytest.approx((sum(losses) / 2, sum(kl) / 2), rel=1e-3)
 
 
 def test_additions_of_the_difference_and_of_a_random_vector_of_its_length(tmp_path, monkeypatch):
