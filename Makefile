@@ -87,7 +87,7 @@ full: restore ## the science stage on all prompts, beside the study's own: metri
 	python -m stages.science full
 
 study: $(READY) ## run studies/<name>.yaml beside the default study: make study STUDY=name; without a name, list all
-	python -m stages.studies $(STUDY)
+	python -m stages.studies $(STUDY) $(if $(REAL_MODEL),"$(REAL_MODEL)")
 
 real: $(READY) ## the study of a real Qwen, from the hub or from REAL_MODEL=/path/to/its.gguf
 	python -m stages.studies qwen2.5-coder-0.5b-instruct $(if $(REAL_MODEL),"$(REAL_MODEL)")
