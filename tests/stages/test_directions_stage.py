@@ -7,6 +7,9 @@ import torch
 from place import Place
 from safetensors.torch import load_file, save_file
 
+from refusal.io.params_file import load_params
+from stages.study import load_study
+
 N, SHAPE = {"train": 6, "val": 4}, (3, 8)
 
 
@@ -21,7 +24,7 @@ def differences(sets, kept):
 
 
 @pytest.mark.parametrize("kept", [range(6), (0, 2, 5)], ids=["all", "behaving"])
-def test_every_direction_is_the_difference_of_its_own_two_sets(tmp_path, kept):
+def test_every_direction_is_the_difference_of_its_own_two_sets(tmp_path, monkeypatch, kept):
     place = Place(tmp_path)
     generator = torch.Generator().manual_seed(0)
     sets = {
@@ -65,3 +68,14 @@ def test_every_direction_is_the_difference_of_its_own_two_sets(tmp_path, kept):
         assert m["cosine_to_all"] == (None if len(kept) == 6 else pytest.approx(cosines.tolist(), rel=1e-5))
     norms = written["sequential-matched"]["norm"]
     assert torch.allclose(torch.tensor(norms), expected["matched"].norm(dim=-1).float(), atol=1e-4)
+    # What science fits on by itself are the same prompts, and those of val and test are all there are.
+    place.write("metrics/select.json", json.dumps({"rank_1": {"name": "sequential_layer_1_alpha_100", "layer": 1, "alpha": 1.0}}))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("stages.study.load_lm", lambda *_, **__: None)
+    params = load_params(tmp_path / "params.yaml")
+    study = load_study(params, params.science)
+    assert (
+        [row["id"] for row in study.pairs["train"]] == [row["id"] for row in study.unrelated["train"]] == [f"p{i}" for i in kept]
+    )
+    assert [len(study.pairs[split]) for split in ("val", "test")] == [4, 0]
+    assert torch.equal(study.directions["unit"], found["sequential-matched.unit"])
