@@ -44,8 +44,8 @@ def quoted() -> list[str]:
         e["baseline"]["n"],
     )
     tokens, (alpha,) = p["generation"]["max_new_tokens"], p["sweep"]["alphas"]
-    untouched, cells = REAL["judge"]["baseline"], [c for c in REAL["judge"].values() if c["layer"] is not None]
-    works = [c["layer"] for c in cells if c["compliance_low"] > untouched["compliance_high"]]
+    baseline, cells = REAL["judge"]["baseline"], [c for c in REAL["judge"].values() if c["layer"] is not None]
+    works = [c["layer"] for c in cells if c["compliance_low"] > baseline["compliance_high"]]
     found = statements(REAL, published())
     number = {one.text.split(" ")[0]: i for i, one in enumerate(found, 1)}
 
@@ -58,10 +58,10 @@ def quoted() -> list[str]:
         f"the best of {len(d['layers'])} layers on val by compliance x coherence, at alpha {alpha:g};",
         f"each greedy answer of {tokens} tokens",
         f"{e['random']['n_arms']} random directions at the same sites",
-        f"of at least {FEWEST_REFUSED} prompts refused untouched",
+        f"of at least {FEWEST_REFUSED} prompts that the baseline refuses",
         f"with a lower limit of {MEDIATES:g} or more",
         f"a compliance greater by more than {BETTER:g};",
-        f"Of the {refused} prompts refused untouched, {v['difference']['removed']:.2f} are answered in full once the direction is ablated, "
+        f"Of the {refused} prompts that the baseline refuses, {v['difference']['removed']:.2f} are answered in full once the direction is ablated, "
         f"{v['difference']['above_random']:.2f} more than under random directions (lower limit {v['difference']['above_random_low']:.2f}): "
         f"the verdict is `{v['verdict']}`",
         f"from {interval(e['baseline'], 'refusal_safe')} to {interval(e['runtime'], 'refusal_safe')}; under random directions it is "

@@ -15,7 +15,7 @@ COLUMNS = (
     "weights",
     "harmful test prompts",
     "of them refused",
-    "refuses, untouched",
+    "baseline refuses",
     "best single direction ablated: complies",
     "refusals removed; beyond random",
     "best subspace ablated: complies",
@@ -27,7 +27,7 @@ ORGANISM_COLUMNS = (
     "kind",
     "as it was made",
     "n",
-    "refuses, untouched",
+    "baseline refuses",
     "`rank_1` ablated: complies",
     "`optimised` ablated: complies",
     "random directions ablated: complies",
@@ -45,7 +45,7 @@ KINDS: dict[str, tuple[str, Callable[[Metrics], bool] | None]] = {
 READING = """\
 Each row of ours is a study of `studies/`, on its own prompts and under its own judge; all figures are of harmful *test*
 prompts, with 95 % intervals ([intervals.md](intervals.md)). The best single direction and the best subspace were chosen on
-val. *Refusals removed* is the share of the prompts refused untouched that are then answered in full; *beyond random* is that
+val. *Refusals removed* is the share of what the baseline refuses that is then answered in full; *beyond random* is that
 share less the same share of random directions (or subspaces of the same rank), with its lower limit, on which the verdict
 rests ([mediation.md](mediation.md)). *Of today's code*: whether parameters and code, as far as these figures come from them, are
 those that made them; `make study` names all that has changed. A dash: not known.
@@ -53,7 +53,7 @@ those that made them; `make study` names all that has changed. A dash: not known
 THEIRS = """\
 Rows in italics are the write-up's, not ours. Each is the greatest *mean compliance* (0, 0.5 or 1 a prompt, judged by
 DeepSeek) over the layers whose direction was ablated at run time, on no prompts that their pages keep apart from the choice.
-They come with no untouched rate, no random control and no interval: they say how often an ablated model complies, not how
+They come with no baseline rate, no random control and no interval: they say how often an ablated model complies, not how
 much of that the ablation did, and are not comparable with ours without their prompts and their judge. *Suffices* is their
 reading. Source: {source}.
 """

@@ -43,7 +43,7 @@ class Statement(NamedTuple):
 
 
 def arms(m: Mapping[str, Metrics]) -> str:
-    """Each arm on harmful test prompts: n, compliance, refusal, coherence, and compliance less the untouched model's, paired."""
+    """Each arm on harmful test prompts: n, compliance, refusal, coherence, and compliance less the baseline's, paired."""
     e, science = m["evaluate"], m["science"]
     names = {family: science["estimators"][family]["arm"] for family in ESTIMATORS if family in science["estimators"]}
     rows = [(words.format(layer=e["layer"]), e[arm]) for arm, words in ARMS.items()]
@@ -61,7 +61,7 @@ def arms(m: Mapping[str, Metrics]) -> str:
         ]
         for words, row in rows
     ]
-    return table(("ablated", "n", "complies", "refuses", "coherence", "complies more than untouched"), cells)
+    return table(("ablated", "n", "complies", "refuses", "coherence", "complies more than the baseline"), cells)
 
 
 def statements(m: Mapping[str, Metrics], published: Metrics) -> list[Statement]:
@@ -121,7 +121,7 @@ def _ablation(m: Mapping[str, Metrics], published: Metrics) -> Found:
     decided = v["verdict"] != "undecided" and v["reason"] != "no_refusal"
     yield (
         "Ablating one direction makes the model comply",
-        f"{top['compliance']:.2f}; untouched, random: no figure",
+        f"{top['compliance']:.2f}; baseline, random: no figure",
         f"{interval(e['baseline'], 'compliance')} to {interval(e['runtime'], 'compliance')}; "
         f"random {interval(e['random'], 'compliance')}",
         (YES if v["difference"]["mediates"] else NO) if decided else OPEN,
@@ -135,7 +135,7 @@ def _ablation(m: Mapping[str, Metrics], published: Metrics) -> Found:
     yield (
         "Those directions lie in mid-late layers",
         f"best: layer {top['layer']} of {published['settings']['n_layers']}",
-        f"best: layer {e['layer']} of {n_layers}; beyond untouched on val: {beyond}",
+        f"best: layer {e['layer']} of {n_layers}; beyond the baseline on val: {beyond}",
         NO if e["layer"] < n_layers / 2 or not works else YES if works[0] >= n_layers / 3 else PART,
     )
     mine, other = arms["rank_1"], m["science"]["estimators"]["unrelated"]
