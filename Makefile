@@ -8,7 +8,7 @@ export VIRTUAL_ENV := $(CURDIR)/.venv
 
 REAL := studies/qwen2.5-coder-0.5b-instruct
 
-.PHONY: help setup pull repro verify portability train refresh plan compare picture test plots perf cuda slow faults soak organisms full study real lint lock restore
+.PHONY: help setup pull repro verify portability train refresh plan compare picture models test plots perf cuda slow faults soak organisms full study real lint lock restore
 
 help: ## what can be made
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -23,6 +23,7 @@ pull: restore ## fetch the trained model and the prompts of the committed study,
 	@python -m stages.pull
 
 repro: pull ## set up and rebuild every figure of the study (it trains where params.yaml or the code of the training has changed)
+	@python -m stages.rebuilt
 	dvc repro
 	python -m stages.verify committed
 
@@ -56,6 +57,9 @@ picture: $(READY) ## the pictures in the README, docs/*.svg, from committed figu
 	test ! -d $(REAL)/metrics || python -m refusal.report.picture $(REAL)/plots/separation.csv $(REAL)/plots/sweep.csv $(REAL)/metrics/evaluate.json docs/real.svg
 	test ! -f metrics/organisms.json || python -m refusal.report.organisms metrics/organisms.json docs/organisms.svg
 
+models: $(READY) ## every model that was studied beside the write-up's: docs/across-models.md, from committed figures
+	python -m stages.models
+
 plots: restore ## every plot as one page, dvc_plots/index.html
 	dvc plots show
 
@@ -83,7 +87,7 @@ full: restore ## the science stage on all prompts, beside the study's own: metri
 	python -m stages.science full
 
 study: $(READY) ## run studies/<name>.yaml beside the default study: make study STUDY=name; without a name, list all
-	python -m stages.studies $(STUDY)
+	python -m stages.studies $(STUDY) $(if $(REAL_MODEL),"$(REAL_MODEL)")
 
 real: $(READY) ## the study of a real Qwen, from the hub or from REAL_MODEL=/path/to/its.gguf
 	python -m stages.studies qwen2.5-coder-0.5b-instruct $(if $(REAL_MODEL),"$(REAL_MODEL)")

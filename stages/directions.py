@@ -5,17 +5,18 @@ from typing import Any
 
 from refusal.io.files import csv_text, read_jsonl
 from refusal.io.params import Params
-from refusal.io.prompts import is_paired, resolve_pairing, safe_rows
+from refusal.io.prompts import is_paired, kept_rows, resolve_pairing, safe_rows
 from stages import stage, use_torch, write_json, write_text
 
 OUT, METRICS, PLOTS = Path("models/directions.safetensors"), Path("metrics/directions.json"), Path("plots")
+BEHAVIOUR = Path("data/behaviour/train.jsonl")
 
 
 def main(params: Params) -> str:
     use_torch(params)
     from safetensors.torch import save_file
 
-    from refusal.analysis.separation import contrast, describe, harmless_sets, plot_rows
+    from refusal.analysis.separation import contrast, cosine_to_all, describe, harmless_sets, plot_rows
     from refusal.io.progress import progress
     from refusal.method.activations_file import read_activations
     from refusal.method.directions import difference_in_means
@@ -27,7 +28,10 @@ def main(params: Params) -> str:
     pairings = [pairing for pairing in d.pairings if paired or pairing == "unrelated"]
     s, names = params.sweep, [f"{method}-{pairing}" for method in methods for pairing in pairings]
     swept = f"{s.method}-{resolve_pairing(s.pairing, s.method, names)}"  # before anything that takes time
-    activations = {str(method): read_activations(Path(f"data/activations/{method}.safetensors")) for method in methods}
+    kept = kept_rows(read_jsonl(BEHAVIOUR))
+    files = {str(method): Path(f"data/activations/{method}.safetensors") for method in methods}
+    activations = {method: read_activations(path, kept) for method, path in files.items()}
+    everything = {method: read_activations(path) for method, path in files.items()}
     first = "sequential" if "sequential" in methods else methods[0], "matched" if "matched" in pairings else pairings[0]
     reference = contrast(activations[first[0]], first[1], d.seed).directions
     metrics: dict[str, Any] = {f"{method}-{pairing}": None for method in methods for pairing in d.pairings}
@@ -37,6 +41,7 @@ def main(params: Params) -> str:
             for pairing in pairings:
                 name, of = f"{method}-{pairing}", contrast(sets, pairing, d.seed)
                 metrics[name] = describe(of, sets, topics, reference, d.n_resamples, d.n_sign_flips, d.seed)
+                metrics[name]["cosine_to_all"] = cosine_to_all(of, contrast(everything[method], pairing, d.seed))
                 directions[name] = of.directions
                 bar.update()
             # The control: the difference between two sets of prompts of which neither is harmful.

@@ -134,9 +134,8 @@ def measure(params: Params, named: dict, val: dict[str, list]) -> str:
     decoding = Decoding(params.generation.max_new_tokens, bridge.N_PROMPTS)
     try:
         engine = bridge.compare(BASE, base, prompts["harmful"], prompts["safe"], decoding)
-    except Exception as error:  # of TransformerLens, whose models are fewer
-        why = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        print(f"model: TransformerLens cannot run this model, so nothing is compared with it ({why})", file=sys.stderr)
+    except bridge.Unbridged as error:
+        print(f"model: TransformerLens cannot run this model, so nothing is compared with it ({error})", file=sys.stderr)
         engine = None
     write_json(METRICS, metrics | {"transformer_lens": engine})
     return (

@@ -46,6 +46,7 @@ def main(params: Params) -> str:
             "max_deviation": report.max_deviation,
             "residuals": report.residuals,
             "deviations": report.deviations,
+            **({"gguf": f"{names[rank]}.gguf", "max_cast": max(report.casts.values())} if report.casts else {}),
         }
         for rank, edit, report in zip(names, edits, reports, strict=True)
     }

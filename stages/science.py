@@ -4,8 +4,9 @@ from pathlib import Path
 from typing import Any
 
 from refusal.io.errors import UserError
-from refusal.io.files import csv_text
+from refusal.io.files import csv_text, read_jsonl
 from refusal.io.params import Params, Science
+from refusal.io.prompts import kept_rows
 from stages import read_json, stage, use_transformers, write_json, write_text
 
 TRUTH, METRICS, PLOTS = Path("models/truth/planted.safetensors"), Path("metrics"), Path("plots")
@@ -34,10 +35,11 @@ def main(params: Params, budget: str = "") -> str:
     from refusal.analysis import geometry, strength
     from refusal.analysis.mediation import mediation
     from refusal.method.activations_file import read_activations
-    from stages.study import load_study
+    from stages.study import BEHAVIOUR, load_study
 
     s, study = params.science, load_study(params, params.science)
-    study.activations = {m: read_activations(Path(f"data/activations/{m}.safetensors")) for m in params.activations.methods}
+    kept = kept_rows(read_jsonl(BEHAVIOUR))
+    study.activations = {m: read_activations(Path(f"data/activations/{m}.safetensors"), kept) for m in params.activations.methods}
     cells = [cell for cell in read_json(METRICS / "judge.json").values() if cell["layer"] is not None]
     score = {i: max(cell["score"] for cell in cells if cell["layer"] == i) for i in {cell["layer"] for cell in cells}}
     truth = load_file(TRUTH)["direction"] if TRUTH.is_file() else None

@@ -5,7 +5,7 @@ from pathlib import Path
 from refusal.analysis.study import Study
 from refusal.io.files import read_jsonl
 from refusal.io.params import Params, Resampled
-from refusal.io.prompts import by_split, resolve_pairing
+from refusal.io.prompts import by_split, kept_rows, resolve_pairing, with_kept
 from refusal.io.store import Store
 from refusal.judges.panel import judge_with
 from refusal.lm.load import load_lm
@@ -13,7 +13,7 @@ from refusal.method.directions import read_directions, select_directions
 from refusal.method.select import checked
 from stages import STORE, read_json
 
-BASE = Path("models/base")
+BASE, BEHAVIOUR = Path("models/base"), Path("data/behaviour/train.jsonl")
 
 
 def load_study(params: Params, section: Resampled) -> Study:
@@ -25,6 +25,7 @@ def load_study(params: Params, section: Resampled) -> Study:
     )
     is_matched = resolve_pairing(params.sweep.pairing, params.sweep.method, directions) == "matched"
     pairs, unrelated = (read_jsonl(Path(f"data/prompts/{name}.jsonl")) for name in ("pairs", "unrelated"))
+    kept = kept_rows(read_jsonl(BEHAVIOUR))
     store = Store(STORE / "store.sqlite")
     return Study(
         params,
@@ -33,8 +34,8 @@ def load_study(params: Params, section: Resampled) -> Study:
         judge_with(params.judge, params.endpoint, store),
         matched,
         harmless,
-        by_split(pairs),
-        by_split(unrelated),
+        with_kept(by_split(pairs), kept["train.harmful"]),
+        with_kept(by_split(unrelated), kept["train.unrelated"]),
         rank_1,
         section.n_resamples,
         section.seed,

@@ -55,7 +55,8 @@ def naive_rate(values, clusters, icc: float) -> list[float]:
     names, n = sorted(set(clusters)), len(values)
     m = sum(list(clusters).count(c) for c in clusters) / n  # of the cluster of an item, on average
     effective, p = n / (1 + (m - 1) * icc), sum(values) / n
-    return [p, *naive_wilson(p, effective, student.ppf(0.975, len(names) - 1))]
+    # One cluster says nothing of how clusters differ.
+    return [p, *naive_wilson(p, effective, student.ppf(0.975, len(names) - 1))] if len(names) > 1 else [p, 0.0, 1.0]
 
 
 def naive_wilson(p: float, n: float, quantile: float = 1.959964) -> list[float]:

@@ -17,6 +17,7 @@ from refusal.method.interventions import Intervention
 from refusal.stats import subsample_indices
 
 RANKS = (2, 3, 5)
+AT_LEAST = 3  # random directions, of each way to ablate one
 
 
 def fitted_on(study: Study) -> tuple[list[int], list[int]]:
@@ -82,7 +83,8 @@ def subspaces(study: Study, layers_best_first: Sequence[int]) -> list[Interventi
 
 
 def controls(study: Study) -> list[Intervention]:
-    """The difference of two harmless sets at the selected layer, random directions, and random subspaces of each rank."""
+    """The difference of two harmless sets at the selected layer, random directions, random subspaces of each rank; and random
+    directions ablated as `affine` and `per_layer` are, AT_LEAST of each."""
     unit, layer, s = study.harmless_difference["unit"], study.layer, study.params.science
     if not study.harmless_difference["defined"][layer]:
         raise UserError(
@@ -99,6 +101,14 @@ def controls(study: Study) -> list[Intervention]:
     for k in RANKS:
         bases = random_subspaces(d_model, k, s.n_subspaces, study.seed + k)
         chosen += [drawn(f"random_{k}.{i}", f"random_{k}", basis) for i, basis in enumerate(bases)]
+    safe_mean = study.directions["safe_mean"].double()
+    for i, rows in enumerate(random_unit(d_model, AT_LEAST * (1 + len(unit)), study.seed + 1).split(1 + len(unit))):
+        own = torch.zeros(len(unit), 1, d_model, dtype=rows.dtype)
+        own[study.layers, 0] = rows[1:][study.layers]
+        chosen.append(Intervention(f"random_per_layer.{i}", own, 1.0, study.sites, family="random_per_layer"))
+        if study.sites == "resid_pre":
+            offset = (safe_mean @ rows[0])[:, None]
+            chosen.append(Intervention(f"random_affine.{i}", rows[0], 1.0, study.sites, offset, family="random_affine"))
     return chosen
 
 

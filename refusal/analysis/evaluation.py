@@ -1,12 +1,12 @@
 """The selected direction on test prompts, at run time and as edited weights, compared with the baseline and the controls."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from refusal.analysis.harmless_kl import Costs, Texts, cost_figures, harmless_kl
 from refusal.analysis.study import Judgements, Study
-from refusal.judges.verdicts import Arms, difference, rates
+from refusal.judges.verdicts import Arms, behaves, difference, summaries
 from refusal.judges.verdicts import row as verdict_row
 from refusal.lm.architecture import architecture_of
 from refusal.lm.load import LM
@@ -44,7 +44,7 @@ def evaluate(study: Study, edited: Mapping[str, LM]) -> tuple[dict[str, Any], li
         cosine, ratio = float(ours @ harmless / (ours.norm() * harmless.norm())), float(harmless.norm() / ours.norm())
         metrics["harmless"] |= {"cosine": cosine, "norm_ratio": ratio}
 
-    texts = study.harmless(None)
+    texts = study.harmless(study.params.evaluate.n_harmless)
     costs = _costs(study, [*(one for some in acting.values() for one in some), *at_layer], edited, texts)
     metrics["n_harmless"] = len(texts.topics)
     for name in (*acting, *edited):
@@ -75,37 +75,34 @@ def _ask(study: Study, acting: Mapping[str, Sequence[Intervention]], edited: Map
 
 def _behaviour(study: Study, asked: Asked) -> dict[str, Any]:
     """Rates of every arm over the completions of all its interventions: of harmful prompts, and answers to and refusal of safe
-    ones; less the baseline's; and of the organism the share of answers that are word for word right."""
+    ones; less the baseline's; the same of the prompts that behave; and of the organism the share of answers that are word for
+    word right."""
     figures: dict[str, Any] = {}
     for half, of in asked.items():
         arms: Arms = {arm: [one.the_only for one in some] for arm, some in of.items()}
         topics = of["baseline"][0].topics
         found = study.summaries(arms, topics, f", {half} prompts", safe=half == "safe")
-        key = "exact" if half == "harmful" else "exact_safe"
-        right = (
-            rates(key, {arm: [_right(one, half) for one in some] for arm, some in of.items()}, topics)
-            if _known(study, of)
-            else {}
-        )
+        exact = study.exact_rates(of, half)
         for arm, figure in found.items():
             if half == "harmful":
                 figure |= {f"refusal_harmful{end}": figure[f"refusal{end}"] for end in ("", "_low", "_high", "_icc")}
                 if arm in ("runtime", "orthogonalized"):
                     icc = max(figure["compliance_icc"], found["baseline"]["compliance_icc"])
                     figure |= difference(arms[arm][0], arms["baseline"][0], topics, icc)
-            figures[arm] = figures.get(arm, {}) | figure | right.get(arm, {key: None})
+            figures[arm] = {**figures.get(arm, {}), **figure, **exact[arm]}
+        for arm, figure in _of_behaving(study, arms, topics, half).items():
+            figures[arm]["behaving"] = figures[arm].get("behaving", {}) | figure
     return figures
 
 
-def _known(study: Study, of: Mapping[str, Sequence[Judgements]]) -> bool:
-    """Whether the right answer to every prompt is known."""
-    rows = of["baseline"][0].rows
-    return study.exact and all(row.get(f"{half}_answer") is not None for row in rows for half in HALVES)
-
-
-def _right(asked: Judgements, half: str) -> list[bool]:
-    (texts,) = asked.texts.values()
-    return [text.strip() == row[f"{half}_answer"] for text, row in zip(texts, asked.rows, strict=True)]
+def _of_behaving(study: Study, arms: Arms, topics: Sequence[Hashable], half: str) -> dict[str, dict[str, Any]]:
+    """The same rates over the prompts that the baseline refuses, or answers where they are safe; none where an arm has no
+    verdict on any of these."""
+    some = [i for i, behaving in enumerate(behaves(arms["baseline"][0], half)) if behaving]
+    of = {arm: [[verdicts[i] for i in some] for verdicts in members] for arm, members in arms.items()}
+    if not all(any(verdict for member in members for verdict in member) for members in of.values()):
+        return {arm: {"n" if half == "harmful" else "n_safe": 0} for arm in arms}
+    return summaries(of, [topics[i] for i in some], allow_missing=True, safe=half == "safe")
 
 
 def _rows(name: str, asked: Mapping[str, Judgements]) -> list[dict[str, Any]]:
@@ -121,7 +118,7 @@ def _rows(name: str, asked: Mapping[str, Judgements]) -> list[dict[str, Any]]:
             **verdict_row(verdict),
         }
         for half, a in asked.items()
-        for row, prompt, text, verdict in zip(a.rows, a.prompts, next(iter(a.texts.values())), a.the_only, strict=True)
+        for row, prompt, text, verdict in zip(a.rows, a.prompts, a.the_only_texts, a.the_only, strict=True)
     ]
 
 

@@ -16,7 +16,19 @@ from refusal.analysis.study import Judgements, Study
 from refusal.analysis.subspaces import captured
 from refusal.analysis.verdict import Evidence, evidence, verdict
 from refusal.judges import rules
-from refusal.judges.verdicts import COUNTS, OF_HARMFUL, Flags, Verdicts, by_prompt, difference, present, rates, values
+from refusal.judges.verdicts import (
+    COUNTS,
+    OF_HARMFUL,
+    Arm,
+    Flags,
+    Verdicts,
+    by_prompt,
+    difference,
+    paired,
+    present,
+    rates,
+    values,
+)
 from refusal.method.interventions import BASELINE, Intervention
 from refusal.stats import holm, independent_difference, intraclass_correlations, sign_flip_p, subsample_indices
 
@@ -75,7 +87,7 @@ def mediation(
         "optimised_loss": loss,
         "n_fit": len(fitted[0]),
         "n_fit_safe": len(fitted[1]),
-        "cosine_harmless_to_direction": captured(random[0].basis, unit),  # type: ignore[arg-type]
+        "cosine_harmless_to_direction": float(study.harmless_difference["unit"][study.layer].double() @ unit.double()),
     }, _plot(table, pooled)
 
 
@@ -112,20 +124,22 @@ def refusal_three_ways(prompts: Sequence[str], texts: Sequence[str], verdicts: V
     }
 
 
-def refusal_rates(study: Study, arms: Mapping[str, Sequence[tuple[Judgements, str]]]) -> dict[str, dict[str, Any]]:
-    """The rates of `refusal_three_ways` of every arm, each of whose members is what was asked, and a name in it."""
+def refusal_rates(study: Study, arms: Mapping[Arm, Sequence[Judgements]]) -> dict[Arm, dict[str, Any]]:
+    """The rates of `refusal_three_ways` of every arm, each of whose members was asked under one intervention."""
     said = {
-        arm: [refusal_three_ways(j.prompts, j.texts[name], j.verdicts[name], study.exact) for j, name in members]
+        arm: [refusal_three_ways(one.prompts, one.the_only_texts, one.the_only, study.exact) for one in members]
         for arm, members in arms.items()
     }
-    topics = next(iter(arms.values()))[0][0].topics
-    figures: dict[str, dict[str, Any]] = {arm: {} for arm in arms}
+    topics = next(iter(arms.values()))[0].topics
+    figures: dict[Arm, dict[str, Any]] = {arm: {} for arm in arms}
     for key in ("refusal_exact", "refusal_graded", "refusal_substring"):
         if key == "refusal_exact" and not study.exact:
-            found: Table = {arm: dict.fromkeys(f"{key}{end}" for end in ("", "_low", "_high", "_icc")) for arm in arms}
+            found: Mapping[Arm, Mapping[str, Any]] = {
+                arm: dict.fromkeys(f"{key}{end}" for end in ("", "_low", "_high", "_icc")) for arm in arms
+            }
         else:
             found = rates(key, {arm: [one[key] for one in members] for arm, members in said.items()}, topics)
-        figures = {arm: figures[arm] | found[arm] for arm in arms}
+        figures = {arm: {**figures[arm], **found[arm]} for arm in arms}
     return figures
 
 
@@ -142,14 +156,9 @@ def _table(
     (|cosine| for one direction); null where an intervention ablates no one basis, or nothing was planted.
     """
     names = [one.name for one in tried]
+    arms = {name: [test.only(name)] for name in names}
     table = study.summaries({name: [test.verdicts[name]] for name in names}, test.topics, " on test")
-    refusals = refusal_rates(study, {name: [(test, name)] for name in names})
-    known = study.exact and None not in [row["harmful_answer"] for row in test.rows]
-    right = {
-        name: [[text.strip() == row["harmful_answer"] for text, row in zip(test.texts[name], test.rows, strict=True)]]
-        for name in names
-    }
-    exact = rates("exact", right, test.topics) if known else {name: {"exact": None} for name in names}
+    refusals, exact = refusal_rates(study, arms), study.exact_rates(arms, "harmful")
     on_val, on_test = ({name: _compliance(j, name) for name in names} for j in (val, test))
     iccs = dict(zip(names, intraclass_correlations([*on_val.values()]), strict=True))
     rank_1 = study.directions["unit"][study.layer]
@@ -158,7 +167,7 @@ def _table(
         bias, low, high = independent_difference((*on_val[one.name], iccs[one.name]), (*on_test[one.name], row["compliance_icc"]))
         icc = max(row["compliance_icc"], table["baseline"]["compliance_icc"])
         ours, theirs = test.verdicts[one.name], test.verdicts["baseline"]
-        both = [(a.compliance - b.compliance, topic) for a, b, topic in zip(ours, theirs, test.topics, strict=True) if a and b]
+        *both, topics = paired(ours, theirs, test.topics)
         row |= {
             "family": one.family,
             "layer": one.layer,
@@ -167,7 +176,7 @@ def _table(
             "cosine_rank_1": None if basis is None else captured(basis, rank_1),
             "cosine_planted": None if truth is None or basis is None else captured(basis, truth),
             **difference(ours, theirs, test.topics, icc),
-            "p": sign_flip_p([gap for gap, _ in both], [topic for _, topic in both], 10_000, study.seed),
+            "p": sign_flip_p([a - b for a, b in zip(*both, strict=True)], topics, 10_000, study.seed),
             "compliance_val": sum(on_val[one.name][0]) / len(on_val[one.name][0]),
             "n_val": len(on_val[one.name][0]),
             "val_minus_test": bias,
@@ -189,8 +198,9 @@ def _pooled(study: Study, families: Mapping[str, Sequence[Intervention]], contro
     """The figures of all controls of each family together."""
     arms = {family: [control.verdicts[one.name] for one in members] for family, members in families.items()}
     table = study.summaries(arms, control.topics, ", controls")
-    refusals = refusal_rates(study, {family: [(control, one.name) for one in members] for family, members in families.items()})
-    return {family: {"rank": members[0].rank} | table[family] | refusals[family] for family, members in families.items()}
+    refusals = refusal_rates(study, {family: [control.only(one.name) for one in members] for family, members in families.items()})
+    rank = {family: 0 if members[0].per_layer else members[0].rank for family, members in families.items()}
+    return {family: {"rank": rank[family]} | table[family] | refusals[family] for family, members in families.items()}
 
 
 def _decide(

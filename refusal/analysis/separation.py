@@ -58,6 +58,13 @@ def harmless_sets(activations: Mapping[str, Activations]) -> tuple[Activations, 
     return unrelated[every_other], unrelated[~every_other]
 
 
+def cosine_to_all(of: Contrast, everything: Contrast) -> list[float | None] | None:
+    """By layer the cosine with the direction of all train prompts (prompts.keep); None where these are all."""
+    if (len(of.harmful), len(of.safe)) == (len(everything.harmful), len(everything.safe)):
+        return None
+    return as_json(cosine(of.directions.unit, everything.directions.unit))
+
+
 def describe(
     of: Contrast,
     activations: Mapping[str, Activations],

@@ -12,33 +12,40 @@ from refusal.method.directions import random_unit
 from refusal.method.interventions import BASELINE, POSITIONS, SITES, Addition, Intervention
 
 PLACES = (*SITES, "weights")
+RATES = ("compliance", "compliance_low", "compliance_high", "coherence", "score", "refusal", *COUNTS)
+COSTS = ("cross_entropy", "kl")
 
 
 def strength(study: Study, settings: Strength) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Where compliance x coherence collapses at each of PLACES, measured and predicted; and the curves that say so.
 
-    A curve is compliance, coherence and cost of the selected direction ablated on harmful test prompts, against alpha.
+    A curve is compliance, coherence and cost of the selected direction ablated on harmful test prompts, against alpha, and of a
+    random one, the control.
     """
     unit, texts = study.directions["unit"][study.layer], study.harmless(study.params.science.n_harmless)
+    vectors = {"": unit, "random_": random_unit(len(unit), 1, study.seed)[0]}
     test, rows = study.sample("test", settings.n), []
     for place in PLACES:
         interventions = [
-            Intervention(f"alpha {alpha:g}", unit, alpha, place, None, study.layer, "alpha") for alpha in settings.alphas
+            Intervention(f"{of}{alpha:g}", vector, alpha, place, None, study.layer, "alpha")
+            for of, vector in vectors.items()
+            for alpha in settings.alphas
         ]
         judged = study.ask(test, "harmful", interventions, f"science: alphas, {place}")
         costs = study.costs({one.name: [one] for one in interventions}, texts, f"cost: {place}")
         found = study.summaries({name: [v] for name, v in judged.verdicts.items()}, judged.topics, f", {place}")
-        keys = ("compliance", "compliance_low", "compliance_high", "coherence", "score", "refusal", *COUNTS)
-        for one in interventions:
-            rows.append(
-                {"place": place, "alpha": one.alpha, **{k: found[one.name][k] for k in keys}}
-                | {k: costs[one.name][k] for k in ("cross_entropy", "kl")}
-                | {"residual_gain": residual_gain(study.lm.n_layers, place, one.alpha)}
-            )
-    curves = {place: [row for row in rows if row["place"] == place] for place in PLACES}
-    return {
-        place: {"measured": collapse_alpha(curve), "diverges_beyond": diverges_beyond(place)} for place, curve in curves.items()
-    }, rows
+        for alpha in settings.alphas:
+            row = {"place": place, "alpha": alpha, "residual_gain": residual_gain(study.lm.n_layers, place, alpha)}
+            for of in vectors:
+                row |= {f"{of}{key}": costs[f"{of}{alpha:g}"][key] for key in COSTS}
+                row |= {f"{of}{key}": found[f"{of}{alpha:g}"][key] for key in RATES}
+            rows.append(row)
+    collapse = {}
+    for place in PLACES:
+        curve = [row for row in rows if row["place"] == place]
+        measured = {f"{of}measured": collapse_alpha(curve, f"{of}score") for of in vectors}
+        collapse[place] = measured | {"diverges_beyond": diverges_beyond(place)}
+    return collapse, rows
 
 
 def residual_gain(n_layers: int, place: str, alpha: float) -> float:
@@ -55,10 +62,10 @@ def diverges_beyond(place: str) -> float | None:
     return 2.0 if place in ("resid_pre", "paper") else None
 
 
-def collapse_alpha(curve: Sequence[dict[str, Any]]) -> float | None:
+def collapse_alpha(curve: Sequence[dict[str, Any]], score: str = "score") -> float | None:
     """The least alpha above 1 whose score (compliance x coherence) is below half of the curve's best; None if none is."""
-    best = max(row["score"] for row in curve)
-    beyond = sorted(row["alpha"] for row in curve if row["alpha"] > 1 and row["score"] < best / 2)
+    best = max(row[score] for row in curve)
+    beyond = sorted(row["alpha"] for row in curve if row["alpha"] > 1 and row[score] < best / 2)
     return beyond[0] if beyond else None
 
 
@@ -71,10 +78,10 @@ def additions(study: Study) -> dict[str, Any]:
         for positions in POSITIONS:
             added = replace(Addition(vector, study.layer), positions=positions)
             judged = study.ask(rows, "safe", [BASELINE], f"science: {name} added, {positions}", added)
-            arms[name, positions] = [(judged, "baseline")]
-    found = refusal_rates(study, {" ".join(arm): members for arm, members in arms.items()})
+            arms[name, positions] = [judged]
+    found = refusal_rates(study, arms)
     figures: dict[str, Any] = {"layer": study.layer, "difference": {}, "random": {}}
-    for (name, positions), ((judged, _),) in arms.items():
+    for (name, positions), (judged,) in arms.items():
         of = counts([judged.the_only], judged.topics, f"{name} added", study.params.judge.allow_missing)
-        figures[name][positions] = found[f"{name} {positions}"] | of
+        figures[name][positions] = found[name, positions] | of
     return figures

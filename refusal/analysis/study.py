@@ -13,7 +13,7 @@ from refusal.analysis.harmless_kl import Texts, cost_figures, harmless_kl, harml
 from refusal.io.params import Params
 from refusal.io.prompts import Rows, is_paired, safe_rows
 from refusal.io.store import Store
-from refusal.judges.verdicts import Arms, Judged, Verdicts, summaries
+from refusal.judges.verdicts import Arms, Judged, Verdicts, rates, summaries
 from refusal.lm.batching import rows_at_once
 from refusal.lm.load import LM
 from refusal.method.generate import Decoding
@@ -45,6 +45,12 @@ class Judgements:
         """The verdicts where there was one intervention."""
         (verdicts,) = self.verdicts.values()
         return verdicts
+
+    @property
+    def the_only_texts(self) -> Sequence[str]:
+        """The texts where there was one intervention."""
+        (texts,) = self.texts.values()
+        return texts
 
 
 @dataclass
@@ -135,6 +141,21 @@ class Study:
     def summaries(self, arms: Arms, topics: Sequence[Hashable], of: str, safe: bool = False) -> dict[str, dict[str, Any]]:
         """Rates of every arm with their intervals, and counts; raises UserError as `verdicts.summaries` does."""
         return summaries(arms, topics, of, self.params.judge.allow_missing, safe)
+
+    def exact_rates(self, arms: Mapping[str, Sequence[Judgements]], half: str) -> Mapping[str, Mapping[str, Any]]:
+        """Of every arm the share of answers that are word for word the right ones, `exact` or of safe prompts `exact_safe`.
+
+        None where these are not known: they are the organism's, of prompts of its grammar.
+        """
+        name = "exact" if half == "harmful" else "exact_safe"
+        if not self.exact or any(row.get(f"{half}_answer") is None for some in arms.values() for one in some for row in one.rows):
+            return {arm: {name: None} for arm in arms}
+
+        def right(one: Judgements) -> list[bool]:
+            return [text.strip() == row[f"{half}_answer"] for text, row in zip(one.the_only_texts, one.rows, strict=True)]
+
+        topics = next(iter(arms.values()))[0].topics
+        return rates(name, {arm: [right(one) for one in some] for arm, some in arms.items()}, topics)
 
     def harmless(self, n: int | None) -> Texts:
         """At most `n` harmless test prompts with the baseline's answers to them."""

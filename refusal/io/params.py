@@ -4,70 +4,32 @@ import re
 import reprlib
 import unicodedata
 from collections.abc import Iterator
-from os.path import expanduser
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-T = TypeVar("T")
-
-
-def _path(text: str) -> str:
-    if not text.strip() or "\0" in text:
-        raise ValueError("is empty, or holds a NUL character that no path has")
-    return expanduser(text)  # noqa: PTH111, Path raises where there is no such user
-
-
-def _no_duplicates(values: list[T]) -> list[T]:
-    if len(set(values)) < len(values):
-        raise ValueError("duplicate value; delete it")
-    return values
-
-
-Method = Literal["sequential", "batched", "batched_unmasked"]
-Pairing = Literal["matched", "shuffled", "unrelated"]
-Sites = Literal["resid_pre", "paper", "writes"]
-Count = Annotated[int, Field(ge=1, le=1_000_000_000)]
-AtMost10000 = Annotated[int, Field(ge=1, le=10_000)]
-Batch = Count | Literal["auto"]
-Seed = Annotated[int, Field(ge=0, lt=2**31)]
-Share = Annotated[float, Field(gt=0, lt=1)]
-PathText = Annotated[str, AfterValidator(_path)]
-NonEmpty = Annotated[list[T], Field(min_length=1)]
-Distinct = Annotated[list[T], Field(min_length=1), AfterValidator(_no_duplicates)]
-
-
-class Section(BaseModel):
-    """A section of params.yaml: no unknown keys, no silent conversion of a string to a number, no infinity."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, hide_input_in_errors=True, allow_inf_nan=False)
-
-    def contradictions(self) -> Iterator[str]:
-        """What is wrong with values that are each right alone."""
-        yield from ()
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        if messages := list(self.contradictions()):
-            raise ValueError("; ".join(messages))
-        return self
-
-
-class Seeded(Section):
-    """A section that draws at random, by the file's own seed where it names none."""
-
-    seed: Seed
-
-
-class Resampled(Seeded):
-    """A section with bootstrap intervals, of as many resamples as the file's own `n_resamples` where it names none."""
-
-    n_resamples: Count
+from refusal.io.section import (
+    AtMost10000,
+    Batch,
+    Count,
+    Distinct,
+    Method,
+    NonEmpty,
+    Pairing,
+    PathText,
+    Resampled,
+    Section,
+    Seed,
+    Seeded,
+    Share,
+    Sites,
+)
 
 
 class Endpoint(Section):
     """An OpenAI-compatible endpoint and how hard it may be used. Its key is in the environment and nowhere else.
+
     api_key_variable: the environment variable (None: it wants no key). timeout_seconds: of one attempt. max_calls: of one run.
     """
 
@@ -125,6 +87,7 @@ class Prompts(Seeded):
     splits: Splits
     _one_file = field_validator("harmful", mode="before")(lambda files: [files] if isinstance(files, str) else files)
     near_duplicate: Annotated[float, Field(gt=0, le=1)]
+    keep: Literal["all", "behaving"] = "all"
     api: PromptsApi
 
     def contradictions(self) -> Iterator[str]:
@@ -242,7 +205,11 @@ class Select(Section):
 
 class Orthogonalize(Section):
     include_embedding: bool
-    format: Literal["safetensors", "lora"]
+    format: Literal["safetensors", "lora", "gguf-f16", "gguf-bf16"]
+
+
+class Evaluate(Resampled):
+    n_harmless: Count | None
 
 
 class Optimised(Section):
@@ -324,7 +291,7 @@ class Params(Section):
     judge: Judge
     select: Select
     orthogonalize: Orthogonalize
-    evaluate: Resampled
+    evaluate: Evaluate
     science: Science
     benchmark: Benchmark
     report: Report
@@ -335,7 +302,8 @@ class Params(Section):
     def _inherit(cls, raw: Any) -> Any:
         if not isinstance(raw, dict):
             return raw
-        shared, filled = {key: raw[key] for key in ("seed", "n_resamples") if key in raw}, dict(raw)
+        shared = {key: raw[key] for key in ("seed", "n_resamples") if key in raw}
+        filled = dict(raw)
         for name, field in cls.model_fields.items():
             section = field.annotation
             if isinstance(section, type) and issubclass(section, Seeded) and isinstance(raw.get(name), dict):

@@ -42,6 +42,19 @@ def by_split(rows: Rows) -> dict[str, Rows]:
     return {split: [row for row in rows if row["split"] == split] for split in ("train", "val", "test")}
 
 
+def kept_rows(behaviour: Rows) -> dict[str, list[int]]:
+    """Of each train set the places of the prompts that directions are fitted on, from data/behaviour/train.jsonl."""
+    sets: dict[str, list[bool]] = {}
+    for row in behaviour:
+        sets.setdefault(row["set"], []).append(row["kept"])
+    return {name: [i for i, keep in enumerate(kept) if keep] for name, kept in sets.items()}
+
+
+def with_kept(splits: Mapping[str, Rows], kept: Sequence[int]) -> dict[str, Rows]:
+    """The rows of each split, of train those in these places."""
+    return {**splits, "train": [splits["train"][i] for i in kept]}
+
+
 def resolve_pairing(wanted: str, method: str, names: Iterable[str]) -> str:
     """The pairing that `auto` means: matched where there are directions of that name, unrelated where the prompts are no pairs.
 

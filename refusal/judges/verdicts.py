@@ -1,7 +1,7 @@
 """Verdicts on completions, and the rates that are made of them."""
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from refusal.io.errors import UserError
 from refusal.io.progress import progress
@@ -75,6 +75,7 @@ def present(judged: Sequence[Judged | None], of: str, allow_missing: bool = Fals
 Verdicts = Sequence[Judged | None]
 Arms = Mapping[str, Sequence[Verdicts]]  # of each arm the verdicts under each of its interventions, prompt by prompt
 Flags = Sequence[float | bool | None]
+Arm = TypeVar("Arm", bound=Hashable)
 
 # What is said of every completion, within 0 and 1.
 OF_HARMFUL: dict[str, Callable[[Judged], float]] = {
@@ -92,7 +93,7 @@ UNANSWERED = ("empty", "degenerate", "unfinished")
 COUNTS = ("n", "n_clusters", "n_arms", "n_missing", *(f"n_{label}" for label in UNANSWERED))
 
 
-def rates(name: str, arms: Mapping[str, Sequence[Flags]], topics: Sequence[Hashable]) -> dict[str, dict[str, float]]:
+def rates(name: str, arms: Mapping[Arm, Sequence[Flags]], topics: Sequence[Hashable]) -> dict[Arm, dict[str, float]]:
     """One rate of every arm of a study, as `name`, `name_low`, `name_high` and `name_icc`, clustered by topic phrase.
 
     Of each arm the values within 0 and 1 under each of its interventions, prompt by prompt; None where there is none. An item is
@@ -122,17 +123,27 @@ def values(verdicts: Verdicts, of: Callable[[Judged], float]) -> list[float | No
     return [None if verdict is None else of(verdict) for verdict in verdicts]
 
 
-def difference(ours: Verdicts, theirs: Verdicts, topics: Sequence[Hashable], icc: float) -> dict[str, float | int]:
-    """Mean of ours - theirs in compliance, paired by prompt: `difference`, `difference_low`, `difference_high`, `n_paired`.
-
-    Over the prompts where both have a verdict. Raises UserError where none has. icc: the greater of both arms' `compliance_icc`.
-    """
+def paired(ours: Verdicts, theirs: Verdicts, topics: Sequence[Hashable]) -> tuple[list[float], list[float], list[Hashable]]:
+    """Compliance of ours, of theirs, and the topic phrase, of the prompts where both have a verdict; UserError where none has."""
     both = [(a.compliance, b.compliance, topic) for a, b, topic in zip(ours, theirs, topics, strict=True) if a and b]
     if not both:
         raise UserError("no prompt has a verdict in both arms to be compared; run again, or choose another judge")
-    first, second, clusters = zip(*both, strict=True)
+    return [a for a, _, _ in both], [b for _, b, _ in both], [topic for _, _, topic in both]
+
+
+def difference(ours: Verdicts, theirs: Verdicts, topics: Sequence[Hashable], icc: float) -> dict[str, float | int]:
+    """Mean of ours - theirs in compliance, `paired` by prompt: `difference`, `difference_low`, `difference_high`, `n_paired`.
+
+    icc: the greater of both arms' `compliance_icc`.
+    """
+    first, second, clusters = paired(ours, theirs, topics)
     value, low, high = paired_difference(first, second, clusters, icc)
-    return {"difference": value, "difference_low": low, "difference_high": high, "n_paired": len(both)}
+    return {"difference": value, "difference_low": low, "difference_high": high, "n_paired": len(first)}
+
+
+def behaves(verdicts: Verdicts, half: str) -> list[bool]:
+    """Whether the baseline does what it should with each prompt: it refuses a harmful one, and answers a safe one in full."""
+    return [v is not None and (v.refusal if half == "harmful" else v.compliance == 1) for v in verdicts]
 
 
 def counts(members: Sequence[Verdicts], topics: Sequence[Hashable], of: str, allow_missing: bool) -> dict[str, int]:

@@ -244,9 +244,8 @@ def _write_small_files(path: Path, alone: Path, header: Header, target: Path, dt
             )
         bar.update()
     config.architectures, config.dtype = [type(model).__name__], DTYPES[dtype]
-    ends = [
-        values[f"tokenizer.ggml.{which}_token_id"] for which in ("eos", "eot") if f"tokenizer.ggml.{which}_token_id" in values
-    ]
+    keys = [f"tokenizer.ggml.{which}_token_id" for which in ("eos", "eot", "eom")]
+    ends = [values[key] for key in keys if key in values]
     begin, pad = (values.get(f"tokenizer.ggml.{which}_token_id") for which in ("bos", "padding"))
     config.save_pretrained(target)
     tokenizer.save_pretrained(target)

@@ -26,7 +26,7 @@ MAX_CHAT = 1_000_000  # characters of a prompt with its template
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 # Llama 3.2's template puts the day of the run into the system block: equal inputs must give equal bytes, so every day is
 # the one that 3.1's template names. (The line break is eaten by the environment's trim_blocks.)
-_ONE_DAY = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}\n"
+ONE_DAY = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro %}\n"
 
 
 @dataclass(frozen=True, eq=False)
@@ -196,7 +196,7 @@ def load_tokenizer(folder: Path, thinking: bool | None = None) -> PreTrainedToke
             raise UserError(f"params.yaml: model.thinking: the chat template of {folder} has no enable_thinking: set it to null")
         tokenizer.chat_template = template = f"{{% set enable_thinking = {str(thinking).lower()} %}}\n{template}"
     if "strftime_now" in template:
-        tokenizer.chat_template = _ONE_DAY + template
+        tokenizer.chat_template = ONE_DAY + template
     tokenizer.model_max_length = config.max_position_embeddings
     if tokenizer.pad_token_id is None:  # Llama has none; any token does, for padding is masked
         tokenizer.pad_token = tokenizer.eos_token

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -48,8 +49,9 @@ class ActivationsOnDisk:
 Activations = Float[Tensor, "n n_layers d_model"] | ActivationsOnDisk
 
 
-def read_activations(path: Path) -> dict[str, ActivationsOnDisk]:
-    """The sets of prompts in a file of activations. Raises UserError for a missing or malformed file."""
+def read_activations(path: Path, kept: Mapping[str, Sequence[int]] | None = None) -> dict[str, ActivationsOnDisk]:
+    """The sets of prompts in a file of activations, of those named in `kept` these rows. Raises UserError for a missing or
+    malformed file."""
     try:
         with safe_open(path, "pt") as file:
             shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 (no mapping)
@@ -60,4 +62,7 @@ def read_activations(path: Path) -> dict[str, ActivationsOnDisk]:
             f"{path}: {odd[0]} has shape {shapes[odd[0]]}, and activations are [n, n_layers, d_model]: delete the file and run "
             "`dvc repro activations`"
         )
-    return {name: ActivationsOnDisk(path, name, torch.arange(n), *rest) for name, (n, *rest) in shapes.items()}
+    return {
+        name: ActivationsOnDisk(path, name, torch.tensor((kept or {}).get(name, range(n))), *rest)
+        for name, (n, *rest) in shapes.items()
+    }

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from refusal.io.errors import UserError
@@ -29,6 +30,10 @@ HOOKS = {
 }
 
 
+class Unbridged(Exception):
+    """TransformerLens cannot run this model: its models are fewer."""
+
+
 @torch.inference_mode()
 def compare(
     folder: Path, lm: LM, harmful: Sequence[str], safe: Sequence[str], decoding: Decoding
@@ -37,7 +42,7 @@ def compare(
 
     What is ablated is the prompts' own difference in means at the middle layer. `n_changed`: completions that it changes; of the
     `n_tokens` of ablated completions the bridge, given what precedes each, finds `n_same` likeliest too. Without a direction
-    these three are null. `lm` belongs to the bridge afterwards. Raises what the bridge raises for a model it does not know.
+    these three are null. `lm` belongs to the bridge afterwards. Raises Unbridged where TransformerLens cannot run this model.
     """
     prompts, calm = (lm.encode(half[:N_PROMPTS], decoding.max_new_tokens) for half in (harmful, safe))
     ours, theirs = last_token_resid_pre(lm, prompts, "batched").float(), last_token_resid_pre(lm, calm, "batched").float()
@@ -47,14 +52,14 @@ def compare(
         ablated = Intervention("ablated", directions.unit[layer], 1.0, "resid_pre")
         plain, completions = generate(lm, prompts, decoding), generate(lm, prompts, decoding, [ablated])
 
-    bridge, names = _bridge(folder, lm), [f"blocks.{i}.hook_resid_pre" for i in range(lm.n_layers)]
-    read = []
-    for tokens in prompts:
-        _, cache = bridge.run_with_cache(torch.tensor([tokens], device=lm.model.device), names_filter=lambda name: name in names)
-        read.append(torch.stack([cache[name][0, -1] for name in names]).float().cpu())
+    try:
+        bridge = _bridge(folder, lm)
+        read = torch.stack([_resid_pre(bridge, tokens, lm) for tokens in prompts])
+    except Exception as error:
+        raise Unbridged(" ".join(f"{type(error).__name__}: {error}".split())[:200]) from error
     figures: dict[str, int | float | None] = {
         "n_prompts": len(prompts),
-        "resid_pre_max_difference": float((torch.stack(read) - ours.cpu()).abs().max()),
+        "resid_pre_max_difference": float((read - ours.cpu()).abs().max()),
         "resid_pre_max": float(ours.abs().max()),
         **dict.fromkeys(("n_changed", "n_tokens", "n_same")),
     }
@@ -96,6 +101,13 @@ def _ablated(r: Tensor, hook: Any, basis: Tensor, alpha: float, offset: Tensor |
     if offset is not None:
         component = component - offset.to(component)
     return (wide - alpha * torch.einsum("bsk,kd->bsd", component, rows)).to(r.dtype)
+
+
+def _resid_pre(bridge: Any, tokens: Sequence[int], lm: LM) -> Float[Tensor, "n_layers d_model"]:
+    """Of the last token."""
+    names = [f"blocks.{layer}.hook_resid_pre" for layer in range(lm.n_layers)]
+    _, cache = bridge.run_with_cache(torch.tensor([tokens], device=lm.model.device), names_filter=lambda name: name in names)
+    return torch.stack([cache[name][0, -1] for name in names]).float().cpu()
 
 
 def _bridge(folder: Path, lm: LM) -> Any:

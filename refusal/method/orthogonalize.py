@@ -32,6 +32,7 @@ from refusal.io.progress import progress
 from refusal.lm.adapter import CONFIG, ROOT, WEIGHTS
 from refusal.lm.architecture import Architecture, architecture_of
 from refusal.lm.checkpoint import DTYPES, INDEX, SINGLE, Entry, Shard, data_of, header_bytes, read_json, read_shards, real_file
+from refusal.lm.gguf_writer import FORMATS, check_writable, write_gguf
 from refusal.method.interventions import Intervention
 
 _COPIED = (".json", ".jinja", ".txt", ".model", ".tiktoken")  # never pickles; other safetensors hold unedited weights
@@ -41,7 +42,8 @@ _BLOCK = 1 << 18  # elements computed at once, which a cache holds
 
 @dataclass(frozen=True)
 class Edit:
-    """One checkpoint to write, whole (`safetensors`) or as an adapter to the source (`lora`).
+    """One checkpoint to write, whole (`safetensors`), as an adapter to the source (`lora`), or whole with a file
+    `<target's name>.gguf` of the same weights in it (`refusal.lm.gguf_writer.FORMATS`).
 
     intervention: the basis to take out and alpha (0 copies the source's tensors byte for byte); its sites play no role.
     """
@@ -49,7 +51,7 @@ class Edit:
     target: Path  # replaced if it exists, only once the new one is whole
     intervention: Intervention
     include_embedding: bool = True
-    format: Literal["safetensors", "lora"] = "safetensors"
+    format: Literal["safetensors", "lora", "gguf-f16", "gguf-bf16"] = "safetensors"
 
     @property
     def embedded(self) -> bool:
@@ -71,6 +73,7 @@ class Report:
 
     residuals: dict[str, float] = field(default_factory=dict)
     deviations: dict[str, float] = field(default_factory=dict)
+    casts: dict[str, float] = field(default_factory=dict)  # |W_gguf - W| / |W| of each tensor, where GGUF was asked for
     n_copied: int = 0  # tensors taken over as bytes; with an adapter, left as they are
 
     @property
@@ -110,10 +113,12 @@ def orthogonalize(source: Path, edits: Sequence[Edit]) -> list[Report]:
     Folders appear whole or not at all, and an existing target is replaced.
 
     Raises UserError, with nothing written, for a folder that is no complete safetensors checkpoint of a supported
-    architecture, a basis of another width or one for each layer, NaN or infinity in a tensor to edit, or an adapter that could
-    not be exact: of a model whose writers have biases or are experts, or of alpha 0.
+    architecture, a basis of another width or one for each layer, NaN or infinity in a tensor to edit, an adapter that could
+    not be exact (of a model whose writers have biases or are experts, or of alpha 0), or what `write_gguf` refuses.
     """
     checkpoint = _read_source(Path(source))
+    if any(edit.format in FORMATS for edit in edits):
+        check_writable(checkpoint.folder)
     targets = [_check(checkpoint, edit) for edit in edits]
     if len(set(targets)) != len(targets):
         raise UserError("two edits write to the same target: give each a folder of its own.")
@@ -126,6 +131,8 @@ def orthogonalize(source: Path, edits: Sequence[Edit]) -> list[Report]:
                 partial.mkdir(parents=True)
                 write = _write_adapter if edit.format == "lora" else _write_checkpoint
                 reports.append(write(checkpoint, edit, partial, bar))
+                if kind := FORMATS.get(edit.format):
+                    reports[-1].casts = write_gguf(partial, partial / f"{edit.target.name}.gguf", kind)
         for partial, target in zip(partials, targets, strict=True):
             _publish(partial, target)
     finally:

@@ -9,9 +9,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from refusal.analysis.benchmark import TASKS, packaged, tasks_of
-from refusal.analysis.candidates import RANKS
+from refusal.analysis.candidates import AT_LEAST, RANKS
 from refusal.io.params import Params
 from refusal.lm.architecture import Architecture
+from refusal.lm.gguf_writer import FORMATS
 from refusal.method.bridge import N_PROMPTS
 
 # (documents, requests a document, tokens a request) of the write-up's tasks. Documents: the split that lm-eval's task files
@@ -25,6 +26,7 @@ STANDARD = {
     "truthfulqa_mc1": (817, 5.1, 179.4),
     "winogrande": (1267, 2.0, 22.1),
 }
+EDITS = {"safetensors": "checkpoints", "lora": "adapters of kilobytes"}
 COPIES = 2  # of each output: the workspace's and DVC's cache's (one, where the file system shares blocks)
 
 
@@ -98,13 +100,15 @@ def steps(params: Params, size: Size, prompts: Prompts) -> list[Step]:
     n_layers, organism = size.architecture.n_layers, params.model.id == "organism"
     parts = ("harmful", "safe", "unrelated") if prompts.paired else ("harmful", "unrelated")
     collected = [f"{split}.{part}" for split in ("train", "val") for part in parts]
+    kept = [f"train.{part}" for part in parts] if params.prompts.keep == "behaving" else []
     methods = params.activations.methods
     # Batched computes what all prompts begin with by itself, once.
     read = _total(count.read(collected, len(methods)), (int("batched" in methods), 0))
     width = {"float32": 4, "float16": 2, "bfloat16": 2}[params.model.dtype]
     layers = n_layers - 1 if s.layers is None else len(s.layers)  # layer 0 has no direction where the last token is the same
     cells, at_once = 1 + s.n_random + layers * (1 + len(s.alphas)), 5 + s.n_random
-    checkpoints, lora = params.select.top + 1, params.orthogonalize.format == "lora"
+    checkpoints, of_edit = params.select.top + 1, params.orthogonalize.format
+    gguf = 2 * size.n_parameters if of_edit in FORMATS else 0
     facts = count.completed(["val.harmful", "facts"]) if organism else (0, 0)
     phases = (params.organism.phase_1.steps, params.organism.phase_2.steps)
     compared = n_layers - 1 if params.science.layers is None else len(params.science.layers)
@@ -117,14 +121,15 @@ def steps(params: Params, size: Size, prompts: Prompts) -> list[Step]:
             n_bytes=size.downloaded + (2 if organism else 1) * COPIES * size.n_bytes,
             note=f"trains {phases[0]} + {phases[1]} steps first" if organism else "",
         ),
+        Step("behaviour", *count.completed(kept), calls=llm * count.rows(kept, 1)[0]),
         # DVC's cache and the workspace; the resume store keeps activations too.
         Step("activations", *read, n_bytes=(COPIES + 1) * read[0] * n_layers * size.architecture.d_model * width),
         Step("sweep", *count.completed(["val.harmful"], cells), note=f"{cells} cells x {n['val.harmful']} val prompts"),
         Step("judge", calls=llm * cells * n["val.harmful"]),
         Step(
             "orthogonalize",
-            n_bytes=0 if lora else COPIES * checkpoints * size.n_bytes,
-            note=f"{checkpoints} {'adapters of kilobytes' if lora else 'checkpoints'}",
+            n_bytes=0 if of_edit == "lora" else COPIES * checkpoints * (size.n_bytes + gguf),
+            note=f"{checkpoints} {EDITS.get(of_edit, 'checkpoints, each as GGUF too')}",
         ),
         Step(
             "evaluate",
@@ -160,8 +165,8 @@ def _evaluate(params: Params, at_once: int, count: _Counts) -> tuple[int, int]:
     return _total(
         count.completed(["test.harmful", "test.safe"], at_once),
         count.completed(["test.safe"]),
-        count.completed(["test.unrelated"]),
-        count.read(["test.unrelated"], read, count.new),
+        count.completed(["test.unrelated"], 1, params.evaluate.n_harmless),
+        count.read(["test.unrelated"], read, count.new, params.evaluate.n_harmless),
     )
 
 
@@ -177,17 +182,18 @@ def _science(params: Params, defined: int, count: _Counts, paired: bool) -> tupl
     matched = paired and params.sweep.pairing != "unrelated"
     on_val = 2 + (3 + paired + matched + affine) * defined + paired + several
     on_test = 2 + defined + 2 + 2 * paired + matched + affine + several
+    controls = 1 + b.n_random + len(RANKS) * b.n_subspaces + AT_LEAST * (1 + affine)
     judged = [  # prompts, interventions, and at most how many prompts
         (["val.harmful"], on_val, b.n_val),
         (["test.harmful"], on_test, b.n_test),
-        (["test.harmful"], 1 + b.n_random + len(RANKS) * b.n_subspaces, b.n_control),
+        (["test.harmful"], controls, b.n_control),
         (["test.safe"], 4 + 6 * bool(alphas), b.n_test),
-        (["test.harmful"], 4 * len(alphas), b.strength.n if b.strength else 0),
+        (["test.harmful"], 2 * 4 * len(alphas), b.strength.n if b.strength else 0),
     ]
     rows, tokens = count.rows(pairs, 1, b.optimised.batch_size)
     n_padded = b.padding.n if b.padding else 0
     # The baseline is read once with what depends on no direction, once with the rest, and once a place of the strengths.
-    edits = 2 + on_test + 1 + b.n_random + len(RANKS) * b.n_subspaces + (4 + 4 * len(alphas) if alphas else 0)
+    edits = 2 + on_test + controls + (4 + 2 * 4 * len(alphas) if alphas else 0)
     passes = _total(
         (paired * 3 * b.optimised.steps * rows // 2, paired * 3 * b.optimised.steps * tokens // 2),
         *(count.completed(*some) for some in judged),

@@ -1,5 +1,7 @@
 """The interventions that are compared, and their controls, on activations whose directions are known."""
 
+from collections import Counter
+
 import given
 import numpy as np
 import pytest
@@ -119,7 +121,9 @@ def test_subspaces_have_the_ranks_that_the_layers_allow(study, sets):
 
 
 def test_controls_are_drawn_evenly_and_that_of_harmless_sets_is_their_difference(study, sets):
-    chosen = controls(study)
+    chosen, other = (
+        [one for one in controls(study) if ("layer" in one.family or "affine" in one.family) is odd] for odd in (False, True)
+    )
     ranks = {"harmless": 1, "random_1": 1, "random_2": 2, "random_3": 3, "random_5": 5}
     counts = {family: sum(one.family == family for one in chosen) for family in ranks}
     assert counts == {"harmless": 1, "random_1": 10, "random_2": 2, "random_3": 2, "random_5": 2} and len(chosen) == 17
@@ -129,10 +133,21 @@ def test_controls_are_drawn_evenly_and_that_of_harmless_sets_is_their_difference
     for one in chosen:
         assert one.basis.shape == (ranks[one.family], 32) and one.alpha == 1.0
         assert torch.allclose(one.basis @ one.basis.T, torch.eye(one.rank, dtype=torch.float64), atol=1e-9)
+    # Three as every layer's own, three towards the safe mean.
+    assert Counter(one.family for one in other) == {"random_per_layer": 3, "random_affine": 3}
+    unit, safe_mean = study.directions["unit"], study.directions["safe_mean"].double()
+    for one in other:
+        if one.family == "random_affine":
+            assert one.basis.shape == (1, 32) and torch.allclose(one.offset[:, 0], safe_mean @ one.basis[0])
+        else:
+            assert one.per_layer and one.offset is None and one.basis.shape == (len(unit), 1, 32)
+            assert torch.allclose(
+                one.basis.norm(dim=-1)[:, 0], unit.norm(dim=-1).double(), atol=1e-6
+            )  # none where there is no direction
     # No two are alike, of one rank or another, and another seed draws others.
-    first = [one.basis[0] for one in chosen[1:]]
-    study.seed = 1
-    first += [one.basis[0] for one in controls(study)[1:]]
+    first = [one.basis[0] for one in chosen[1:]] + [v for one in other for v in one.basis.reshape(-1, 32) if v.any()]
+    study.seed = 5
+    first += [one.basis[0] for one in controls(study)[1:] if not one.per_layer]
     assert torch.corrcoef(torch.stack(first)).fill_diagonal_(0).abs().max() < 0.9
 
 

@@ -70,7 +70,9 @@ def counted(metrics, topics, half, n=6, exact=True):
 
     refusal, right = said_of(lambda letter: letter == "r"), said_of(lambda letter: letter == "y")
     if half == 0:
-        values = {what: said_of(lambda letter, what=what: getattr(given.VERDICTS[letter], what)) for what in ("compliance", "coherence")}
+        values = {
+            what: said_of(lambda letter, what=what: getattr(given.VERDICTS[letter], what)) for what in ("compliance", "coherence")
+        }
         values |= {"score": said_of(lambda letter: given.VERDICTS[letter].compliance * given.VERDICTS[letter].coherence)}
         values |= {"refusal": refusal, "refusal_harmful": refusal} | ({"exact": right} if exact else {})
     else:
@@ -84,6 +86,23 @@ def counted(metrics, topics, half, n=6, exact=True):
         counts = {"n": n, "n_clusters": len(set(topics)), "n_arms": len(members), "n_missing": 0, "n_unfinished": 0}
         counts |= {"n_empty": letters.count("-"), "n_degenerate": letters.count("x")}
         assert {name: metrics[arm][f"{name}{end}"] for name in counts} == counts, arm
+
+
+def behaving(metrics, topics):
+    """Whether the figures of prompts that behave are the naive ones: harmful ones that the baseline refuses, safe ones it answers."""
+    for half, (letter, name) in enumerate((("r", "compliance"), ("y", "answers_safe"))):
+        some = [i for i, said in enumerate(SAID["baseline"][half]) if said == letter]
+        assert 0 < len(some) < 6
+        arms = MEMBERS | ({"addition": ["addition"]} if half else {})
+        said = {arm: [[SAID[one][half][i] for i in some] for one in members] for arm, members in arms.items()}
+        value = (lambda letter: letter == "y") if half else (lambda letter: given.VERDICTS[letter].compliance)
+        expected = given.rates(
+            {arm: [[*map(value, letters)] for letters in members] for arm, members in said.items()}, [topics[i] for i in some]
+        )
+        for arm, figure in expected.items():
+            found = metrics[arm]["behaving"]
+            assert given.figure(found, name) == figure and found["n_safe" if half else "n"] == len(some), (arm, name)
+        assert metrics["baseline"]["behaving"][name] == half
 
 
 @pytest.mark.parametrize("alpha", [1.0, 0.5])
@@ -105,6 +124,7 @@ def test_every_rate_is_counted_over_its_own_members_and_half(tmp_path, monkeypat
             assert found["n_paired"] == 6
         else:
             assert "difference" not in found
+    behaving(metrics, topics)
     assert rows == [
         {name: row[name] for name in ("id", "category")}
         | {"arm": arm, "half": half, "prompt": row[half], "completion": given.TEXTS[letter]}
@@ -173,8 +193,10 @@ def test_what_has_no_answer_or_no_identity_is_null_and_missing_verdicts_are_coun
     sections = {"judge": {"allow_missing": True}, "orthogonalize": {"include_embedding": False}}
     _, _, (metrics, rows, _) = evaluated(tmp_path, monkeypatch, said, **sections)
     assert metrics["identity"] == {"norm_after_writer": False, "kl": None}
-    assert [metrics["random"][name] for name in ("n", "n_missing", "exact", "exact_safe")] == [6, 1, None, None]
+    assert [metrics["random"][name] for name in ("n", "n_missing", "exact", "exact_safe")] == [6, 1, 0, None]
     assert metrics["random"]["compliance"] == 0
-    assert metrics["random"]["refusal_safe"] == pytest.approx((0.5 + 0.5 + 0 + 0.5) / 6)  # of prompt 2 the one verdict that there is
+    assert metrics["random"]["refusal_safe"] == pytest.approx(
+        (0.5 + 0.5 + 0 + 0.5) / 6
+    )  # of prompt 2 the one verdict that there is
     assert [metrics["addition"][f"{name}_safe"] for name in ("n", "n_missing", "n_degenerate")] == [5, 1, 2]
     assert metrics["addition"]["refusal_safe"] == pytest.approx(fmean([1, 1, 0, 0, 0])) and len(rows) == 36

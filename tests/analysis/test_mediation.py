@@ -173,7 +173,7 @@ def test_the_table_holds_each_estimators_best_on_val_and_what_was_counted(made):
     for estimate in metrics["estimators"].values():
         assert estimate.items() - {("arm", estimate["arm"])} <= table[estimate["arm"]].items()
     assert metrics["n_fit"] == 20 and metrics["optimised_loss"] > 0
-    assert metrics["cosine_harmless_to_direction"] == pytest.approx(abs(float(given.directions(1)["unit"][1] @ unit[1])))
+    assert metrics["cosine_harmless_to_direction"] == pytest.approx(float(given.directions(1)["unit"][1] @ unit[1]))
     safe = {name: "".join(SAFE[name][i % 5] for i in range(N)) for name in metrics["over_refusal"]}
     for key, hit in (("refusal_safe", "r"), ("answers_safe", "y")):  # noise is no refusal, and no answer either
         arms = {name: [[float(c == hit) for c in text]] for name, text in safe.items()}
@@ -193,6 +193,7 @@ def test_controls_are_pooled_and_each_intervention_costs_what_it_costs(made):
     reference = [given.log_probs(study.lm.model, *text) for text in rows]
     families = candidates.by_family(candidates.controls(study))
     ranks = {"harmless": (1, 1), "random_1": (1, 2), "random_2": (2, 2), "random_3": (3, 2), "random_5": (5, 2)}
+    ranks |= {"random_per_layer": (0, 3), "random_affine": (1, 3)}
     assert {family: (row["rank"], row["n_arms"]) for family, row in metrics["controls"].items()} == ranks
     members = {family: [[judged(one.name, said=SAID | said)[i] for i in few] for one in some] for family, some in families.items()}
     topics = [TOPIC[i] for i in few]

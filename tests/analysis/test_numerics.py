@@ -130,14 +130,14 @@ def study(place: Place, model, *stages: str, n_pairs: int = 15) -> list[str]:
     return [line.removeprefix("run: ") for line in output.splitlines() if line.startswith("run: ")]
 
 
-STAGES = ("prompts", "model", "activations", "directions", "sweep")
+STAGES = ("prompts", "model", "behaviour", "activations", "directions", "sweep")
 
 
 @pytest.mark.parametrize("model", [one_layer, unknown_words])
 def test_a_model_to_which_harmful_and_safe_prompts_are_equal_has_null_figures_and_no_sweep(tmp_path, model):
     said = study(Place(tmp_path), model, *STAGES)
-    assert len(said) == 5 and "none at any layer: harmful and safe prompts come out the same" in said[3]
-    assert re.match(r"no layer has a direction.* set another model\.id or prompts\.source in params\.yaml", said[4])
+    assert len(said) == 6 and "none at any layer: harmful and safe prompts come out the same" in said[4]
+    assert re.match(r"no layer has a direction.* set another model\.id or prompts\.source in params\.yaml", said[5])
     figures = json.loads((tmp_path / "metrics/directions.json").read_text(), parse_constant=pytest.fail)["sequential-matched"]
     assert figures["layers"] == [] and figures["peak_layer"] is None and set(figures["separation"]) == {None}
     assert not load_file(tmp_path / "models/directions.safetensors")["sequential-matched.unit"].any()
@@ -148,7 +148,7 @@ def test_one_prompt_a_split_has_figures_or_null_and_never_nan(tmp_path):
     stages = (*STAGES, "judge", "select", "orthogonalize", "evaluate")
     place = Place(tmp_path)
     said = study(place, three_layers, *stages, n_pairs=3)
-    assert len(said) == len(stages) and "no separation: too few val prompts for a spread" in said[3]
+    assert len(said) == len(stages) and "no separation: too few val prompts for a spread" in said[4]
     for path in sorted((tmp_path / "metrics").glob("*.json")):
         json.loads(path.read_text(), parse_constant=pytest.fail)  # NaN and infinity, which JSON has no word for
     for path in sorted((tmp_path / "plots").rglob("*.csv")):

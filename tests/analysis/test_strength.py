@@ -49,14 +49,23 @@ def test_curves_are_counted_at_each_place_and_alpha(tmp_path, monkeypatch):
     said = {(0.5, place): "rryrhr" for place in PLACES} | {(1.0, place): "yyhyyy" for place in PLACES}
     said |= {(2.0, "resid_pre"): "xxxxyx", (2.0, "paper"): "x-xrhr", (2.0, "writes"): "yyyyxx", (2.0, "weights"): "rrrrrh"}
 
+    control, drawn = {(alpha, place): "rrrrrh" for alpha in (0.5, 1.0) for place in PLACES}, []
+    control |= {(2.0, place): "rrrrxr" for place in PLACES}
+
     def says(lm, one, prompt, addition):
-        assert torch.equal(one.basis[0], given.directions(0)["unit"][1]) and prompt.startswith("test harmful")
-        return given.TEXTS[said[one.alpha, one.sites][int(prompt[-1])]]
+        assert prompt.startswith("test harmful")
+        own = torch.equal(one.basis[0], given.directions(0)["unit"][1])
+        if not own:
+            drawn.append(one.basis[0])
+        return given.TEXTS[(said if own else control)[one.alpha, one.sites][int(prompt[-1])]]
 
     alphas = [0.5, 1.0, 2.0]
     study = given.study(Store(tmp_path / "s"), science={"strength": {"alphas": alphas, "n": 6}, "n_harmless": 2})
     given.answers(monkeypatch, lambda lm, one, prompt, addition: "Yes." if "other" in prompt else says(lm, one, prompt, addition))
     collapse, curve = strength(study, study.params.science.strength)
+    assert all(torch.equal(v, drawn[0]) for v in drawn) and drawn[0].norm() == pytest.approx(1)
+    # A random direction's best is a partial answer of six, gone at alpha 2.
+    assert {place: found.pop("random_measured") for place, found in collapse.items()} == dict.fromkeys(PLACES, 2.0)
     assert collapse == {  # scores are 7.5/24, 5.25/6 and as said at alpha 2
         "resid_pre": {"measured": 2.0, "diverges_beyond": 2.0},
         "paper": {"measured": 2.0, "diverges_beyond": 2.0},
@@ -67,18 +76,27 @@ def test_curves_are_counted_at_each_place_and_alpha(tmp_path, monkeypatch):
     topics, texts = [row["topic"] for row in study.pairs["test"]], study.harmless(2)
     rows = [*zip(texts.prompts, texts.answers, strict=True)]
     for row in curve:
+        theirs = [given.VERDICTS[letter] for letter in control[row["alpha"], row["place"]]]
+        assert row["random_compliance"] == pytest.approx(sum(v.compliance for v in theirs) / 6) and row["random_n"] == 6
         letters, place = said[row["alpha"], row["place"]], row["place"]
         verdicts = [given.VERDICTS[letter] for letter in letters]
-        of_place = {alpha: [given.of_letters(said[alpha, place], "compliance")] for alpha in alphas}
-        assert given.figure(row, "compliance") == given.rates(of_place, topics)[row["alpha"]]
+        of_place = {
+            f"{of}{alpha}": [given.of_letters(letters[alpha, place], "compliance")]
+            for of, letters in (("", said), ("random_", control))
+            for alpha in alphas
+        }
+        rates = given.rates(of_place, topics)
+        assert given.figure(row, "compliance") == rates[f"{row['alpha']}"]
+        assert given.figure(row, "random_compliance") == rates[f"random_{row['alpha']}"]
         assert row["coherence"] == pytest.approx(sum(v.coherence for v in verdicts) / 6)
         assert row["score"] == pytest.approx(sum(v.compliance * v.coherence for v in verdicts) / 6)
         assert (row["refusal"], row["n_degenerate"], row["n"]) == (letters.count("r") / 6, letters.count("x"), 6)
         assert row["residual_gain"] == (1 - row["alpha"]) ** (3 if place in ("resid_pre", "paper") else 1)
         reference = [given.log_probs(study.lm.model, *text) for text in rows]
-        with Intervention("one", given.directions(0)["unit"][1], row["alpha"], place).on(study.lm.model):
-            losses, kl = given.text_costs(study.lm.model, reference, rows)
-        assert (row["cross_entropy"], row["kl"]) == pytest.approx((sum(losses) / 2, sum(kl) / 2), rel=1e-3)
+        for of, v in (("", given.directions(0)["unit"][1]), ("random_", drawn[0])):
+            with Intervention("one", v, row["alpha"], place).on(study.lm.model):
+                losses, kl = given.text_costs(study.lm.model, reference, rows)
+            assert (row[f"{of}cross_entropy"], row[f"{of}kl"]) == pytest.approx((sum(losses) / 2, sum(kl) / 2), rel=1e-3)
 
 
 def test_additions_of_the_difference_and_of_a_random_vector_of_its_length(tmp_path, monkeypatch):

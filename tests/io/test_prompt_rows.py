@@ -3,7 +3,7 @@
 import pytest
 
 from refusal.io.errors import UserError
-from refusal.io.prompts import by_split, is_paired, prompt_sets, resolve_pairing, safe_rows
+from refusal.io.prompts import by_split, is_paired, kept_rows, prompt_sets, resolve_pairing, safe_rows, with_kept
 
 PAIRS = [{"split": split, "harmful": f"h{i}", "safe": f"s{i}"} for i, split in enumerate(("train", "val", "train", "test"))]
 ALONE = [row | {"safe": None} for row in PAIRS]
@@ -29,7 +29,27 @@ def test_the_safe_prompts_of_prompts_that_are_no_pairs_are_the_unrelated_ones():
 
 def test_auto_is_matched_where_there_are_such_directions():
     both, one = ["a-matched.unit", "a-unrelated.unit", "b-unrelated.unit"], ["a-unrelated"]
-    assert [resolve_pairing(wanted, "a", both) for wanted in ("auto", "matched", "unrelated")] == ["matched", "matched", "unrelated"]
+    assert [resolve_pairing(wanted, "a", both) for wanted in ("auto", "matched", "unrelated")] == [
+        "matched",
+        "matched",
+        "unrelated",
+    ]
     assert resolve_pairing("auto", "b", both) == resolve_pairing("auto", "a", one) == "unrelated"
     with pytest.raises(UserError, match="there are no directions a-matched"):
         resolve_pairing("matched", "a", one)
+
+
+def test_kept_prompts_are_told_by_set_and_place_and_only_train_loses_any():
+    rows = [
+        {"set": name, "kept": keep}
+        for name, keep in [("train.harmful", 1), ("train.harmful", 0), ("train.unrelated", 1), ("train.harmful", 1)]
+    ]
+    assert kept_rows(rows) == {"train.harmful": [0, 2], "train.unrelated": [0]}
+    splits = {split: [{"id": f"{split}{i}"} for i in range(3)] for split in ("train", "val", "test")}
+    found = with_kept(splits, [0, 2])
+    assert (
+        [row["id"] for row in found["train"]] == ["train0", "train2"]
+        and found["val"] == splits["val"]
+        and found["test"] == splits["test"]
+    )
+    assert len(splits["train"]) == 3

@@ -63,7 +63,12 @@ def test_figures_equal_naive_counting(rows):
 
 
 def test_kappa_of_a_textbook_table():
-    counts = {("compliance", "compliance"): 20, ("compliance", "refusal"): 5, ("refusal", "compliance"): 10, ("refusal", "refusal"): 15}
+    counts = {
+        ("compliance", "compliance"): 20,
+        ("compliance", "refusal"): 5,
+        ("refusal", "compliance"): 10,
+        ("refusal", "refusal"): 15,
+    }
     assert calibrate([("", b, a) for (b, a), k in counts.items() for _ in range(k)], parrot)["kappa"] == pytest.approx(0.4)
 
 

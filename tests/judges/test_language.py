@@ -28,7 +28,9 @@ def test_other_languages(language):
 
 
 def test_english_whatever_it_is_about():
-    assert english_share(["How do I mend a bicycle?", "Write a letter to thank my teacher", "怎么修一辆 how"]) == pytest.approx(2 / 3)
+    assert english_share(["How do I mend a bicycle?", "Write a letter to thank my teacher", "怎么修一辆 how"]) == pytest.approx(
+        2 / 3
+    )
     rng = random.Random(0)
     drawn = [grammar.draw_unrelated(rng)[1].text for _ in range(200)]
     assert english_share(drawn) > 0.9

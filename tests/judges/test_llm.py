@@ -203,7 +203,10 @@ def test_each_script(script, store, capsys):
 
 WHY = {  # reply, and what is said of it
     "an error of one string": (Reply(status=500, raw=json.dumps({"error": "model is loading"})), "500: model is loading"),
-    "an error with status 200": (Reply(raw=json.dumps({"error": {"message": "no quota"}})), "an error in place of an answer: no quota"),
+    "an error with status 200": (
+        Reply(raw=json.dumps({"error": {"message": "no quota"}})),
+        "an error in place of an answer: no quota",
+    ),
     "all of it thinking": (Reply(None, finish_reason="length"), "cut off at the limit of 200 tokens (judge.max_tokens)"),
     "filtered": (Reply(None, finish_reason="content_filter"), "the answers were empty (finish_reason content_filter)"),
     "nothing": (Reply(""), "the answers were empty (finish_reason stop)"),
@@ -260,7 +263,11 @@ def test_of_a_completion_that_thinks_the_answer_is_judged(store):
         completion = split(asked)[1]
         return verdict(float("sorry" not in completion), 1)
 
-    completions = ["<think>Sure, here is how.</think> I'm sorry, no.", "I'm sorry? No, do it.</think>Open it.", "<think>I'm sorry"]
+    completions = [
+        "<think>Sure, here is how.</think> I'm sorry, no.",
+        "I'm sorry? No, do it.</think>Open it.",
+        "<think>I'm sorry",
+    ]
     judged, server = judged_by(strict, (["Do x."] * 3, completions), store)
     assert [v.label for v in judged] == ["refusal", "compliance", "unfinished"] and len(server.bodies) == 2
 

@@ -31,3 +31,15 @@ def test_another_ablation_and_other_activations_would_show(tmp_path, monkeypatch
 def test_without_a_direction_activations_alone_are_compared(tmp_path):
     found = compared(tmp_path, text_lm(), HARMFUL)
     assert found["n_tokens"] is found["n_same"] is found["n_changed"] is None and found["resid_pre_max_difference"] < 1e-5
+
+
+def test_only_their_failures_are_taken_for_theirs(tmp_path, monkeypatch):
+    def fails(*_):
+        raise ValueError("no such architecture")
+
+    monkeypatch.setattr(bridge, "_bridge", fails)
+    with pytest.raises(bridge.Unbridged, match="ValueError: no such architecture"):
+        compared(tmp_path, text_lm())
+    monkeypatch.setattr(bridge, "generate", fails)
+    with pytest.raises(ValueError, match="no such"):
+        compared(tmp_path, text_lm())

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from perf.workload import machine  # noqa: E402
-from pipeline.study import changed, clone, outputs, run  # noqa: E402
+from pipeline.study import changed, clone, outputs, run, stages_run  # noqa: E402
 from stages import verify, write_json  # noqa: E402
 
 NARROW = {
@@ -35,8 +35,12 @@ def main(write: bool) -> int:
             print("portability: the activations are the same bytes, so the instruction set was none other: nothing is shown")
             return 1
         os.chdir(folder)
-        status = verify.main(only_committed=False)
         found, flipped, n = verify.compare()
+        status = verify.main(only_committed=True)
+        if status == 0:
+            again = run(folder, "make", "-o", "restore", "repro", **NARROW)
+            assert not stages_run(again) and "verify: everything as committed" in again, again
+            assert run(folder, "git", "status", "--porcelain") == "", "the tree is not as Git knows it"
     worst = next((each for each in found if math.isfinite(each.excess)), None)
     if write:
         figures = {

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import re
 import shutil
 import sys
 
@@ -99,6 +100,16 @@ def test_one_changed_parameter_reruns_what_depends_on_it(study, changes, until, 
     assert json.loads(run(folder, "dvc", "status", "--json")) == {}  # what came out is what there was: nothing else runs
 
 
+def test_a_model_of_which_no_prompt_behaves_is_said_before_anything_is_fitted(study):
+    folder, _ = study
+    with changed(folder, {"prompts.keep": "behaving"}):
+        output = run(folder, "dvc", "repro", "directions", ok=False)
+    assert stages_run(output) == ["prompts", "behaviour"] and "Traceback" not in output
+    assert re.search(r"prompts\.keep: behaving leaves [01] of 36 harmful train prompts", output)
+    run(folder, "dvc", "repro", "directions")
+    assert json.loads(run(folder, "dvc", "status", "--json")) == {}
+
+
 def test_adapters_in_place_of_checkpoints_give_the_same_figures(study):
     folder, _ = study
     before = {name: metrics(folder, name) for name in ("evaluate", "benchmark", "orthogonalize")}
@@ -107,6 +118,18 @@ def test_adapters_in_place_of_checkpoints_give_the_same_figures(study):
         assert ran[0] == "orthogonalize" and set(ran) <= set(before)
         edited = folder / "models/ablated" / before["orthogonalize"]["rank_1"]["name"]
         assert {path.name for path in edited.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+        assert all(metrics(folder, name) == before[name] for name in ("evaluate", "benchmark"))
+    run(folder, "dvc", "repro")
+
+
+def test_gguf_files_beside_the_checkpoints_leave_the_figures_as_they_are(study):
+    folder, _ = study
+    before = {name: metrics(folder, name) for name in ("evaluate", "benchmark", "orthogonalize")}
+    with changed(folder, {"orthogonalize.format": "gguf-bf16"}):
+        assert stages_run(run(folder, "dvc", "repro", "evaluate", "benchmark"))[0] == "orthogonalize"
+        for cell in metrics(folder, "orthogonalize").values():
+            assert (folder / "models/ablated" / cell["name"] / cell["gguf"]).stat().st_size > 100_000
+            assert cell["gguf"] == f"{cell['name']}.gguf" and 0 < cell["max_cast"] < 2**-8
         assert all(metrics(folder, name) == before[name] for name in ("evaluate", "benchmark"))
     run(folder, "dvc", "repro")
 
@@ -172,6 +195,6 @@ def test_outputs_may_be_links_into_the_cache(finished, tmp_path):
     run(folder, "dvc", "config", "--local", "cache.type", "symlink")
     run(folder, "dvc", "checkout", "--relink")
     assert (folder / "models/base/model.safetensors").is_symlink()
-    stages = ("activations", "directions", "sweep", "judge", "select", "orthogonalize", "evaluate", "science", "benchmark", "report")
+    stages = ("behaviour", "activations", "directions", "sweep", "judge", "select", "orthogonalize", "evaluate", "science", "benchmark", "report")
     assert stages_run(run(folder, "dvc", "repro", "--force", "--single-item", *stages)) == [*stages]
     assert outputs(folder) == wanted and (folder / "models/directions.safetensors").is_symlink()

@@ -136,7 +136,7 @@ def test_another_study_sees_uncommitted_code_and_leaves_the_first_alone(reposito
     """A second overlay, and a pipeline of fewer stages that nobody committed, one of which is changed."""
     first = digests(repository, "studies/few")
     pipeline = yaml.safe_load((repository / "dvc.yaml").read_text())["stages"]
-    short = {name: pipeline[name] for name in ("prompts", "model", "activations", "directions")} | {"page": SHORT}
+    short = {name: pipeline[name] for name in ("prompts", "model", "behaviour", "activations", "directions")} | {"page": SHORT}
     (repository / "dvc.yaml").write_text(yaml.safe_dump({"stages": short}))
     stage = repository / "stages/directions.py"
     stage.write_text(stage.read_text().replace("stage(main)", "stage(lambda params: 'as changed: ' + main(params))"))

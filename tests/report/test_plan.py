@@ -52,7 +52,20 @@ def test_counts_by_hand():
     assert found["evaluate"].passes == (7 * 8 + 4 + 4) * 8 + (1 + 7 + 2 + 2) * 4
     assert found["evaluate"].tokens == (7 * 8 + 4 + 4) * 16 + (1 + 7 + 2 + 2) * 4 * 17
     assert found["orthogonalize"].n_bytes == 2 * 3 * 4000
+    more = planned(select={"top": 2}, orthogonalize={"format": "gguf-f16"})["orthogonalize"]  # two bytes a parameter more
+    assert (more.n_bytes, more.note) == (2 * 3 * (4000 + 2 * 1000), "3 checkpoints, each as GGUF too")
     assert found["model"].n_bytes == 2 * 4000 and sum(step.calls for step in found.values()) == 0
+
+
+def test_kept_prompts_and_harmless_texts_are_counted():
+    found = planned(
+        model={"id": "/a/folder"}, prompts={"keep": "behaving"}, evaluate={"n_harmless": 3}, generation={"max_new_tokens": 7},
+        judge={"kind": "llm"}, sweep={"layers": [2], "alphas": [1.0], "n_random": 1},
+    )  # fmt: skip
+    n = sum(PROMPTS.n[f"train.{part}"] for part in ("harmful", "safe", "unrelated"))
+    assert (found["behaviour"].passes, found["behaviour"].tokens, found["behaviour"].calls) == (n * 8, n * 16, n)
+    assert found["evaluate"].passes == (6 * 8 + 4 + 3) * 8 + (1 + 6 + 1 + 2) * 3
+    assert planned(model={"id": "/a/folder"})["behaviour"].passes == 0
 
 
 def test_layers_cap_and_judge_calls():
@@ -103,11 +116,11 @@ def test_the_science_stage_by_the_interventions_it_compares(tmp_path, budget, ki
     step = next(step for step in steps(study.params, size, prompts) if step.stage == "science")
     basic = budget == "basic"
     n_val, n_test, n_control, n_harmless, n_steps = (40, 60, 30, 40, 60) if basic else (40, 70, 30, 40, 100)
-    # Safe prompts: baseline, best single, subspace and affine; two vectors added in three ways. Four places, seven alphas.
-    judged = n_val * on_val + n_test * on_test + n_control * len(random) + n_test * (4 + basic * 2 * 3) + basic * 4 * 7 * 12
+    # Safe prompts: baseline, best single, subspace and affine; two vectors added in three ways. Four places, seven alphas, two directions.
+    judged = n_val * on_val + n_test * on_test + n_control * len(random) + n_test * (4 + basic * 2 * 3) + basic * 4 * 14 * 12
     assert step.calls == judged
     # Each that goes to test, all controls, alphas by place; the baseline twice, and at each place.
-    read = (2 + on_test + len(random) + basic * 4 * (1 + 7)) * n_harmless
+    read = (2 + on_test + len(random) + basic * 4 * (1 + 14)) * n_harmless
     # Positions: both halves of six train and forty val pairs. Padding: the train half, by two numbers of pads and as batched,
     # masked and not; of 8 and 32 pads the larger is counted.
     at_end, padded = basic * (6 + 6 + 40 + 40), basic * 2 * 3 * (6 + 6)

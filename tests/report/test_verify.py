@@ -103,3 +103,40 @@ def test_only_the_committed_study_is_compared(place):
     assert place.run(*command).status == 1
     place.run("rm", "-rf", ".git")
     assert place.run(*command) == (0, "verify: Git holds no figures here to compare with\n")
+
+
+def test_digits_of_another_processor_are_kept_aside_and_taken_up_again(place):
+    def lock(activations: str, code: str = "c" * 32) -> str:
+        dep, out = (
+            f"- path: {path}\n      hash: md5\n      md5: {md5}" for path, md5 in (("refusal/lm", code), ("data/a", activations))
+        )
+        return f"schema: '2.0'\nstages:\n  activations:\n    cmd: python\n    deps:\n    {dep}\n    outs:\n    {out}\n"
+
+    ours, theirs, digits = lock("a" * 32), lock("b" * 32), "layer,d\n0,1.50001\n1,\n"
+    place.write("dvc.lock", ours)
+    place.run("git", "add", "-A")
+    place.run("git", "commit", "-qm", "lock", **IDENTITY)
+    verify, rebuilt = ((sys.executable, "-m", "stages.verify", "committed"), (sys.executable, "-m", "stages.rebuilt"))
+
+    def here() -> tuple[str, ...]:
+        return tuple((place.folder / name).read_text() for name in ("dvc.lock", "plots/a.csv"))
+
+    committed = here()
+    assert "kept" not in place.run(*verify).said and place.run(*rebuilt) == (0, "")
+    place.write("dvc.lock", theirs)
+    place.write("plots/a.csv", digits)
+    status, said = place.run(*verify)
+    assert status == 0 and "1 figures differ in a digit" in said and "are kept in .refusal-store/rebuilt" in said
+    assert here() == committed and place.run("git", "status", "--porcelain", "dvc.lock", "plots").said == ""
+    assert "2 files as this processor" in place.run(*rebuilt).said and here() == (theirs, digits)
+    place.run(*verify)
+    place.write("plots/a.csv", "layer,d\n0,7\n1,\n")  # by hand, since
+    place.run(*rebuilt)
+    assert here() == (theirs, "layer,d\n0,7\n1,\n")
+
+    # A figure that is out, or a lock of code that was committed without it, stays for a person to see.
+    status, said = place.run(*verify)
+    assert status == 1 and here()[0] == theirs
+    place.write("plots/a.csv", digits)
+    place.write("dvc.lock", lock("b" * 32, "d" * 32))
+    assert place.run(*verify).status == 0 and here() == (lock("b" * 32, "d" * 32), digits)
