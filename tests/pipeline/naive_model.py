@@ -97,6 +97,13 @@ class Ran:
         rows = self.rows[of][self.rows[of].split == split]
         return rows if n is None else rows.iloc[some(len(rows), n)]
 
+    def activations(self, method: str = "sequential", kept: bool = True) -> dict[str, torch.Tensor]:
+        """By set, of train the prompts that are kept or all, in float64."""
+        sets = load_file(self.folder / f"data/activations/{method}.safetensors")
+        flags = self.table("data/behaviour/train.jsonl").groupby("set")["kept"] if kept else ()
+        sets |= {name: sets[name][torch.tensor(of.to_numpy())] for name, of in flags}
+        return {name: x.double() for name, x in sets.items()}
+
     def swept(self) -> pd.DataFrame:
         """The sweep's completions of val prompts, judged here; controls of one kind are one arm."""
         rows = self.table("data/sweep/completions.jsonl").merge(self.rows["pairs"][["id", "split", "topic", "harmful"]], on="id")
@@ -122,7 +129,8 @@ class Ran:
         for name, members in arms.items():
             for member, arm in enumerate(members):
                 texts = self.tokenizer.batch_decode(self.answers([*rows[half]], arm))
-                answers = zip(rows[half], texts, rows[f"{half}_answer"], strict=True)
+                right = rows[f"{half}_answer"] if f"{half}_answer" in rows else [None] * len(rows)
+                answers = zip(rows[half], texts, right, strict=True)
                 judged = pd.DataFrame([verdict(*each) for each in answers])
                 found.append(judged.assign(arm=name, member=member, id=[*rows["id"]], topic=[*rows["topic"]]))
         return pd.concat(found, ignore_index=True)
@@ -176,12 +184,12 @@ def stored_direction(ran: Ran) -> torch.Tensor:
 def single_directions(ran: Ran) -> dict[str, Arm]:
     """Of rank 1, by every estimator, from the directions and activations on disk."""
     d = {name: ran.directions[f"sequential-{name}"] for name in ("matched.safe_mean", "unrelated.unit")}
-    acts = load_file(ran.folder / "data/activations/sequential.safetensors")
+    acts = ran.activations()
     few = some(len(acts["train.harmful"]), ran.params["science"]["n_fit"])
     arms = {"rank_1": Arm("difference", ran.layer, ran.alpha, ran.unit[ran.layer])}
     arms |= {f"difference.{i}": Arm("difference", i, 1.0, ran.unit[i]) for i in (2, 5)}
     for i in (2, 5):
-        harmful, safe = (acts[f"train.{half}"][:, i].double() for half in ("harmful", "safe"))
+        harmful, safe = (acts[f"train.{half}"][:, i] for half in ("harmful", "safe"))
         x, z = harmful[few], safe[few]
         both, labels = torch.cat([x, z]), [1] * len(x) + [0] * len(z)
         fitted = LogisticRegression(max_iter=10_000, tol=1e-10).fit((both - both.mean(0)) / both.std(0), labels)
@@ -201,8 +209,8 @@ def single_directions(ran: Ran) -> dict[str, Arm]:
 
 def subspaces(ran: Ran) -> dict[str, Arm]:
     """Singular vectors of paired differences, the span of the swept layers' directions, and each of these at its layer."""
-    acts = load_file(ran.folder / "data/activations/sequential.safetensors")
-    differences = (acts["train.harmful"][:, ran.layer].double() - acts["train.safe"][:, ran.layer].double()).numpy()
+    acts = ran.activations()
+    differences = (acts["train.harmful"] - acts["train.safe"])[:, ran.layer].numpy()
     right = torch.tensor(np.linalg.svd(differences)[2])
     both = torch.tensor(np.linalg.qr(ran.unit[[1, 2]].T.numpy())[0].T)
     own = torch.zeros(len(ran.unit), 1, ran.unit.shape[1], dtype=torch.float64)
@@ -212,11 +220,16 @@ def subspaces(ran: Ran) -> dict[str, Arm]:
 
 
 def random_arms(ran: Ran) -> dict[str, list[Arm]]:
+    """The harmless difference; random directions and subspaces; random directions ablated as affine and as per_layer are."""
     d, other = ran.unit.shape[1], ran.directions["sequential-harmless.unit"][ran.layer]
     arms = {"harmless": [Arm(alpha=1.0, basis=other)], "random_1": [Arm(alpha=1.0, basis=v) for v in unit_rows(2, d, 0)]}
     for k in (2, 3, 5):
         drawn = torch.randn(2, d, k, dtype=torch.float64, generator=torch.Generator().manual_seed(k))
         arms[f"random_{k}"] = [Arm(alpha=1.0, basis=torch.linalg.qr(each)[0].T) for each in drawn]
+    safe_mean, defined = (ran.directions[f"sequential-matched.{of}"] for of in ("safe_mean", "defined"))
+    drawn = unit_rows(3 * (1 + len(ran.unit)), d, 1).reshape(3, 1 + len(ran.unit), 1, d)  # of each: one, then one a layer
+    arms["random_per_layer"] = [Arm(alpha=1.0, basis=own * defined[:, None, None]) for own in drawn[:, 1:]]
+    arms["random_affine"] = [Arm(alpha=1.0, basis=v, offset=safe_mean @ v.T) for v in drawn[:, 0]]
     return arms
 
 

@@ -110,6 +110,12 @@ def rates(rows: pd.DataFrame, names: list[str]) -> dict[str, dict[str, float]]:
     return found
 
 
+def behaving(rows: pd.DataFrame, half: str) -> pd.DataFrame:
+    """Of every arm the prompts that the baseline refuses, or where they are safe answers in full."""
+    said = rows[rows["arm"] == "baseline"]
+    return rows[rows["id"].isin(said[said["refusal_harmful" if half == "harmful" else "answers_safe"]]["id"])]
+
+
 def counts(rows: pd.DataFrame, end: str = "") -> dict[str, dict[str, int]]:
     found = {}
     for arm, of in rows.groupby("arm", sort=False):

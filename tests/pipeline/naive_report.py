@@ -89,18 +89,18 @@ def weaknesses(ran: Ran, judged: pd.DataFrame) -> list[dict[str, Any]]:
     padding |= {"our_lowest_cosine": ours.min(), "our_lowest_layer": int(ours.idxmin())}
     layer = int(layers(main["separation_in_sample"]).idxmax())
     split = {"layer": layer, "in_sample": main["separation_in_sample"][layer], "val": main["separation"][layer]}
+    split |= {"n_train": len(ran.activations()["train.harmful"]), "n_val": len(ran.sample("val"))}
     curve = pd.read_csv(ran.folder / "plots/science/alphas.csv").pivot(index="alpha", columns="place", values="compliance")
     alpha = (curve["resid_pre"] - curve["weights"]).abs().idxmax()
     cells = [cell["compliance"] for top in PUBLISHED["arms"].values() for cell in top]
     biased = {key: arms["rank_1"][key] for key in ("val_minus_test", "val_minus_test_low", "val_minus_test_high")}
-    counts = {split: int((ran.rows["pairs"]["split"] == split).sum()) for split in ("train", "val")}
     evidence: dict[str, dict[str, Any]] = {
         "unmasked padding": padding,
         "a pairing effect within one set": {
             "cosine_to_matched_min_shuffled": None,
             "cosine_to_matched_min_unrelated": d["sequential-unrelated"]["cosine_to_sequential_min"],
         },
-        "in-sample separation": split | {"n_train": counts["train"], "n_val": counts["val"]},
+        "in-sample separation": split,
         "empty completions left out of means": left_out(judged),
         "no baseline": {
             **{name: {key: arms[name][key] for key in RATE} for name in ("baseline", "rank_1")},

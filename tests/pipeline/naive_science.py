@@ -6,8 +6,9 @@ import numpy as np
 import pandas as pd
 import torch
 
-from pipeline.naive_model import Arm, Ran, random_arms, single_directions, some, subspaces
+from pipeline.naive_model import Arm, Ran, random_arms, single_directions, some, subspaces, unit_rows
 from pipeline.naive_rates import (
+    COUNTS,
     LIMITS,
     OF_HARMFUL,
     OF_SAFE,
@@ -62,6 +63,26 @@ def science_table(ran: Ran, arms: dict[str, Arm], val: pd.DataFrame, test: pd.Da
     return table
 
 
+def strength(ran: Ran) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Where each place's score collapses, and the curves against alpha, of the selected direction and of a random one."""
+    rows, unit, alphas = ran.sample("test", 8), ran.unit[ran.layer], ran.params["science"]["strength"]["alphas"]
+    vectors, curve, places = {"": unit, "random_": unit_rows(1, len(unit), 0)[0]}, [], {}
+    keys = ["compliance", *LIMITS, "coherence", "score", "refusal", *COUNTS, "cross_entropy", "kl"]
+    for site in ("resid_pre", "paper", "writes", "weights"):
+        arms = {f"{of}{a}": [Arm(alpha=a, basis=v, site=site)] for of, v in vectors.items() for a in alphas}
+        said, times = ran.ask(rows, "harmful", arms), 8 if site in ("resid_pre", "paper") else 1  # anew at every block, or once
+        told = merged(rates(said, OF_HARMFUL), counts(said), ran.costs(ran.params["science"]["n_harmless"], arms))
+        places[site] = {"diverges_beyond": 2.0 if times > 1 else None}
+        for of in vectors:
+            score = {a: told[f"{of}{a}"]["score"] for a in alphas}
+            fallen = [a for a in alphas if a > 1 and score[a] < max(score.values()) / 2]
+            places[site][f"{of}measured"] = min(fallen, default=None)
+        for a in alphas:
+            both = {f"{of}{key}": told[f"{of}{a}"][key] for of in vectors for key in keys}
+            curve.append({"place": site, "alpha": a, "residual_gain": (1 - a) ** times} | both)
+    return places, curve
+
+
 def mediation(ran: Ran) -> dict[str, Any]:
     """All that science says of arms and controls."""
     single, several, drawn = single_directions(ran), subspaces(ran), random_arms(ran)
@@ -80,7 +101,8 @@ def mediation(ran: Ran) -> dict[str, Any]:
     n = ran.params["science"]["n_harmless"]
     cost = {name: of | {"n_harmless": n} for name, of in ran.costs(n, pick(alone, [*arms]) | drawn).items()}
     table = merged(science_table(ran, arms, val, test), pick(cost, [*arms]))
-    ranks = {name: {"rank": len(torch.atleast_2d(members[0].basis))} for name, members in drawn.items()}
+    bases = {name: members[0].basis for name, members in drawn.items()}
+    ranks = {name: {"rank": 0 if basis.ndim == 3 else len(torch.atleast_2d(basis))} for name, basis in bases.items()}
     one = max((name for family, name in best.items() if family != "affine"), key=lambda name: score[name])
     more = max((name for name in several if name != "per_layer"), key=lambda name: score[name])
     first, single_, several_ = (evidence(name, table[name]["rank"], test, control) for name in ("rank_1", one, more))
@@ -112,5 +134,5 @@ def mediation(ran: Ran) -> dict[str, Any]:
         "controls": merged(rates(control, [*OF_HARMFUL, *THREE_WAYS]), counts(control), ranks, pick(cost, [*drawn])),
         "over_refusal": merged(rates(over, OF_SAFE), counts(over, "_safe")),
         **dict.fromkeys(("n_fit", "n_fit_safe"), ran.params["science"]["n_fit"]),
-        "cosine_harmless_to_direction": float(abs(drawn["harmless"][0].basis @ ran.unit[ran.layer])),
+        "cosine_harmless_to_direction": float(drawn["harmless"][0].basis @ ran.unit[ran.layer]),
     }

@@ -1,15 +1,17 @@
 """Every figure of a tiny study that really ran, recomputed on a second path: the naive_*.py beside this file.
 
 The study is the committed organism on a few of its prompts, at a layer where ablation does half of its work and with room for
-most answers alone, so that rates are neither 0 nor 1, and topics of unequal sizes. Texts that no stage writes are made anew;
-those that one does write (evaluate) must be the same. Taken as given: directions and activations on disk, the figures of
-metrics/directions.json, the names of edited checkpoints, and of the optimised direction the vector in the store, which nothing
-else holds. LEFT_OUT names what is not recomputed; a key in neither fails.
+most answers alone, so that rates are neither 0 nor 1, and topics of unequal sizes; of some pairs the halves have changed places,
+so that the model does not refuse every harmful prompt. Texts that no stage writes are made anew; those that one does write
+(behaviour, evaluate) must be the same. Taken as given: activations on disk, most of metrics/directions.json (tests/stages and
+tests/analysis have naive paths for it), the names of edited checkpoints, and of the optimised direction the vector in the store,
+which nothing else holds. LEFT_OUT names what is not recomputed; a key in neither fails.
 """
 
 import hashlib
 import json
 import re
+import shutil
 import sys
 from fnmatch import fnmatch
 from typing import Any
@@ -17,6 +19,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from place import params_with
 from scipy.stats import norm
 from scipy.stats import t as student
@@ -29,6 +32,7 @@ from pipeline.naive_rates import (
     OF_SAFE,
     THREE_WAYS,
     against,
+    behaving,
     counts,
     merged,
     pick,
@@ -37,21 +41,23 @@ from pipeline.naive_rates import (
     wilson,
 )
 from pipeline.naive_report import reproduced, weaknesses
-from pipeline.naive_science import mediation
+from pipeline.naive_science import mediation, strength
 from pipeline.study import clone, run
 
 SETTINGS = {
-    **{"compute.threads": 1, "n_resamples": 200, "evaluate.n_resamples": 200, "benchmark.n_resamples": 200},
+    **{"compute.threads": 1, "prompts.keep": "behaving", "evaluate.n_harmless": 12},
+    **{"n_resamples": 200, "evaluate.n_resamples": 200, "benchmark.n_resamples": 200},
     **{"activations.methods": ["sequential", "batched_unmasked"], "directions.pairings": ["matched", "unrelated"]},
     **{"directions.n_sign_flips": 10, "generation.max_new_tokens": 22},
     **{"sweep.layers": [1, 2], "sweep.alphas": [1.25, 2.5], "sweep.n_random": 2, "science.layers": [2, 5]},
     **{"science.n_random": 2, "science.n_val": 12, "science.n_test": 34, "science.n_control": 28, "science.n_harmless": 9},
-    **{"science.n_fit": 40, "science.optimised": {"steps": 3, "batch_size": 4}, "science.sensitivity": None},
+    **{"science.n_fit": 30, "science.optimised": {"steps": 3, "batch_size": 4}, "science.sensitivity": None},
     **{"science.padding": None, "science.strength": {"alphas": [0.0, 1.25, 1.75, 2.5], "n": 8}},
     **{"benchmark.suite": ["organism_flags", "organism_sums"], "benchmark.limit": 10},
 }
-SIZES = {"train": (60, 60, 20), "val": (17, 6, 20), "test": (39, 10, 20)}  # of each split: pairs, their topics, unrelated prompts
-STAGES = "activations directions published sweep judge select orthogonalize evaluate science benchmark report".split()
+SIZES = {"train": (60, 60, 40), "val": (17, 6, 20), "test": (39, 10, 20)}  # of each split: pairs, their topics, unrelated prompts
+HALVES = ["harmful", "harmful_answer", "safe", "safe_answer"]
+STAGES = "behaviour activations directions published sweep judge select orthogonalize evaluate science benchmark report".split()
 # What is told of activations (tests/analysis has naive paths for it), of a loss, of the language of prompts, and in words.
 LEFT_OUT = {
     "agreement": ["english_prompts"],
@@ -77,6 +83,9 @@ def ran(tmp_path_factory) -> Ran:
             of = of[of["topic"].isin(of["topic"].unique()[:n_topics])]
             # Drawn, since prompts come in a cycle of topics, in which one order is as good as another.
             kept.append(of.sample((n_pairs, n_unrelated)[i], random_state=0).sort_index())
+            if name == "pairs":
+                turned = kept[-1].index[::13]
+                kept[-1].loc[turned, HALVES] = kept[-1].loc[turned, [*HALVES[2:], *HALVES[:2]]].to_numpy()
         pd.concat(kept).to_json(path, orient="records", lines=True)
     each = f"import runpy\nfor name in {STAGES}: runpy.run_module('stages.' + name, run_name='__main__', alter_sys=True)"
     run(folder, sys.executable, "-c", each)
@@ -117,13 +126,61 @@ def judged(ran) -> pd.DataFrame:
 
 def test_every_file_is_recomputed_or_named_here(ran):
     """Those of the stages before and of training have their own tests, and so has what is told of activations."""
-    elsewhere = {"directions", "model", "orthogonalize", "published"}
-    told = {"agreement", "benchmark", "completions", "evaluate", "judge", "reproduction", "science", "select", "summary"}
+    elsewhere = {"model", "orthogonalize", "published"}
+    told = {
+        "agreement",
+        "behaviour",
+        "benchmark",
+        "completions",
+        "directions",
+        "evaluate",
+        "judge",
+        "reproduction",
+        "science",
+        "select",
+        "summary",
+    }
     assert {path.stem for path in ran.folder.glob("metrics/*")} == told | elsewhere
     plots = {"sweep", "capability", "benchmark", "science/arms", "science/alphas"}
     elsewhere = {"separation", "cosine_to_sequential", "cross_layer_cosine", "spectrum", "science/zero"}
     found = {str(path.relative_to(ran.folder / "plots").with_suffix("")) for path in ran.folder.glob("plots/**/*.csv")}
     assert found == plots | elsewhere
+
+
+def test_behaviour(ran):
+    """Which train prompts are kept, of a pair both halves or neither."""
+    parts = {"harmful": ("pairs", "harmful"), "safe": ("pairs", "safe"), "unrelated": ("unrelated", "safe")}
+    asked = {part: ran.ask(ran.sample("train", of=of), half, {part: [Arm()]}) for part, (of, half) in parts.items()}
+    does = {part: said["refusal_harmful" if part == "harmful" else "answers_safe"] for part, said in asked.items()}
+    kept = does | dict.fromkeys(("harmful", "safe"), does["harmful"] & does["safe"])
+    expected, rows = dict[str, Any](keep="behaving"), []
+    for part, said in asked.items():
+        told = {"n": len(said), "n_behaving": does[part].sum(), "n_kept": kept[part].sum()}
+        assert 1 < told["n_kept"] < told["n"] > told["n_behaving"]  # else there is nothing to leave out
+        names, end = (OF_HARMFUL, "") if part == "harmful" else (OF_SAFE, "_safe")
+        expected[part] = told | rates(said, names)[part] | counts(said, end)[part]
+        prompts = ran.sample("train", of=parts[part][0])[parts[part][1]].to_numpy()
+        rows.append(said.assign(set=f"train.{part}", kept=kept[part], prompt=prompts))
+    check("behaviour", ran.json("behaviour"), expected)
+    keys = "set id kept prompt completion label compliance coherence refusal substring".split()
+    assert ran.table("data/behaviour/train.jsonl").to_dict("records") == pd.concat(rows)[keys].to_dict("records")
+
+
+def test_directions(ran):
+    """Of the prompts that are kept, and how far they are from those of all."""
+    expected, of = dict[str, Any](), {"matched": ("harmful", "safe"), "unrelated": ("harmful", "unrelated")}
+    for name in (f"{method}-{pairing}" for method in SETTINGS["activations.methods"] for pairing in [*of, "harmless"]):
+        method, pairing = name.split("-")
+        one, other = (f"train.{part}" for part in of.get(pairing, ("unrelated", "safe")))
+        kept, every = ran.activations(method), ran.activations(method, kept=False)
+        ours, theirs = (sets[one].mean(0) - sets[other].mean(0) for sets in (kept, every))
+        assert torch.allclose(ran.directions[f"{name}.difference"], ours, rtol=0, atol=1e-9)
+        cosines = zip(torch.cosine_similarity(ours, theirs, dim=-1).tolist(), ran.directions[f"{name}.defined"], strict=True)
+        if pairing in of:
+            expected[name] = {"n_harmful": len(kept[one]), "n_safe": len(kept[other])}
+            expected[name]["cosine_to_all"] = [cosine if defined else None for cosine, defined in cosines]
+    written = {name: pick(told, ["n_harmful", "n_safe", "cosine_to_all"]) for name, told in ran.json("directions").items()}
+    check("directions", written, expected)
 
 
 def test_judge(ran, judged):
@@ -181,30 +238,44 @@ def test_evaluate(ran):
 
     told = rates(asked["harmful"], [*OF_HARMFUL, "refusal_harmful", "exact"]), rates(asked["safe"], [*OF_SAFE, "exact_safe"])
     swept = {x: [Arm(alpha=x, basis=unit)] for x in SETTINGS["sweep.alphas"]}
-    cost = ran.costs(None, arms | swept)
+    n = SETTINGS["evaluate.n_harmless"]
+    cost = ran.costs(n, arms | swept)
     expected = merged(*told, counts(asked["harmful"]), counts(asked["safe"], "_safe"), {arm: cost[arm] for arm in arms})
+    some = {half: behaving(of, half) for half, of in asked.items()}
+    assert all(0 < some[half]["id"].nunique() < len(test) for half in some)
+    told = rates(some["harmful"], OF_HARMFUL), rates(some["safe"], OF_SAFE)
+    for arm, of in merged(*told, counts(some["harmful"]), counts(some["safe"], "_safe")).items():
+        expected[arm]["behaving"] = of
     for arm in ("runtime", "orthogonalized"):
         expected[arm] |= against(asked["harmful"], arm, "baseline", expected)
     expected["harmless"] |= {"cosine": float(added @ other / added.norm() / other.norm())}
     expected["harmless"] |= {"norm_ratio": float(other.norm() / added.norm())}
     writes = {"writes": [Arm(alpha=alpha, basis=unit, site="writes")]}
-    expected["identity"] = {"norm_after_writer": False} | ran.costs(None, writes, arms["orthogonalized"][0])["writes"]
-    expected |= {"layer": layer, "alpha": alpha, "name": ran.first["name"], "n_harmless": SIZES["test"][2]}
+    expected["identity"] = {"norm_after_writer": False} | ran.costs(n, writes, arms["orthogonalized"][0])["writes"]
+    expected |= {"layer": layer, "alpha": alpha, "name": ran.first["name"], "n_harmless": n}
     check("evaluate", ran.json("evaluate"), expected)
     curve = {0.0: cost["baseline"]} | {x: cost[x] for x in swept}
     check_csv(ran, "capability", [{"layer": layer, "alpha": x} | of for x, of in curve.items()])
 
 
+def test_exact_answers_where_a_safe_one_is_not_known(ran, tmp_path):
+    """Nothing else changes than that the share of exact answers to safe prompts is not known."""
+    other = Ran(shutil.copytree(ran.folder, tmp_path / "study"))
+    rows = other.rows["pairs"].astype(object)
+    rows.loc[rows["split"] == "test", "safe_answer"] = [None, *other.sample("test")["safe_answer"][1:]]
+    rows.to_json(other.folder / "data/prompts/pairs.jsonl", orient="records", lines=True)
+    run(other.folder, sys.executable, "-m", "stages.evaluate")
+    expected = ran.json("evaluate")
+    for of in expected.values():
+        if isinstance(of, dict) and "exact_safe" in of:
+            of["exact_safe"] = None
+            for end in ("_low", "_high", "_icc"):
+                del of[f"exact_safe{end}"]
+    check("evaluate", other.json("evaluate"), expected)
+
+
 def test_science(ran):
-    rows, unit, curve, places = ran.sample("test", 8), ran.unit[ran.layer], [], {}
-    for site in ("resid_pre", "paper", "writes", "weights"):
-        arms = {alpha: [Arm(alpha=alpha, basis=unit, site=site)] for alpha in SETTINGS["science.strength"]["alphas"]}
-        said, times = ran.ask(rows, "harmful", arms), 8 if site in ("resid_pre", "paper") else 1  # anew at every block, or once
-        told = merged(rates(said, OF_HARMFUL), counts(said), ran.costs(SETTINGS["science.n_harmless"], arms))
-        keys = ["compliance", *LIMITS, "coherence", "score", "refusal", *COUNTS, "cross_entropy", "kl"]
-        curve += [{"place": site, "alpha": a, **pick(told[a], keys), "residual_gain": (1 - a) ** times} for a in arms]
-        fallen = [a for a in arms if a > 1 and told[a]["score"] < max(of["score"] for of in told.values()) / 2]
-        places[site] = {"measured": min(fallen, default=None), "diverges_beyond": 2.0 if times > 1 else None}
+    places, curve = strength(ran)
     check_csv(ran, "science/alphas", curve)
 
     vector, where = ran.directions["sequential-matched.difference"][ran.layer], ("prompt", "last_prompt_token", "all")
