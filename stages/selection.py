@@ -51,13 +51,12 @@ def by_paper(params: Params) -> dict[str, Any]:
     s = params.sweep
     everything = read_directions(Path("models/directions.safetensors"))
     ours, harmless = (select_directions(everything, s.method, pairing) for pairing in (s.pairing, "harmless"))
-    pairing = resolve_pairing(s.pairing, s.method, everything)
     # The sweep's own cells at alpha 1: the layers that judged compliance is known of.
     at_1 = grid(ours, harmless, s.model_copy(update={"alphas": [1.0]}), params.ablation)
     swept = {one.layer: one for one in at_1 if one.layer is not None}
     directions = [(one, Addition(ours["difference"][layer], layer)) for layer, one in swept.items()]
-    # The harmless prompts are of the set that the direction subtracts, as the paper's are.
-    files = {"harmful": ("pairs", "harmful"), "harmless": ("pairs" if pairing == "matched" else "unrelated", "safe")}
+    # Harmless prompts are those without counterpart, as the paper's are and those that evaluate prices ablation on.
+    files = {"harmful": ("pairs", "harmful"), "harmless": ("unrelated", "safe")}
     val = {
         half: [row for row in read_jsonl(Path(f"data/prompts/{name}.jsonl")) if row["split"] == "val"]
         for half, (name, _) in files.items()
@@ -75,10 +74,10 @@ def by_paper(params: Params) -> dict[str, Any]:
         "by": "paper",
         "note": NOTE,
         "position": POSITION,
-        "direction": f"{s.method}-{pairing}",
+        "direction": f"{s.method}-{resolve_pairing(s.pairing, s.method, everything)}",
         "sites": params.ablation.sites,
         "refusal_tokens": tokens,
-        "harmless_prompts": f"val.{'safe' if pairing == 'matched' else 'unrelated'}",
+        "harmless_prompts": "val.unrelated",
         "untouched": untouched,
     }
 

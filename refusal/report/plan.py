@@ -125,7 +125,7 @@ def steps(params: Params, size: Size, prompts: Prompts) -> list[Step]:
         Step("behaviour", *count.completed(kept), calls=llm * count.rows(kept, 1)[0]),
         # DVC's cache and the workspace; the resume store keeps activations too.
         Step("activations", *read, n_bytes=(COPIES + 1) * read[0] * n_layers * size.architecture.d_model * width),
-        *_selection(params, layers, count, prompts.paired),
+        *_selection(params, layers, count),
         Step("sweep", *count.completed(["val.harmful"], cells), note=f"{cells} cells x {n['val.harmful']} val prompts"),
         Step("judge", calls=llm * cells * n["val.harmful"]),
         Step(
@@ -150,14 +150,13 @@ def _prompts(params: Params) -> Step:
     return Step("prompts", calls=written, note="at least; more where rows are refused" if written else "")
 
 
-def _selection(params: Params, layers: int, count: _Counts, paired: bool) -> list[Step]:
+def _selection(params: Params, layers: int, count: _Counts) -> list[Step]:
     """By the paper's rule, first tokens of val: of harmful prompts under each ablation, of harmless ones under each addition too;
     untouched once a job."""
     if params.select.by != "paper":
         return []
     jobs = -(-layers // DIRECTIONS_PER_JOB)
-    harmless = "val.safe" if paired and params.sweep.pairing != "unrelated" else "val.unrelated"
-    passes = _total(count.read(["val.harmful"], layers + jobs), count.read([harmless], 2 * layers + jobs))
+    passes = _total(count.read(["val.harmful"], layers + jobs), count.read(["val.unrelated"], 2 * layers + jobs))
     return [Step("selection", *passes, note=f"{layers} directions, first tokens alone")]
 
 

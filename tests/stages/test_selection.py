@@ -42,8 +42,11 @@ def place(tmp_path):
         arm |= {"safe_mean": torch.zeros(3, 32), "defined": torch.tensor([False, True, True])}
         tensors |= {f"sequential-{pairing}.{name}": tensor.clone() for name, tensor in arm.items()}
     save_file(tensors, tmp_path / "models/directions.safetensors")
-    for name in ("pairs", "unrelated"):
-        made.write(f"data/prompts/{name}.jsonl", "".join(json.dumps(row) + "\n" for row in ROWS))
+    for name, rows in (
+        ("pairs", ROWS),
+        ("unrelated", [row | {"harmful": None, "safe": f"Name colour {row['id']}."} for row in ROWS]),
+    ):
+        made.write(f"data/prompts/{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     separation = {"sequential-matched": {"separation": [None, 1.0, 2.0]}}
     made.write("metrics/directions.json", json.dumps(separation))
     cells = {f"layer_{i}_alpha_100": JUDGED | {"layer": i} for i in (1, 2)}
@@ -88,11 +91,16 @@ def test_by_the_paper_val_alone_is_scored_and_select_follows(place):
         -1,
     )
     assert list(written["candidates"]) == ["layer_1", "layer_2"] and written["rule"]["layer_below"] == 2
-    assert written["refusal_tokens"] and "the last prompt token" in written["note"] and written["harmless_prompts"] == "val.safe"
+    assert (
+        written["refusal_tokens"]
+        and "the last prompt token" in written["note"]
+        and written["harmless_prompts"] == "val.unrelated"
+    )
     lm = load_lm(place.folder / "models/base")
     tokens = [*written["refusal_tokens"].values()]
-    for half, field in (("harmful", "harmful"), ("harmless", "safe")):
-        ids = lm.encode([row[field] for row in ROWS[:3]])
+    prompts = {"harmful": [row["harmful"] for row in ROWS[:3]], "harmless": [f"Name colour p{i}." for i in range(3)]}
+    for half, some in prompts.items():
+        ids = lm.encode(some)
         mean = float(refusal_score(first_token_log_probs(lm, ids), tokens).mean())
         assert (
             written["untouched"][half]["refusal_score"] == pytest.approx(mean, rel=1e-4) and written["untouched"][half]["n"] == 3
