@@ -29,6 +29,7 @@ REDUCED: dict[str, dict[str, Any]] = {
     "ablation": {"sites": "resid_pre", "kind": "linear"},
     "sweep": {"method": "batched", "pairing": "matched", "layers": None, "alphas": [1.0], "n_random": 1},
     "judge": {"kind": "rules", "labelled": None},
+    "select": {"by": "compliance"},
     "science": {
         "n_test": 100,
         "optimised": {"steps": 100, "batch_size": 16},

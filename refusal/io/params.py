@@ -201,6 +201,7 @@ class Judge(Section):
 
 class Select(Section):
     top: Annotated[int, Field(ge=1, le=20)]
+    by: Literal["compliance", "paper"] = "compliance"
 
 
 class Orthogonalize(Section):
@@ -313,6 +314,8 @@ class Params(Section):
     def contradictions(self) -> Iterator[str]:
         if self.sweep.method not in self.activations.methods:
             yield f"sweep.method {self.sweep.method} is not among activations.methods {self.activations.methods}"
+        if self.select.by == "paper" and 1.0 not in self.sweep.alphas:
+            yield "select.by: paper ablates at alpha 1: put 1.0 among sweep.alphas"
         wanted = ["matched", "unrelated"] if self.sweep.pairing == "auto" else [self.sweep.pairing]
         if missing := [pairing for pairing in wanted if pairing not in self.directions.pairings]:
             yield f"sweep.pairing {self.sweep.pairing} needs {missing[0]} among directions.pairings {self.directions.pairings}"

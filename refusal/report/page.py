@@ -158,6 +158,7 @@ def _context(study: Study) -> Metrics:
         "pairings": [arm.removeprefix(f"{method}-") for arm in d if arm.startswith(f"{method}-")],
         "evaluated_arms": [arm for arm in ARMS if arm in study.evaluate],
         "imported": [_comparison_row(name, file, study.arm) for name, file in study.imported["files"].items()],
+        "paper_runs": published()["paper_runs"],
         "params_text": yaml.safe_dump(study.params, sort_keys=False, default_flow_style=None, width=100, allow_unicode=True),
     }
 

@@ -14,6 +14,7 @@ from refusal.io.params import Params
 from refusal.lm.architecture import Architecture
 from refusal.lm.gguf_writer import FORMATS
 from refusal.method.bridge import N_PROMPTS
+from refusal.method.first_token import DIRECTIONS_PER_JOB
 
 # (documents, requests a document, tokens a request) of the write-up's tasks. Documents: the split that lm-eval's task files
 # score, as the hub's dataset cards give their sizes. The other two were measured on 200 rows of each with Qwen's tokenizer.
@@ -124,6 +125,7 @@ def steps(params: Params, size: Size, prompts: Prompts) -> list[Step]:
         Step("behaviour", *count.completed(kept), calls=llm * count.rows(kept, 1)[0]),
         # DVC's cache and the workspace; the resume store keeps activations too.
         Step("activations", *read, n_bytes=(COPIES + 1) * read[0] * n_layers * size.architecture.d_model * width),
+        *_selection(params, layers, count),
         Step("sweep", *count.completed(["val.harmful"], cells), note=f"{cells} cells x {n['val.harmful']} val prompts"),
         Step("judge", calls=llm * cells * n["val.harmful"]),
         Step(
@@ -146,6 +148,16 @@ def _prompts(params: Params) -> Step:
     sources = ((p.source, p.n_pairs), (p.unrelated, p.n_unrelated))
     written = sum(-(-(n or 0) // p.api.pairs_per_request) for source, n in sources if source == "api")
     return Step("prompts", calls=written, note="at least; more where rows are refused" if written else "")
+
+
+def _selection(params: Params, layers: int, count: _Counts) -> list[Step]:
+    """By the paper's rule, first tokens of val: of harmful prompts under each ablation, of harmless ones under each addition too;
+    untouched once a job."""
+    if params.select.by != "paper":
+        return []
+    jobs = -(-layers // DIRECTIONS_PER_JOB)
+    passes = _total(count.read(["val.harmful"], layers + jobs), count.read(["val.unrelated"], 2 * layers + jobs))
+    return [Step("selection", *passes, note=f"{layers} directions, first tokens alone")]
 
 
 def _engine(count: _Counts) -> list[tuple[int, int]]:

@@ -147,6 +147,7 @@ MISTAKES = [  # the key that is set, its value, what is said
     ("judge.kind", "mood", "judge.kind: .*'mood'"),
     ("judge.labelled", "a\0", "judge.labelled: .*NUL"),
     ("select.top", 0, "select.top: .*greater than or equal to 1"),
+    ("select.by", "accuracy", "select.by: .*'accuracy'"),
     ("orthogonalize.include_embedding", "yes", "orthogonalize.include_embedding: .*'yes'"),
     ("benchmark.suite", [], "benchmark.suite: must be organism, standard, or a list"),
     ("benchmark.suite", "standrd", "benchmark.suite: must be organism, standard, or a list"),

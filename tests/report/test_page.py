@@ -9,8 +9,9 @@ from markupsafe import escape
 from small_study import HOSTILE, IMAGE, study
 
 from refusal.io.errors import UserError
+from refusal.method.paper_selection import Candidate, choose, metrics
 from refusal.report.page import ci, evenly, num, page, script_json, signed, value
-from refusal.report.reproduction import reproduce
+from refusal.report.reproduction import published, reproduce
 
 WEAKNESSES = [{"name": IMAGE, "what": "b", "evidence": {"a": {"low": None}, "top_3": ["x", "y"], "n": 4}}]
 
@@ -77,6 +78,34 @@ def test_every_published_figure_is_on_the_page(text):
     for row in reproduce(study())["rows"]:
         figures = f">{row['quantity']}</th><td>{value(row['published'])}</td><td>{value(row['ours'])}</td>"
         assert figures in html.unescape(text)
+
+
+def test_the_papers_five_runs_are_shown_as_theirs(text):
+    shown = html.unescape(text)
+    assert "Theirs, not ours: the paper's five runs" in shown and "None of these figures was measured here." in shown
+    for row in published()["paper_runs"]["rows"]:
+        scores = f"<td>{num(row['bypass'])}</td><td>{num(row['induce'])}</td><td>{num(row['kl'], 3)}</td>"
+        rates = "".join(
+            f"<td>{num(judge['baseline'])} / {num(judge['ablated'])} / {num(judge['subtracted'])}</td>"
+            for judge in (row["substrings"], row["llama_guard_2"])
+        )
+        place = f'<th scope="row">{row["model"]}</th><td>{row["position"]}</td><td>{row["layer"]} of {row["n_layers"]}</td>'
+        assert place + scores + rates in shown
+
+
+@pytest.mark.parametrize("induce", [0.5, -0.36])
+def test_a_choice_by_the_papers_rule_is_shown_with_what_it_left_out(text, induce):
+    assert "The paper's rule on val" not in html.unescape(text)
+    found = [Candidate(1, -1.0, induce, 0.05), Candidate(2, -3.0, 1.0, 0.5)]
+    half = {"refusal_score": 2.5, "refusal_score_low": 2.25, "refusal_score_high": 3.0, "n": 7}
+    selection = metrics(choose(found, 5), found, 5) | {"by": "paper", "note": "a note", "harmless_prompts": "val.unrelated"}
+    selection |= {"refusal_tokens": {"I": 40, IMAGE: 2121}, "untouched": {"harmful": half, "harmless": half}}
+    shown = made(selection=selection)
+    assert "<img" not in shown and made(selection={"by": "compliance"}) == text
+    shown = html.unescape(shown)
+    assert "<td>−3.00</td><td>1.00</td><td>0.500</td><td>no</td><td>yes</td><td>yes</td>" in shown
+    assert "untouched 2.50 [2.25, 3.00] on n = 7 harmful prompts" in shown
+    assert ("no candidate of 2 passes" in shown) is (induce < 0) is ("best without the criterion <code>induce</code>" in shown)
 
 
 def test_a_study_without_sequential_activations_has_a_page():

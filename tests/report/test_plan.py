@@ -13,12 +13,15 @@ import yaml
 from given import ROOT
 from hub_server import COMMIT, Hub, serve
 from qwen1_layout import LATE, tensors, write
-from tiny import tiny_config
+from tiny import tiny_config, tiny_direction, tiny_lm
 
 from refusal.analysis.candidates import by_family, controls, planted, single_directions, subspaces
 from refusal.io.store import Store
 from refusal.lm.architecture import architecture_of
+from refusal.lm.batching import COUNTS, count_forwards
 from refusal.method.directions import difference_in_means
+from refusal.method.first_token import scores
+from refusal.method.interventions import Addition, Intervention
 from refusal.report.plan import STANDARD, Prompts, Size, steps
 
 N = {f"{split}.{half}": n for split, n in (("train", 6), ("val", 3), ("test", 4)) for half in ("harmful", "safe", "unrelated")}
@@ -66,6 +69,22 @@ def test_kept_prompts_and_harmless_texts_are_counted():
     assert (found["behaviour"].passes, found["behaviour"].tokens, found["behaviour"].calls) == (n * 8, n * 16, n)
     assert found["evaluate"].passes == (6 * 8 + 4 + 3) * 8 + (1 + 6 + 1 + 2) * 3
     assert planned(model={"id": "/a/folder"})["behaviour"].passes == 0
+
+
+@pytest.mark.parametrize(("layers", "jobs"), [([2], 1), ([1, 2, 3, 4, 5], 2)])
+def test_the_papers_rule_is_counted_by_what_it_reads(tmp_path, layers, jobs):
+    """As the library itself reads them, where no prompt begins as another does."""
+    s = {"layers": layers, "alphas": [1.0], "n_random": 1}
+    found = planned(model={"id": "/a/folder"}, sweep=s, select={"by": "paper"})["selection"]
+    n = len(layers)
+    assert (found.passes, found.tokens) == (3 * (n + jobs) + 3 * (2 * n + jobs), 10 * (3 * (n + jobs) + 3 * (2 * n + jobs)))
+    assert "selection" not in planned(model={"id": "/a/folder"}, sweep=s)
+    lm, unit = tiny_lm(num_hidden_layers=6), tiny_direction()
+    count_forwards(lm.model)
+    some = [(Intervention(f"layer_{i}", unit), Addition(unit, i)) for i in layers]
+    prompts, before = [[i] * 10 for i in range(3, 9)], COUNTS["passes"]
+    scores(lm, prompts[:3], prompts[3:], some, [40], Store(tmp_path / "s"))
+    assert COUNTS["passes"] - before == found.passes
 
 
 def test_layers_cap_and_judge_calls():

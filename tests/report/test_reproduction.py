@@ -65,7 +65,7 @@ def _figures(value) -> list:
 def test_every_published_figure_has_a_row():
     theirs = published()
     shown = [leaf for row in rows(changed()).values() for leaf in _figures(row["published"])]
-    tables = {k: v for k, v in theirs.items() if k not in ("source", "vectors", "across_models", "weaknesses")}
+    tables = {k: v for k, v in theirs.items() if k not in ("source", "vectors", "across_models", "paper_runs", "weaknesses")}
     for figure in _figures(tables) + _figures(theirs["vectors"]["in_sample_peak"]):
         assert figure is None or figure in shown, figure
 
@@ -156,6 +156,29 @@ def reference() -> Path:
     if "REFUSAL_REFERENCE" not in os.environ:
         pytest.skip("REFUSAL_REFERENCE is not set: the write-up's tables are not at hand")
     return Path(os.environ["REFUSAL_REFERENCE"])
+
+
+def test_the_papers_runs_are_those_of_its_files(reference):
+    """Models, choices and scores of its five runs, and the rates of both judges."""
+    folder, runs = reference / "published", published()["paper_runs"]
+    rates = json.loads((folder / "paper-rates.json").read_text())
+    assert {row["model"] for row in runs["rows"]} == set(rates) and len(rates) == 5
+    arms = {"baseline": "jailbreakbench_baseline", "ablated": "jailbreakbench_ablation", "subtracted": "jailbreakbench_actadd"}
+    for row in runs["rows"]:
+        run = folder / f"paper-{row['model'].removesuffix('-chat') if row['model'].startswith('qwen') else row['model']}"
+        scored = json.loads((run / "direction_evaluations.json").read_text())
+        assert json.loads((run / "direction_metadata.json").read_text()) == {"pos": row["position"], "layer": row["layer"]}
+        assert row["n_layers"] == 1 + max(one["layer"] for one in scored)
+        theirs = next(one for one in scored if (one["position"], one["layer"]) == (row["position"], row["layer"]))
+        for ours, name in (("bypass", "refusal_score"), ("induce", "steering_score"), ("kl", "kl_div_score")):
+            assert row[ours] == pytest.approx(theirs[name], abs=5.1e-5)
+        of = rates[row["model"]]
+        for arm, name in arms.items():
+            assert row["substrings"][arm] == of[name]["substring_matching_success_rate"]
+            assert row["llama_guard_2"][arm] == of[name]["llamaguard2_success_rate"]
+        for arm, name in (("baseline", "harmless_baseline"), ("added", "harmless_actadd")):
+            assert row["harmless_substrings"][arm] == of[name]["substring_matching_success_rate"]
+        assert {each["n"] for each in of.values()} == {runs["n"]}
 
 
 def test_in_sample_peaks_are_those_of_the_published_files(reference):
