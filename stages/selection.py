@@ -15,7 +15,7 @@ NOTE = (
     "those at every token after the instruction"
 )
 KEYS = (
-    *("by", "note", "position", "direction", "sites", "refusal_tokens", "harmless_prompts", "untouched", "rule", "candidates"),
+    *("by", "note", "position", "direction", "sites", "refusal_tokens", "harmless_prompts", "baseline", "rule", "candidates"),
     *("chosen", "reason", "leaves_none", "best_without_induce", "criterion_left_out", "order"),
 )
 
@@ -66,7 +66,7 @@ def by_paper(params: Params) -> dict[str, Any]:
     tokens = first_token.refusal_tokens(lm)
     found = first_token.scores(lm, ids["harmful"], ids["harmless"], directions, [*tokens.values()], Store(STORE / "store.sqlite"))
     topics = {half: [row["topic"] for row in rows] for half, rows in val.items()}
-    candidates, untouched, limits = first_token.figures(found, [*swept], topics, params.n_resamples, params.seed)
+    candidates, baseline, limits = first_token.figures(found, [*swept], topics, params.n_resamples, params.seed)
     told = metrics(choose(candidates, lm.n_layers), candidates, lm.n_layers)
     for candidate, of in zip(told["candidates"].values(), limits, strict=True):
         candidate |= of
@@ -78,7 +78,7 @@ def by_paper(params: Params) -> dict[str, Any]:
         "sites": params.ablation.sites,
         "refusal_tokens": tokens,
         "harmless_prompts": "val.unrelated",
-        "untouched": untouched,
+        "baseline": baseline,
     }
 
 

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 QWEN_WORDS, WORDS = ("I", "As"), ("I",)
 BATCH_SIZE = 32  # prompts at once; more are no faster, and pad more
 FEW = 16  # prompts that are not worth cutting in two
-DIRECTIONS_PER_JOB = 4  # that share one reading of the untouched model, and what a kill costs
+DIRECTIONS_PER_JOB = 4  # that share one reading of the baseline, and what a kill costs
 
 Prompts = Sequence[Sequence[int]]
 Direction = tuple[Intervention, Addition]  # its ablation, and the addition of its raw difference
@@ -114,7 +114,7 @@ class _Job:
 
 @dataclass(frozen=True)
 class Scores:
-    """Of every prompt, in the order given. harmful, harmless: its refusal score by the untouched model. Of each direction:
+    """Of every prompt, in the order given. harmful, harmless: its refusal score by the baseline. Of each direction:
     `bypass` of the harmful prompts, `induce` and `kl` (nats) of the harmless ones, as `Candidate` has them."""
 
     harmful: list[float]
@@ -147,17 +147,17 @@ def scores(
         return json.dumps(_columns(replace(lm, model=model), job, tokens, store.done)).encode()
 
     n = [len(harmful), len(harmless)]
-    untouched = [[0.0] * n[0], [0.0] * n[1]]
+    baseline = [[0.0] * n[0], [0.0] * n[1]]
     bypass, induce, kl = ([[0.0] * n[of] for _ in directions] for of in (0, 1, 1))
     with model_replicas(lm.model, compute, len(jobs)) as (run, pool):
         values = store.run(jobs, run, "selection", "prompt", pool, _size)
         for (_, job), (rows, first), value in zip(jobs, places, values, strict=True):
             before, *columns = json.loads(value)
-            _put(untouched[job.harmless], rows, before)
+            _put(baseline[job.harmless], rows, before)
             for d, column in enumerate(columns, first):
                 for into, figures in zip((induce, kl) if job.harmless else (bypass,), column, strict=True):
                     _put(into[d], rows, figures)
-    return Scores(untouched[0], untouched[1], bypass, induce, kl)
+    return Scores(baseline[0], baseline[1], bypass, induce, kl)
 
 
 def _size(job: _Job) -> int:
@@ -171,7 +171,7 @@ def _put(into: list[float], rows: Sequence[int], figures: Sequence[float]) -> No
 
 
 def _columns(lm: LM, job: _Job, tokens: Sequence[int], progress: Callable[[int], None]) -> list[Any]:
-    """[untouched scores, then of each direction (bypass,) or (induce, KL)], each a list over the job's prompts."""
+    """[baseline scores, then of each direction (bypass,) or (induce, KL)], each a list over the job's prompts."""
     done = 0
 
     def read(acting: Intervention | Addition | None) -> tuple[Tensor, list[float]]:
@@ -184,8 +184,8 @@ def _columns(lm: LM, job: _Job, tokens: Sequence[int], progress: Callable[[int],
         progress(done := done + len(job.prompts))
         return log_probs, score.tolist()
 
-    before, untouched = read(None)
-    columns: list[Any] = [untouched]
+    before, baseline = read(None)
+    columns: list[Any] = [baseline]
     for ablation, addition in job.directions:
         after, ablated = read(ablation)
         if job.harmless:
@@ -212,7 +212,7 @@ def _under(model: PreTrainedModel, acting: Intervention | Addition | None) -> It
 def figures(
     found: Scores, layers: Sequence[int], topics: Mapping[str, Sequence[Hashable]], n_resamples: int, seed: int
 ) -> tuple[list[Candidate], dict[str, Any], list[dict[str, float]]]:
-    """(candidates by layer; untouched mean scores of both halves, with n; each candidate's 95 % intervals).
+    """(candidates by layer; baseline mean scores of both halves, with n; each candidate's 95 % intervals).
 
     Intervals are bootstraps clustered by topic, of `topics["harmful"]` and `topics["harmless"]`, one of each prompt.
     """
@@ -226,9 +226,9 @@ def figures(
         for bypass, induce, kl in zip(found.bypass, found.induce, found.kl, strict=True)
     ]
     candidates = [Candidate(layer, row["bypass"], row["induce"], row["kl"]) for layer, row in zip(layers, rows, strict=True)]
-    untouched = {
+    baseline = {
         half: mean(values, half, "refusal_score") | {"n": len(values)}
         for half, values in (("harmful", found.harmful), ("harmless", found.harmless))
     }
     limits = [{name: value for name, value in row.items() if name.endswith(("_low", "_high"))} for row in rows]
-    return candidates, untouched, limits
+    return candidates, baseline, limits

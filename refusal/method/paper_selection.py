@@ -26,7 +26,7 @@ class Candidate:
 
     position: from the prompt's end, -1 the last token. bypass: refusal score of harmful prompts, the direction ablated. induce:
     that of harmless prompts, the raw difference added at its layer. kl: of harmless prompts' first token, in nats, from the
-    untouched model to the ablated one.
+    baseline model to the ablated one.
     """
 
     layer: int

@@ -152,7 +152,7 @@ def _prompts(params: Params) -> Step:
 
 def _selection(params: Params, layers: int, count: _Counts) -> list[Step]:
     """By the paper's rule, first tokens of val: of harmful prompts under each ablation, of harmless ones under each addition too;
-    untouched once a job."""
+    the baseline once a job."""
     if params.select.by != "paper":
         return []
     jobs = -(-layers // DIRECTIONS_PER_JOB)

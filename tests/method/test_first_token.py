@@ -212,7 +212,7 @@ def test_where_no_word_is_a_token_and_where_a_thought_comes_first_it_is_said():
 def test_figures_are_means_with_intervals_of_their_own_half(tmp_path):
     found = scores(lm(), HARMFUL, HARMLESS, directions(), TOKENS, Store(tmp_path / "s"))
     topics = {"harmful": [0, 0, 1, 2], "harmless": [0, 1, 2]}
-    candidates, untouched, limits = figures(found, [0, 1, 2], topics, 50, 0)
+    candidates, baseline, limits = figures(found, [0, 1, 2], topics, 50, 0)
     assert [one.layer for one in candidates] == [0, 1, 2] and {one.position for one in candidates} == {-1}
     for i, one in enumerate(candidates):
         assert (one.bypass, one.induce, one.kl) == pytest.approx(
@@ -222,5 +222,5 @@ def test_figures_are_means_with_intervals_of_their_own_half(tmp_path):
             1:
         ]
         assert limits[i]["bypass_low"] <= one.bypass <= limits[i]["bypass_high"]
-    assert untouched["harmful"]["refusal_score"] == pytest.approx(fmean(found.harmful))
-    assert (untouched["harmful"]["n"], untouched["harmless"]["n"]) == (4, 3)
+    assert baseline["harmful"]["refusal_score"] == pytest.approx(fmean(found.harmful))
+    assert (baseline["harmful"]["n"], baseline["harmless"]["n"]) == (4, 3)

@@ -99,12 +99,12 @@ def test_a_choice_by_the_papers_rule_is_shown_with_what_it_left_out(text, induce
     found = [Candidate(1, -1.0, induce, 0.05), Candidate(2, -3.0, 1.0, 0.5)]
     half = {"refusal_score": 2.5, "refusal_score_low": 2.25, "refusal_score_high": 3.0, "n": 7}
     selection = metrics(choose(found, 5), found, 5) | {"by": "paper", "note": "a note", "harmless_prompts": "val.unrelated"}
-    selection |= {"refusal_tokens": {"I": 40, IMAGE: 2121}, "untouched": {"harmful": half, "harmless": half}}
+    selection |= {"refusal_tokens": {"I": 40, IMAGE: 2121}, "baseline": {"harmful": half, "harmless": half}}
     shown = made(selection=selection)
     assert "<img" not in shown and made(selection={"by": "compliance"}) == text
     shown = html.unescape(shown)
     assert "<td>−3.00</td><td>1.00</td><td>0.500</td><td>no</td><td>yes</td><td>yes</td>" in shown
-    assert "untouched 2.50 [2.25, 3.00] on n = 7 harmful prompts" in shown
+    assert "baseline 2.50 [2.25, 3.00] on n = 7 harmful prompts" in shown
     assert ("no candidate of 2 passes" in shown) is (induce < 0) is ("best without the criterion <code>induce</code>" in shown)
 
 

@@ -103,7 +103,7 @@ def test_by_the_paper_val_alone_is_scored_and_select_follows(place):
         ids = lm.encode(some)
         mean = float(refusal_score(first_token_log_probs(lm, ids), tokens).mean())
         assert (
-            written["untouched"][half]["refusal_score"] == pytest.approx(mean, rel=1e-4) and written["untouched"][half]["n"] == 3
+            written["baseline"][half]["refusal_score"] == pytest.approx(mean, rel=1e-4) and written["baseline"][half]["n"] == 3
         )
     for one in written["candidates"].values():
         assert one["bypass_low"] <= one["bypass"] <= one["bypass_high"] and one["kl_low"] <= one["kl"] <= one["kl_high"]
