@@ -15,6 +15,7 @@ DEEP = {
     "activations": "lm.architecture:_PRE_NORM lm.batching:in_parts method.activations:Prefix",
     "benchmark": "lm.adapter:merge analysis.benchmark:_build_once",
     "completions": f"method.kv_cache:SlotCache method.generate:_Batch method.interventions:Addition {INTERVENTIONS}",
+    "first token": f"method.first_token:refusal_score method.activations:left_pad {INTERVENTIONS}",
     "harmless KL": f"method.activations:left_pad analysis.harmless_kl:answer_log_probs {INTERVENTIONS}",
     "optimised direction": "method.interventions:Ablation analysis.estimators:_Learned analysis.estimators:_descend",
     "training": "organism.grammar:CATEGORIES organism.train:train organism.train:new_model",

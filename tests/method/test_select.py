@@ -106,6 +106,12 @@ def test_rank_takes_the_best_and_breaks_ties_as_said():
     assert rank(dict(reversed(GRID.items())), SEPARATION, 7, "batched") == chosen  # the order of the file says nothing
 
 
+def test_a_layer_without_a_separation_ranks_as_one_that_separates_nothing():
+    grid = {str(layer): judged(layer, 1.0, 0.9) for layer in (1, 2, 3, 4)}
+    chosen = rank(grid, [None, -0.5, None, 0.5, 0.0], 4, "batched")
+    assert [cell["layer"] for cell in chosen] == [3, 2, 4, 1]
+
+
 def test_rank_of_too_few_cells():
     assert len(rank(GRID, SEPARATION, 7, "batched")) == 7
     with pytest.raises(UserError, match=r"^params\.yaml: select\.top is 8 but the sweep has 7 cells"):
