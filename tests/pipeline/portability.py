@@ -29,7 +29,7 @@ def main(write: bool) -> int:
         folder = clone(Path(name) / "study")
         run(folder, "make", "-o", "restore", "pull")
         with changed(folder, {"compute.threads": 1}):
-            run(folder, "dvc", "repro", "--force", "--downstream", "activations", **NARROW)
+            run(folder, "dvc", "repro", "--force", "--downstream", "behaviour", "activations", **NARROW)
         ours, theirs = outputs(ROOT), outputs(folder)
         if ours["data/activations"] == theirs["data/activations"]:
             print("portability: the activations are the same bytes, so the instruction set was none other: nothing is shown")
