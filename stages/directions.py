@@ -28,10 +28,10 @@ def main(params: Params) -> str:
     pairings = [pairing for pairing in d.pairings if paired or pairing == "unrelated"]
     s, names = params.sweep, [f"{method}-{pairing}" for method in methods for pairing in pairings]
     swept = f"{s.method}-{resolve_pairing(s.pairing, s.method, names)}"  # before anything that takes time
-    kept = kept_rows(read_jsonl(BEHAVIOUR))
+    behaviour = read_jsonl(BEHAVIOUR)
+    kept, left_out = kept_rows(behaviour), not all(row["kept"] for row in behaviour)
     files = {str(method): Path(f"data/activations/{method}.safetensors") for method in methods}
     activations = {method: read_activations(path, kept) for method, path in files.items()}
-    everything = {method: read_activations(path) for method, path in files.items()}
     first = "sequential" if "sequential" in methods else methods[0], "matched" if "matched" in pairings else pairings[0]
     reference = contrast(activations[first[0]], first[1], d.seed).directions
     metrics: dict[str, Any] = {f"{method}-{pairing}": None for method in methods for pairing in d.pairings}
@@ -41,7 +41,9 @@ def main(params: Params) -> str:
             for pairing in pairings:
                 name, of = f"{method}-{pairing}", contrast(sets, pairing, d.seed)
                 metrics[name] = describe(of, sets, topics, reference, d.n_resamples, d.n_sign_flips, d.seed)
-                metrics[name]["cosine_to_all"] = cosine_to_all(of, contrast(everything[method], pairing, d.seed))
+                # All activations are read once more only where some prompts are left out.
+                everyone = contrast(read_activations(files[method]), pairing, d.seed) if left_out else of
+                metrics[name]["cosine_to_all"] = cosine_to_all(of, everyone)
                 directions[name] = of.directions
                 bar.update()
             # The control: the difference between two sets of prompts of which neither is harmful.
