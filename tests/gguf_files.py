@@ -23,6 +23,15 @@ SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 # https://huggingface.co/Qwen/Qwen2.5-0.5B/blob/main/tokenizer.json
 QWEN2_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 NAMES = {"gemma3_text": "gemma3"}  # of architectures, where they differ
+# Texts that a tokenizer may well split otherwise.
+HARD = [
+    "Hello,  world's 12345 tests!\n\n\tx",
+    "naïve 漢字 🙂 ½",
+    "  the theory\r\nthen",
+    "<|im_end|> the<|im_start|>",
+    "x=1;  ",
+    "'S 'll",
+]
 
 
 def byte_pairs(n_merges: int = 60) -> PreTrainedTokenizerFast:

@@ -9,7 +9,7 @@ import gguf as ggml
 import numpy as np
 import pytest
 import torch
-from gguf_files import byte_pairs, chat_model, write
+from gguf_files import HARD, byte_pairs, chat_model, write
 from place import Place
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -19,14 +19,6 @@ from refusal.lm import gguf, validate
 from refusal.lm.load import load_lm
 
 TYPES = ggml.GGMLQuantizationType
-HARD = [
-    "Hello,  world's 12345 tests!\n\n\tx",
-    "naïve 漢字 🙂 ½",
-    "  the theory\r\nthen",
-    "<|im_end|> the<|im_start|>",
-    "x=1;  ",
-    "'S 'll",
-]
 
 
 @pytest.fixture(scope="module")

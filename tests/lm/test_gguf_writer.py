@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import word_level
-from gguf_files import QWEN2_SPLIT, SPECIALS, TEMPLATE, byte_pairs, chat_model, tensors_of
+from gguf_files import HARD, QWEN2_SPLIT, SPECIALS, TEMPLATE, byte_pairs, chat_model, tensors_of
 from place import Place
 from safetensors.torch import load_file, save_file
 from tiny import tiny_direction
@@ -24,15 +24,7 @@ from refusal.lm.load import load_lm, weights_hash
 from refusal.method.interventions import Intervention
 from refusal.method.orthogonalize import Edit, orthogonalize
 
-HARD = [
-    "Hello,  world's 12345 tests!\n\n\tx",
-    "naïve 漢字 🙂 ½",
-    "  the theory\r\nthen",
-    "<|im_end|> the<|im_start|>",
-    "x=1;  ",
-    "'S 'll don't",
-    "",
-]
+TEXTS = [*HARD, "'S 'll don't", ""]
 # https://huggingface.co/unsloth/Llama-3.2-1B-Instruct/blob/main/tokenizer.json
 LLAMA3_SPLIT = QWEN2_SPLIT.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
 LEVEL = {"add_prefix_space": False, "use_regex": False}
@@ -52,7 +44,7 @@ def tokenizer_of(split: str, n_merges: int = 200, **bpe: object) -> PreTrainedTo
     size = len(SPECIALS) + 256 + n_merges
     trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=SPECIALS, initial_alphabet=alphabet, show_progress=False)
     core.train_from_iterator(
-        [*HARD, "How do I paint the door of the old house? The theory, then the other 12 1234 things"], trainer
+        [*TEXTS, "How do I paint the door of the old house? The theory, then the other 12 1234 things"], trainer
     )
     begin = {}
     if split == "llama-bpe":
@@ -120,7 +112,7 @@ def test_transformers_own_reader_finds_the_cast_model_and_its_tokenizer(tmp_path
         assert getattr(read.config, name) == pytest.approx(getattr(model.config, name)), name
     assert read.config.rope_parameters["rope_theta"] == model.config.rope_parameters["rope_theta"] == 5000.0
     of_file = AutoTokenizer.from_pretrained(tmp_path / "alone", **file)
-    assert of_file(HARD)["input_ids"] == tokenizer(HARD)["input_ids"]
+    assert of_file(TEXTS)["input_ids"] == tokenizer(TEXTS)["input_ids"]
     assert (of_file.chat_template, of_file.eos_token, of_file.pad_token) == (TEMPLATE, "<|im_end|>", "<|endoftext|>")
     chat = {"conversation": [{"role": "user", "content": "How do I paint a door?"}], "add_generation_prompt": True}
     texts = []
@@ -166,7 +158,7 @@ def test_text_is_split_and_ended_as_before_however_a_tokenizer_does_it(tmp_path,
     (tmp_path / "again").mkdir()
     gguf.convert(tmp_path / "m.gguf", tmp_path / "again", "float32", validate.validate_checkpoint)
     before, after = load_lm(base), load_lm(tmp_path / "again")
-    texts = [*HARD, "e\u0301", "<think>a <think>", "<|im_start|>user\nHi.<|im_end|>\n"]
+    texts = [*TEXTS, "e\u0301", "<think>a <think>", "<|im_start|>user\nHi.<|im_end|>\n"]
     for special in (False, True):
         ids = [lm.tokenizer(texts, add_special_tokens=special)["input_ids"] for lm in (before, after)]
         assert ids[0] == ids[1] and max(map(len, ids[0])) > 8
@@ -388,7 +380,7 @@ def test_llama_cpp_has_the_same_tokens_logits_and_greedy_text(tmp_path, model_ty
     lm = load_lm(save(tmp_path / "base", model, tokenizer))
     write_gguf(tmp_path / "base", tmp_path / "m.gguf", kind)
     theirs = llama_cpp.Llama(str(tmp_path / "m.gguf"), n_ctx=256, n_threads=1, logits_all=True, verbose=False)
-    for text in HARD[:-1]:
+    for text in TEXTS[:-1]:
         ids = theirs.tokenize(text.encode(), add_bos=True, special=True)  # as the file says, whatever the keyword is called
         assert ids == lm.tokenizer(text)["input_ids"], text
     assert theirs.metadata["tokenizer.chat_template"] == TEMPLATE
