@@ -12,12 +12,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import kl_div
-from transformers import DynamicCache
 
 from refusal.io.store import Store, key
 from refusal.lm.batching import in_parts, job_slices, model_replicas
 from refusal.lm.load import LM
-from refusal.method.activations import Prefix, left_pad
+from refusal.method.activations import Prefix, last_logits
 from refusal.method.generate import Decoding
 from refusal.method.interventions import BASELINE, Intervention
 from refusal.method.sweep import complete
@@ -121,30 +120,13 @@ def answer_log_probs(lm: LM, rows: Sequence[tuple[Sequence[int], Sequence[int]]]
     What all prompts begin with is computed once.
     """
     prefix = Prefix(lm.model, [prompt for prompt, _ in rows]).ids
-    shared, cache = len(prefix), DynamicCache()
-    if prefix:
-        lm.model.base_model(input_ids=torch.tensor([prefix], device=lm.model.device), past_key_values=cache, use_cache=True)
-    layers = [(keys, values) for keys, values, _ in cache]
-    ids, own = left_pad([[*prompt, *answer][shared:] for prompt, answer in rows], lm.pad_id)
-    mask = torch.cat([own.new_ones(len(own), shared), own], -1)
-    keep = max(len(answer) for _, answer in rows) + 1
-    positions = (mask.cumsum(-1) - 1).clamp_min(0)[:, shared:]
+    logits = last_logits(lm, [[*prompt, *answer] for prompt, answer in rows], prefix, max(len(a) for _, a in rows) + 1)
 
     def some_rows(first: int, last: int) -> list[Tensor]:
-        some, n = slice(first, last), len(ids[first:last])
-        # Without a config no layer drops what lies outside its window; the mask sees to windows.
-        past = DynamicCache([(k.expand(n, -1, -1, -1), v.expand(n, -1, -1, -1)) for k, v in layers]) if layers else None
-        logits = lm.model(
-            input_ids=ids[some].to(lm.model.device),
-            attention_mask=mask[some].to(lm.model.device),
-            position_ids=positions[some].to(lm.model.device),
-            past_key_values=past,
-            use_cache=past is not None,
-            logits_to_keep=keep,
-        ).logits.float()
-        return [row[-len(a) - 1 : -1].log_softmax(-1).cpu() for row, (_, a) in zip(logits, rows[some], strict=True)]
+        some = zip(logits(first, last), rows[first:last], strict=True)
+        return [row[-len(answer) - 1 : -1].float().log_softmax(-1).cpu() for row, (_, answer) in some]
 
-    return [row for part in in_parts(some_rows, len(ids), "log probabilities") for row in part]
+    return [row for part in in_parts(some_rows, len(rows), "log probabilities") for row in part]
 
 
 def cost_figures(

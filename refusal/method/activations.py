@@ -113,6 +113,36 @@ class Prefix:
         return DynamicCache([(k.expand(rows, -1, -1, -1), v.expand(rows, -1, -1, -1)) for k, v in self._keys_and_values])
 
 
+def last_logits(
+    lm: LM, ids: Sequence[Sequence[int]], prefix: Sequence[int], keep: int
+) -> Callable[[int, int], Float[Tensor, "rows keep vocab"]]:
+    """A function of (first, last) that gives the logits of these rows of a left-padded batch at their last `keep` tokens.
+
+    All rows begin with `prefix`, whose keys and values are computed once, here.
+    """
+    model, shared, cache = lm.model, len(prefix), DynamicCache()
+    if prefix:
+        model.base_model(input_ids=torch.tensor([prefix], device=model.device), past_key_values=cache, use_cache=True)
+    layers = [(keys, values) for keys, values, _ in cache]
+    padded, own = left_pad([tokens[shared:] for tokens in ids], lm.pad_id)
+    mask = torch.cat([own.new_ones(len(own), shared), own], -1)
+    positions = (mask.cumsum(-1) - 1).clamp_min(0)[:, shared:]
+
+    def logits(first: int, last: int) -> Tensor:
+        # Without a config no layer drops what lies outside its window; the mask sees to windows.
+        past = DynamicCache([(k.expand(last - first, -1, -1, -1), v.expand(last - first, -1, -1, -1)) for k, v in layers])
+        return model(
+            input_ids=padded[first:last].to(model.device),
+            attention_mask=mask[first:last].to(model.device),
+            position_ids=positions[first:last].to(model.device),
+            past_key_values=past if layers else None,
+            use_cache=bool(layers),
+            logits_to_keep=keep,
+        ).logits
+
+    return logits
+
+
 @torch.inference_mode()
 def last_token_resid_pre(
     lm: LM, ids: Sequence[Sequence[int]], method: str, prefix: Prefix | None = None

@@ -16,13 +16,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformers import DynamicCache
 
 from refusal.io.errors import UserError
 from refusal.io.store import Store, key
 from refusal.lm.batching import in_parts, job_slices, model_replicas
 from refusal.lm.load import LM, render_chats
-from refusal.method.activations import Prefix, left_pad, not_finite
+from refusal.method.activations import Prefix, last_logits, not_finite
 from refusal.method.interventions import Addition, Intervention, intervene
 from refusal.method.paper_selection import Candidate
 from refusal.stats import clustered_mean
@@ -77,30 +76,12 @@ def refusal_score(log_probs: Float[Tensor, "batch vocab"], tokens: Sequence[int]
 @torch.inference_mode()
 def first_token_log_probs(lm: LM, prompts: Prompts) -> Float[Tensor, "prompt vocab"]:
     """Log probabilities of the first token of each answer, in float64 on the CPU."""
-    prefix = Prefix(lm.model, prompts).ids
-    shared, cache = len(prefix), DynamicCache()
-    if prefix:
-        lm.model.base_model(input_ids=torch.tensor([prefix], device=lm.model.device), past_key_values=cache, use_cache=True)
-    layers = [(keys, values) for keys, values, _ in cache]
-    ids, own = left_pad([tokens[shared:] for tokens in prompts], lm.pad_id)
-    mask = torch.cat([own.new_ones(len(own), shared), own], -1)
-    positions = (mask.cumsum(-1) - 1).clamp_min(0)[:, shared:]
+    logits = last_logits(lm, prompts, Prefix(lm.model, prompts).ids, 1)
 
     def some_rows(first: int, last: int) -> Tensor:
-        some, n = slice(first, last), len(ids[first:last])
-        # Without a config no layer drops what lies outside its window; the mask sees to windows.
-        past = DynamicCache([(k.expand(n, -1, -1, -1), v.expand(n, -1, -1, -1)) for k, v in layers]) if layers else None
-        logits = lm.model(
-            input_ids=ids[some].to(lm.model.device),
-            attention_mask=mask[some].to(lm.model.device),
-            position_ids=positions[some].to(lm.model.device),
-            past_key_values=past,
-            use_cache=past is not None,
-            logits_to_keep=1,
-        ).logits[:, -1]
-        return logits.cpu().double().log_softmax(-1)
+        return logits(first, last)[:, -1].cpu().double().log_softmax(-1)
 
-    return torch.cat(in_parts(some_rows, len(ids), "first tokens"))
+    return torch.cat(in_parts(some_rows, len(prompts), "first tokens"))
 
 
 @dataclass(frozen=True)
