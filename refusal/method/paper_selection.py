@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from refusal.io.errors import UserError
-from refusal.method.select import cell_name
+from refusal.method.select import cell_name, cell_row
 
 KL_AT_MOST = 0.1  # nats
 INDUCE_ABOVE = 0.0
@@ -118,19 +118,10 @@ def ranked(selection: Mapping[str, Any], judged: Mapping[str, Any], top: int, me
     ranks: dict[str, dict[str, Any]] = {}
     found = selection["candidates"]
     for i, layer in enumerate(selection["order"][:top], 1):
-        cell, scores = judged[cell_name(layer, 1.0)], found[f"layer_{layer}"]
+        scores = found[f"layer_{layer}"]
+        n_tied = sum(found[f"layer_{other}"]["bypass"] == scores["bypass"] for other in selection["order"])
         ranks[f"rank_{i}"] = {
-            "layer": layer,
-            "alpha": 1.0,
-            "compliance": cell["compliance"],
-            "low": cell["compliance_low"],
-            "high": cell["compliance_high"],
-            "coherence": cell["coherence"],
-            "score": cell["score"],
-            "n": cell["n"],
-            "n_tied": sum(found[f"layer_{other}"]["bypass"] == scores["bypass"] for other in selection["order"]),
-            "margin_items": None,
-            "name": f"{method}_{cell_name(layer, 1.0)}",
+            **cell_row(judged[cell_name(layer, 1.0)], method, n_tied, None),
             **{key: scores[key] for key in ("bypass", "induce", "kl")},
             "criterion_left_out": selection["criterion_left_out"],
         }

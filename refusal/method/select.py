@@ -22,6 +22,23 @@ def checked(cells: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     return cells
 
 
+def cell_row(cell: dict[str, Any], method: str, n_tied: int, margin_items: float | None) -> dict[str, Any]:
+    """What metrics/select.json says of a chosen cell of metrics/judge.json."""
+    return {
+        "layer": cell["layer"],
+        "alpha": cell["alpha"],
+        "compliance": cell["compliance"],
+        "low": cell["compliance_low"],
+        "high": cell["compliance_high"],
+        "coherence": cell["coherence"],
+        "score": cell["score"],
+        "n": cell["n"],
+        "n_tied": n_tied,
+        "margin_items": margin_items,
+        "name": f"{method}_{cell_name(cell['layer'], cell['alpha'])}",
+    }
+
+
 def rank(cells: dict[str, dict[str, Any]], separation: Sequence[float | None], top: int, method: str) -> list[dict[str, Any]]:
     """The `top` cells by mean compliance x coherence, best first.
 
@@ -40,18 +57,11 @@ def rank(cells: dict[str, dict[str, Any]], separation: Sequence[float | None], t
 
     ordered = sorted(swept, key=order)
     return [
-        {
-            "layer": cell["layer"],
-            "alpha": cell["alpha"],
-            "compliance": cell["compliance"],
-            "low": cell["compliance_low"],
-            "high": cell["compliance_high"],
-            "coherence": cell["coherence"],
-            "score": cell["score"],
-            "n": cell["n"],
-            "n_tied": sum(other["score"] == cell["score"] for other in swept),
-            "margin_items": None if after is None else (cell["score"] - after["score"]) * cell["n"],
-            "name": f"{method}_{cell_name(cell['layer'], cell['alpha'])}",
-        }
+        cell_row(
+            cell,
+            method,
+            sum(other["score"] == cell["score"] for other in swept),
+            None if after is None else (cell["score"] - after["score"]) * cell["n"],
+        )
         for cell, after in zip(ordered[:top], [*ordered[1:], None], strict=False)
     ]
