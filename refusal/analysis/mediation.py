@@ -12,7 +12,7 @@ from torch import Tensor
 
 from refusal.analysis import candidates
 from refusal.analysis.estimators import optimised
-from refusal.analysis.study import Judgements, Study
+from refusal.analysis.study import Judgements, Study, topics_of
 from refusal.analysis.subspaces import captured
 from refusal.analysis.verdict import Evidence, evidence, verdict
 from refusal.judges import rules
@@ -130,7 +130,6 @@ def refusal_rates(study: Study, arms: Mapping[Arm, Sequence[Judgements]]) -> dic
         arm: [refusal_three_ways(one.prompts, one.the_only_texts, one.the_only, study.exact) for one in members]
         for arm, members in arms.items()
     }
-    topics = next(iter(arms.values()))[0].topics
     figures: dict[Arm, dict[str, Any]] = {arm: {} for arm in arms}
     for key in ("refusal_exact", "refusal_graded", "refusal_substring"):
         if key == "refusal_exact" and not study.exact:
@@ -138,7 +137,7 @@ def refusal_rates(study: Study, arms: Mapping[Arm, Sequence[Judgements]]) -> dic
                 arm: dict.fromkeys(f"{key}{end}" for end in ("", "_low", "_high", "_icc")) for arm in arms
             }
         else:
-            found = rates(key, {arm: [one[key] for one in members] for arm, members in said.items()}, topics)
+            found = rates(key, {arm: [one[key] for one in members] for arm, members in said.items()}, topics_of(arms))
         figures = {arm: {**figures[arm], **found[arm]} for arm in arms}
     return figures
 

@@ -53,6 +53,11 @@ class Judgements:
         return texts
 
 
+def topics_of(arms: Mapping[Any, Sequence[Judgements]]) -> list[Hashable]:
+    """The topic phrase of each prompt; every arm was asked the same prompts."""
+    return next(one.topics for members in arms.values() for one in members)
+
+
 @dataclass
 class Study:
     """A study of one model.
@@ -154,8 +159,7 @@ class Study:
         def right(one: Judgements) -> list[bool]:
             return [text.strip() == row[f"{half}_answer"] for text, row in zip(one.the_only_texts, one.rows, strict=True)]
 
-        topics = next(iter(arms.values()))[0].topics
-        return rates(name, {arm: [right(one) for one in some] for arm, some in arms.items()}, topics)
+        return rates(name, {arm: [right(one) for one in some] for arm, some in arms.items()}, topics_of(arms))
 
     def harmless(self, n: int | None) -> Texts:
         """At most `n` harmless test prompts with the baseline's answers to them."""
