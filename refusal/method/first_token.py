@@ -8,8 +8,7 @@ here it is exact. What all prompts of a batch begin with is computed once an int
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +21,7 @@ from refusal.io.store import Store, key
 from refusal.lm.batching import in_parts, job_slices, model_replicas
 from refusal.lm.load import LM, render_chats
 from refusal.method.activations import Prefix, last_logits, not_finite
-from refusal.method.interventions import Addition, Intervention, intervene
+from refusal.method.interventions import BASELINE, Addition, Intervention, intervene
 from refusal.method.paper_selection import Candidate
 from refusal.stats import clustered_mean
 
@@ -155,9 +154,9 @@ def _columns(lm: LM, job: _Job, tokens: Sequence[int], progress: Callable[[int],
     """[baseline scores, then of each direction (bypass,) or (induce, KL)], each a list over the job's prompts."""
     done = 0
 
-    def read(acting: Intervention | Addition | None) -> tuple[Tensor, list[float]]:
+    def read(acting: Intervention | Addition) -> tuple[Tensor, list[float]]:
         nonlocal done
-        with _under(lm.model, acting):
+        with intervene(lm.model, acting) if isinstance(acting, Addition) else acting.on(lm.model):
             log_probs = first_token_log_probs(lm, job.prompts)
         score = refusal_score(log_probs, tokens)
         if not score.isfinite().all():
@@ -165,7 +164,7 @@ def _columns(lm: LM, job: _Job, tokens: Sequence[int], progress: Callable[[int],
         progress(done := done + len(job.prompts))
         return log_probs, score.tolist()
 
-    before, baseline = read(None)
+    before, baseline = read(BASELINE)
     columns: list[Any] = [baseline]
     for ablation, addition in job.directions:
         after, ablated = read(ablation)
@@ -175,19 +174,6 @@ def _columns(lm: LM, job: _Job, tokens: Sequence[int], progress: Callable[[int],
         else:
             columns.append((ablated,))
     return columns
-
-
-@contextmanager
-def _under(model: PreTrainedModel, acting: Intervention | Addition | None) -> Iterator[None]:
-    """The model under an ablation, or with an addition at every token of the prompt, for the length of a `with`."""
-    if acting is None:
-        yield
-    elif isinstance(acting, Addition):
-        with intervene(model, acting):
-            yield
-    else:
-        with acting.on(model):
-            yield
 
 
 def figures(
