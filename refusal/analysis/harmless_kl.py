@@ -82,9 +82,8 @@ def _in_batches(
     place = {id(model): i for i, model in enumerate(distinct)}
 
     def compute(models: Any, rows: list[tuple[list[int], list[int]]]) -> bytes:
-        lms = [replace(lm, model=models[place[id(lm.model)]]) for lm, _ in edited.values()]
-        interventions = [intervention for _, intervention in edited.values()]
-        return json.dumps(_costs(replace(reference, model=models[0]), lms, interventions, rows)).encode()
+        acting = [(replace(lm, model=models[place[id(lm.model)]]), intervention) for lm, intervention in edited.values()]
+        return json.dumps(_costs(replace(reference, model=models[0]), acting, rows)).encode()
 
     costs: Costs = {name: ([0.0] * len(order), [0.0] * len(order)) for name in edited}
     with model_replicas(nn.ModuleList(distinct), compute, len(jobs)) as (run, pool):
@@ -96,12 +95,12 @@ def _in_batches(
 
 
 def _costs(
-    reference: LM, lms: Sequence[LM], interventions: Sequence[Intervention], rows: Sequence[tuple[list[int], list[int]]]
+    reference: LM, edited: Sequence[tuple[LM, Intervention]], rows: Sequence[tuple[list[int], list[int]]]
 ) -> list[list[list[float]]]:
     """[edited model, row, (cross-entropy, KL)] of rows (prompt, answer)."""
     before = answer_log_probs(reference, rows)
     costs = []
-    for lm, intervention in zip(lms, interventions, strict=True):
+    for lm, intervention in edited:
         with intervention.on(lm.model):
             after = answer_log_probs(lm, rows)
         of_rows = []
