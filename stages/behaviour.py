@@ -26,7 +26,6 @@ def main(params: Params) -> str:
         lm, store = load_lm(BASE, **params.model.loading), Store(STORE / "store.sqlite")
         judge = partial(judge_with(j, params.endpoint, store), exact=params.model.id == "organism")
         rows, figures = behaving(lm, pairs, unrelated, judge, params.generation, store, j.allow_missing)
-    OUT.parent.mkdir(parents=True, exist_ok=True)
     write_jsonl(OUT, rows)
     write_json(METRICS, {"keep": keep, **figures})
     return f"{keep} train prompts kept: " + ", ".join(f"{of['n_kept']} of {of['n']} {part}" for part, of in figures.items())
