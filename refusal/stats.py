@@ -86,12 +86,17 @@ def paired_difference(
     Source: Newcombe 1998, "Improved Confidence Intervals for the Difference between Binomial Proportions Based on Paired Data",
     method 10, on the limits of `clustered_rate`. Arms that never differed are not certain, by its correction of the correlation.
     """
+    together = paired_correlation(ours, theirs, clusters, icc)
+    return difference_of(clustered_rate(ours, clusters, icc), clustered_rate(theirs, clusters, icc), together)
+
+
+def paired_correlation(ours: Sequence[float], theirs: Sequence[float], clusters: Sequence[Hashable], icc: float) -> float:
+    """How values of the same items correlate, less a continuity correction where that is positive (Newcombe's method 10)."""
     first, second = np.asarray(ours, dtype=np.float64), np.asarray(theirs, dtype=np.float64)
     spread, shared = float(first.std() * second.std()), float(np.cov(first, second, ddof=0)[0, 1])
     if shared > 0:
         shared = max(0.0, shared - 1 / (2 * effective_number(clusters, icc)))
-    together = shared / spread if spread > 0 else 0.0
-    return _difference(clustered_rate(ours, clusters, icc), clustered_rate(theirs, clusters, icc), together)
+    return shared / spread if spread > 0 else 0.0
 
 
 def independent_difference(
@@ -101,12 +106,13 @@ def independent_difference(
 
     Source: Newcombe 1998, "Interval Estimation for the Difference between Independent Proportions", method 10.
     """
-    return _difference(clustered_rate(*ours), clustered_rate(*theirs), 0.0)
+    return difference_of(clustered_rate(*ours), clustered_rate(*theirs), 0.0)
 
 
-def _difference(
+def difference_of(
     ours: tuple[float, float, float], theirs: tuple[float, float, float], correlation: float
 ) -> tuple[float, float, float]:
+    """ours - theirs and its limits, from two rates (value, low, high) that correlate: Newcombe's square-and-add."""
     (p, p_low, p_high), (q, q_low, q_high) = ours, theirs
 
     def distance(one: float, other: float) -> float:

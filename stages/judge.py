@@ -1,4 +1,4 @@
-"""judge: compliance and coherence of every completion of the sweep; the grid; how far judges and people agree."""
+"""judge: compliance and coherence of every completion of the sweep; the grid."""
 
 import sys
 from pathlib import Path
@@ -9,14 +9,13 @@ from refusal.io.params import Params
 from stages import STORE, stage, write_json, write_text
 
 OUT, METRICS, PLOT = Path("data/judged"), Path("metrics/judge.json"), Path("plots/sweep.csv")
-AGREEMENT, TRACKED = Path("metrics/agreement.json"), Path("data/raw")
 
 
 def main(params: Params) -> str:
     from refusal.io.files import csv_text
     from refusal.io.store import Store
     from refusal.judges.language import english_share
-    from refusal.judges.panel import agreement, by_rules, identity, judge_with
+    from refusal.judges.panel import judge_with
     from refusal.judges.verdicts import COUNTS, summaries
     from refusal.judges.verdicts import row as verdict_row
 
@@ -26,10 +25,7 @@ def main(params: Params) -> str:
     rows = read_jsonl(Path("data/sweep/completions.jsonl"))
     exact = params.model.id == "organism"
     texts = [row["prompt"] for row in rows], [row["completion"] for row in rows]
-    judge = judge_with(j, params.endpoint, Store(STORE / "store.sqlite"))
-    judged = judge(*texts, "judge", exact)
-    # The rules cost nothing: they judge beside any other judge, and the two are compared.
-    compared = agreement(by_rules(*texts, "rules", exact), None if j.kind == "rules" else judged)
+    judged = judge_with(j, params.endpoint, Store(STORE / "store.sqlite"))(*texts, "judge", exact)
     OUT.mkdir(parents=True, exist_ok=True)
     write_jsonl(
         OUT / "verdicts.jsonl",
@@ -49,8 +45,6 @@ def main(params: Params) -> str:
     metrics = {arm: place[arm] | figures for arm, figures in summaries(arms, topics, " on val", j.allow_missing).items()}
     write_json(METRICS, metrics)
     english = english_share([*dict.fromkeys(texts[0])])
-    known = {"judge": identity(judge), "english_prompts": english, "rules_and_llm": compared}
-    write_json(AGREEMENT, known | {"labelled": labelled(params, judge)})
     keys = ("layer", "alpha", "compliance", "coherence", "score", "refusal", *COUNTS)
     swept = {cell: m for cell, m in metrics.items() if m["layer"] is not None}
     write_text(PLOT, csv_text([{"cell": cell, **{key: m[key] for key in keys}} for cell, m in swept.items()]))
@@ -72,25 +66,6 @@ def main(params: Params) -> str:
         f"{len(rows)} completions by {j.kind}{missing}; baseline compliance {metrics['baseline']['compliance']:.2f}, random "
         f"{metrics['random']['compliance']:.2f}, best cell {best['compliance']:.2f} with coherence {best['coherence']:.2f}"
     )
-
-
-def labelled(params: Params, judge: Any) -> dict[str, Any]:
-    """Agreement with the people who labelled `judge.labelled`, of the rules and of the judge in use."""
-    from refusal.judges.calibrate import calibrate_with, read_labelled
-    from refusal.judges.panel import by_rules
-
-    j = params.judge
-    if j.labelled is None:
-        return {"file": None, "rules": None, "llm": None}
-    if not Path(j.labelled).resolve().is_relative_to(TRACKED.resolve()):
-        print(
-            f"judge: {j.labelled} is not in {TRACKED}/, so DVC cannot see it change; after an edit run `dvc repro -f judge`",
-            file=sys.stderr,
-        )
-    people = read_labelled(j.labelled)
-    rules = calibrate_with(by_rules, people, "labelled")
-    llm = calibrate_with(judge, people, "labelled", j.allow_missing) if j.kind == "llm" else dict.fromkeys(rules)
-    return {"file": j.labelled, "rules": rules, "llm": llm}
 
 
 stage(main)

@@ -29,7 +29,7 @@ PACKAGES = ("torch", "transformers", "tokenizers", "safetensors", "lm_eval", "nu
 
 
 def main(params: Params) -> str:
-    from refusal.report.page import page
+    from refusal.report.page import SHOWN, page
     from refusal.report.reproduction import reproduce, summary
     from refusal.report.study import Study
     from refusal.report.verify import digests
@@ -53,7 +53,8 @@ def main(params: Params) -> str:
     text = page(study, reproduction)
     write_json(REPRODUCTION, reproduction)
     write_json(SUMMARY, summary(study))
-    write_json(DIGESTS, {"sweep": digests(read["sweep"], "cell"), "evaluate": digests(read["evaluated"], "arm")})
+    shown = [row for row in read["evaluated"] if row["arm"] in SHOWN]
+    write_json(DIGESTS, {"sweep": digests(read["sweep"], "cell"), "evaluate": digests(shown, "arm")})
     write_text(PAGE, text)
     filled = sum(row["ours"] is not None for row in reproduction["rows"])
     verdict = "comparable" if reproduction["comparable"] else "not comparable: another model"

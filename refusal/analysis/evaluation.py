@@ -53,8 +53,14 @@ def evaluate(study: Study, edited: Mapping[str, LM]) -> tuple[dict[str, Any], li
     curve = [
         {"layer": study.layer, "alpha": one.alpha, **_figures(study, [costs[one.name]], texts)} for one in (BASELINE, *at_layer)
     ]
-    shown = ("baseline", "runtime", "orthogonalized")
-    rows = [row for name in shown for row in _rows(name, {half: asked[half][name][0] for half in HALVES})]
+    names = {arm: [one.name for one in some] for arm, some in acting.items()} | {arm: [arm] for arm in edited}
+    rows = [
+        row
+        for arm, members in names.items()
+        for half in HALVES
+        for name, one in zip(members, asked[half][arm], strict=True)
+        for row in _rows({"arm": arm, "name": name}, half, one)
+    ]
     return metrics, rows, sorted(curve, key=lambda row: row["alpha"])
 
 
@@ -105,11 +111,11 @@ def _of_behaving(study: Study, arms: Arms, topics: Sequence[Hashable], half: str
     return summaries(of, [topics[i] for i in some], allow_missing=True, safe=half == "safe")
 
 
-def _rows(name: str, asked: Mapping[str, Judgements]) -> list[dict[str, Any]]:
-    """What is kept of every completion."""
+def _rows(of: Mapping[str, str], half: str, asked: Judgements) -> list[dict[str, Any]]:
+    """What is kept of every completion: `of` (the arm, and its intervention's name), the prompt, the text and the verdict."""
     return [
         {
-            "arm": name,
+            **of,
             "id": row["id"],
             "category": row.get("category"),
             "half": half,
@@ -117,8 +123,7 @@ def _rows(name: str, asked: Mapping[str, Judgements]) -> list[dict[str, Any]]:
             "completion": text,
             **verdict_row(verdict),
         }
-        for half, a in asked.items()
-        for row, prompt, text, verdict in zip(a.rows, a.prompts, a.the_only_texts, a.the_only, strict=True)
+        for row, prompt, text, verdict in zip(asked.rows, asked.prompts, asked.the_only_texts, asked.the_only, strict=True)
     ]
 
 

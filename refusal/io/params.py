@@ -192,11 +192,25 @@ class Sweep(Seeded):
             yield "two alphas (to two decimals) or two layers are the same; delete one"
 
 
+class Calibration(Section):
+    """Right verdicts, of so many: of completions that comply in full, and of those that do not."""
+
+    sensitivity: Annotated[list[int], Field(min_length=2, max_length=2)]
+    specificity: Annotated[list[int], Field(min_length=2, max_length=2)]
+
+    def contradictions(self) -> Iterator[str]:
+        for name in ("sensitivity", "specificity"):
+            right, n = getattr(self, name)
+            if not 0 <= right <= n or n == 0:
+                yield f"{name} is [right verdicts, of so many], and {right} of {n} is no share"
+
+
 class Judge(Section):
     kind: Literal["rules", "llm"]
     allow_missing: bool
     max_tokens: Annotated[int, Field(ge=1)]
     labelled: PathText | None
+    calibration: Calibration | None = None
 
 
 class Select(Section):

@@ -37,7 +37,7 @@ def calibrate_with(judge: Judge, rows: Sequence[tuple[str, str, str]], label: st
 
 
 def calibrate(rows: Sequence[tuple[str, str, str]], judge: Callable[[str, str], Any]) -> dict:
-    """Agreement of `judge` with labels, over rows of (prompt, completion, label) where label is one of CLASSES.
+    """Agreement of `judge` with labels, over rows of (prompt, completion, label), label one of CLASSES or `degenerate`.
 
     `judge` gives what has a `label`, or None for no verdict: such rows are left out of all figures and counted in `n_missing`.
 
@@ -48,7 +48,9 @@ def calibrate(rows: Sequence[tuple[str, str, str]], judge: Callable[[str, str], 
     """
     verdicts = [(label, judge(prompt, completion)) for prompt, completion, label in rows]
     pairs = [
-        (label, verdict.label if verdict.label in CLASSES else "refusal") for label, verdict in verdicts if verdict is not None
+        tuple(label if label in CLASSES else "refusal" for label in (given, verdict.label))
+        for given, verdict in verdicts
+        if verdict is not None
     ]
     if not pairs:
         raise UserError("there are no labelled rows to calibrate on; give a file with at least one")
@@ -69,7 +71,7 @@ def calibrate(rows: Sequence[tuple[str, str, str]], judge: Callable[[str, str], 
 
 
 def read_labelled(path: str, labels: str | None = None) -> list[tuple[str, str, str]]:
-    """The (prompt, completion, label) rows of a CSV file, label one of CLASSES; `labels` as in `--labels`.
+    """The (prompt, completion, label) rows of a CSV file, label one of CLASSES or `degenerate`; `labels` as in `--labels`.
 
     Raises UserError where the file, a column or a label cannot be read, with the row (1 is the first after the header).
     """
@@ -110,8 +112,9 @@ def read_labelled(path: str, labels: str | None = None) -> list[tuple[str, str, 
 def _guess(value: str) -> str | None:
     """The class that a label's words mean, None where they are not plain. Partial first: `partial_refusal` also says refusal."""
     words = value.lower()
-    if "partial" in words:
-        return "partial_refusal"
+    for label, word in (("partial_refusal", "partial"), ("degenerate", "degenerate")):
+        if word in words:
+            return label
     declines, complies = re.search("refus|reject", words), "compl" in words
     denied = re.search(r"(?:(?:\b|_|\d)(?:not|non|no|never|in|un)|n't)(?=[\W_]*(?:full[\W_]*)?(?:refus|reject|compl))", words)
     if bool(declines) == complies:

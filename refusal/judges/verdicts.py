@@ -53,6 +53,11 @@ def row(verdict: Judged | None) -> dict[str, Any]:
     return dict.fromkeys(Judged._fields) | {"label": "missing"} if verdict is None else verdict._asdict()
 
 
+def judged_of(row: Mapping[str, Any]) -> Judged | None:
+    """The verdict of a row of a file that `row` made."""
+    return None if row["label"] == "missing" else Judged(*(row[name] for name in Judged._fields))
+
+
 def present(judged: Sequence[Judged | None], of: str, allow_missing: bool = False) -> list[tuple[int, Judged]]:
     """(index, verdict) of the completions that have one: what a mean may be taken over.
 

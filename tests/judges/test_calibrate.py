@@ -72,6 +72,11 @@ def test_kappa_of_a_textbook_table():
     assert calibrate([("", b, a) for (b, a), k in counts.items() for _ in range(k)], parrot)["kappa"] == pytest.approx(0.4)
 
 
+def test_degenerate_text_is_no_compliance_and_a_refusal_where_three_classes_are_compared():
+    figures = calibrate([("", "refusal", "degenerate"), ("", "compliance", "compliance")], parrot)
+    assert figures["accuracy_binary"] == 1 and figures["confusion"]["refusal"]["refusal"] == 1
+
+
 def write(path, rows, header=("prompt", "completion", "label")):
     with open(path, "w", encoding="utf-8", newline="") as file:
         csv.writer(file).writerows([header, *rows])
@@ -82,6 +87,7 @@ GUESSED = {
     "compliance": ["1_full_compliance", "Compliance", "complied", "not refused", "no refusal", "non-refusal", "didn't refuse"],
     "refusal": ["2_full_refusal", "REFUSAL", "refused", "non-compliance", " refusal ", "incompliant", "does not comply"],
     "partial_refusal": ["3_partial_refusal", "Partial", "partial compliance"],
+    "degenerate": ["degenerate", "4_degenerate"],
 }
 
 

@@ -57,7 +57,7 @@ SETTINGS = {
 }
 SIZES = {"train": (60, 60, 40), "val": (17, 6, 20), "test": (39, 10, 20)}  # of each split: pairs, their topics, unrelated prompts
 HALVES = ["harmful", "harmful_answer", "safe", "safe_answer"]
-STAGES = "behaviour activations directions published selection sweep judge select orthogonalize evaluate science benchmark report".split()
+STAGES = "behaviour activations directions published selection sweep judge select orthogonalize evaluate agreement science benchmark report".split()
 # What is told of activations (tests/analysis has naive paths for it), of a loss, of the language of prompts, and in words.
 LEFT_OUT = {
     "agreement": ["english_prompts"],
@@ -232,8 +232,15 @@ def test_evaluate(ran):
         of.merge(test[["id", "category", half]], on="id").assign(half=half, prompt=lambda t: t[t["half"][0]])
         for half, of in asked.items()
     ]
-    kept = [of[of["arm"] == arm] for arm in [*arms][:3] for of in rows]
-    keys = "arm id category half prompt completion label compliance coherence refusal substring".split()
+    names = {"baseline": ["baseline"], "runtime": [f"layer_{layer}_alpha_{100 * alpha:.0f}"], "random": ["random_0", "random_1"]}
+    names |= {"harmless": [f"harmless_{layer}"]} | {arm: [arm] for arm in ("orthogonalized", "random_weights")}
+    kept = [
+        of[(of["arm"] == arm) & (of["member"] == i)].assign(name=name)
+        for arm, members in names.items()
+        for of in rows
+        for i, name in enumerate(members)
+    ]
+    keys = "arm name id category half prompt completion label compliance coherence refusal substring".split()
     assert ran.table("data/evaluated/completions.jsonl").to_dict("records") == pd.concat(kept)[keys].to_dict("records")
 
     told = rates(asked["harmful"], [*OF_HARMFUL, "refusal_harmful", "exact"]), rates(asked["safe"], [*OF_SAFE, "exact_safe"])
@@ -324,7 +331,8 @@ def test_benchmark(ran):
 def test_summary_and_digests(ran):
     """From the texts, and from the files that hold these figures, which the other tests recompute."""
     d, bench, e = ran.json("directions")["sequential-matched"], ran.json("benchmark"), ran.json("evaluate")
-    evaluated, peak = ran.table("data/evaluated/completions.jsonl"), int(pd.Series(d["separation"], dtype=float).idxmax())
+    rows, peak = ran.table("data/evaluated/completions.jsonl"), int(pd.Series(d["separation"], dtype=float).idxmax())
+    evaluated = rows[rows["arm"].isin(["baseline", "runtime", "orthogonalized"])].copy()
     mean = evaluated[evaluated["half"] == "harmful"].groupby("arm")[["compliance", "coherence"]].mean()
     expected = {"peak_layer": peak, "peak_separation": d["separation"][peak], "cosine_to_sequential_min": 1.0}
     expected |= {"rank_1_layer": ran.layer, "rank_1_alpha": ran.alpha, "runtime_kl": e["runtime"]["kl"]}

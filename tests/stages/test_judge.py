@@ -1,4 +1,4 @@
-"""The judge stage as a process, on a small sweep: the same files and keys by either judge, interrupted, and badly set."""
+"""The judge and agreement stages as processes, on a small sweep: the same keys by either judge, interrupted, and badly set."""
 
 import csv
 import json
@@ -74,17 +74,28 @@ def questions(folder: Path) -> dict[str, None]:
     return {question(row["prompt"], row["completion"]): None for row in rows if row["completion"].strip()}
 
 
-def start(folder: Path) -> subprocess.Popen:
+def start(folder: Path, stage: str = "judge") -> subprocess.Popen:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "JUDGE_KEY": CANARY, "DVC_ROOT": str(folder)}
-    command = [sys.executable, "-m", "stages.judge"]
+    command = [sys.executable, "-m", f"stages.{stage}"]
     return subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def run(folder: Path, ok: bool = True) -> str:
-    process = start(folder)
+def run(folder: Path, stage: str = "judge", ok: bool = True) -> str:
+    process = start(folder, stage)
     output = "".join(process.communicate(timeout=120))
     assert (process.returncode == 0) is ok and "Traceback" not in output and CANARY not in output, output
     return output
+
+
+def judged_as_test(folder: Path) -> None:
+    """The sweep's completions and verdicts as those of the evaluation."""
+    rows = [[json.loads(line) for line in (folder / f"data/{name}.jsonl").read_text().splitlines()]
+            for name in ("sweep/completions", "judged/verdicts")]  # fmt: skip
+    evaluated = [
+        {**a, **b, "arm": "runtime" if a["layer"] else a["cell"].split("_")[0], "name": a["cell"], "half": "harmful"} for a, b in zip(*rows, strict=True)
+    ]  # fmt: skip
+    (folder / "data/evaluated").mkdir()
+    (folder / "data/evaluated/completions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in evaluated))
 
 
 def files(folder: Path) -> set[str]:
@@ -108,11 +119,15 @@ def test_either_judge_writes_the_same_files_with_the_same_keys(tmp_path):
         csv.writer(file).writerows([("prompt", "completion", "label"), ("Do x.", "I can't help with that.", "refusal"),
                                     ("Do x.", "Sure, here it is.", "compliance"), ("Do x.", "", "refusal")])  # fmt: skip
     offline = study(tmp_path / "rules", 10, labelled=str(labelled))
-    said = run(offline)
-    assert "40 completions by rules" in said and "not in data/raw/" in said
+    assert "40 completions by rules" in run(offline)
+    judged_as_test(offline)
+    said = run(offline, "agreement")
+    assert "not in data/raw/" in said and "3 of 3 texts" in said
     with serve(by_the_rules) as server:
         asked = study(tmp_path / "llm", 10, server.url, labelled=str(labelled))
         assert "40 completions by llm" in run(asked)
+        judged_as_test(asked)
+        assert "corrected by labelled file" in run(asked, "agreement")
         assert server.asked.total() == len(questions(asked)) + 2 and set(server.asked.values()) == {1}
     assert files(offline) == files(asked)
     for name in ("judge", "agreement"):
@@ -129,6 +144,10 @@ def test_either_judge_writes_the_same_files_with_the_same_keys(tmp_path):
     assert both["judge"]["versions"] == [{"version": "deepseek-chat-0324/fp_1", "n": 39}]
     assert both["labelled"]["rules"] == both["labelled"]["llm"] == alone["labelled"]["rules"]
     assert both["labelled"]["llm"]["accuracy_binary"] == 1
+    assert both["by_judge"]["rules"] == both["by_judge"]["llm"] == alone["by_judge"]["rules"]
+    assert both["corrected"]["calibration"] == {"sensitivity": [1, 1], "specificity": [2, 2]}
+    runtime = both["corrected"]["arms"]["runtime"]  # of one right verdict of one nothing can be told
+    assert runtime["corrected"] == both["by_judge"]["llm"]["runtime"]["full"] and runtime["corrected_high"] == 1
     for path in asked.rglob("*"):
         assert path.is_dir() or CANARY.encode() not in path.read_bytes(), path
 
@@ -190,7 +209,10 @@ def test_missing_verdicts_are_counted_and_too_many_are_an_error_unless_allowed(t
 def test_a_bad_setting_is_one_sentence_that_shows_no_key(tmp_path, section, setting, said):
     folder = study(tmp_path / "study", 2, "http://127.0.0.1:9" if section == "endpoint" else None)
     change(folder, section, setting)
-    assert re.search(said, output := run(folder, ok=False)), output
+    if "labelled" in setting:
+        run(folder)
+        judged_as_test(folder)
+    assert re.search(said, output := run(folder, "agreement" if "labelled" in setting else "judge", ok=False)), output
 
 
 def test_calibrate_takes_the_llm_judge_and_keeps_its_verdicts(tmp_path):

@@ -32,6 +32,10 @@ COMPLETION = {
     "prompt": PAIRS[0]["harmful"],
 }
 COMPLETIONS = {"data/sweep/completions.jsonl": json.dumps(COMPLETION) + "\n"}
+VERDICT = {"label": "compliance", "compliance": 1.0, "coherence": 1.0, "refusal": False, "substring": False}
+EVALUATED = {
+    "data/evaluated/completions.jsonl": json.dumps(COMPLETION | VERDICT | {"arm": "baseline", "name": "baseline", "half": "harmful"})
+}
 
 
 def stage(name: str, section: str = "", files: Mapping[str, str] = {}, **values: object) -> Mistake:
@@ -239,7 +243,7 @@ MISTAKES: dict[str, tuple[Mistake, str]] = {
         r"params.yaml: endpoint: http://127.0.0.1.* refuses the key .*: export a valid one, and run again",
     ),
     "labels without their columns": (
-        stage("judge", "judge", COMPLETIONS | {"data/raw/a.csv": "prompt,answer\na,b\n"}, labelled="data/raw/a.csv"),
+        stage("agreement", "judge", EVALUATED | {"data/raw/a.csv": "prompt,answer\na,b\n"}, labelled="data/raw/a.csv"),
         r"data/raw/a.csv has no column completion \(it has prompt, answer\)",
     ),
     "an unknown task": (
