@@ -24,20 +24,9 @@ def evaluate(study: Study, edited: Mapping[str, LM]) -> tuple[dict[str, Any], li
     edited: checkpoints by the name of their arm: `orthogonalized`, and `random_weights`, its control. Controls have the alpha of
     what they control. On test prompts, of which nothing was chosen.
     """
-    alpha = study.rank_1["alpha"]
-    swept = grid(
-        study.directions,
-        study.harmless_difference,
-        study.params.sweep.model_copy(update={"layers": [study.layer]}),
-        study.params.ablation,
-    )
-    at_layer = [one for one in swept if one.layer == study.layer]
-    acting = {"baseline": [BASELINE], "runtime": [next(one for one in at_layer if one.alpha == alpha)]}
-    for kind in CONTROLS:
-        if some := [replace(one, alpha=alpha) for one in swept if one.name.startswith(f"{kind}_")]:
-            acting[kind] = some
+    acting, at_layer = run_time_arms(study)
     asked = _ask(study, acting, edited)
-    metrics: dict[str, Any] = {"layer": study.layer, "alpha": alpha, "name": study.rank_1["name"]}
+    metrics: dict[str, Any] = {"layer": study.layer, "alpha": study.rank_1["alpha"], "name": study.rank_1["name"]}
     metrics |= _behaviour(study, asked)
     if "harmless" in metrics:
         ours, harmless = (d["difference"][study.layer].double() for d in (study.directions, study.harmless_difference))
@@ -62,6 +51,23 @@ def evaluate(study: Study, edited: Mapping[str, LM]) -> tuple[dict[str, Any], li
         for row in _rows({"arm": arm, "name": name}, half, one)
     ]
     return metrics, rows, sorted(curve, key=lambda row: row["alpha"])
+
+
+def run_time_arms(study: Study) -> tuple[dict[str, list[Intervention]], list[Intervention]]:
+    """(the interventions of each arm at rank_1's alpha, those of the selected layer at every alpha of the sweep)."""
+    alpha = study.rank_1["alpha"]
+    swept = grid(
+        study.directions,
+        study.harmless_difference,
+        study.params.sweep.model_copy(update={"layers": [study.layer]}),
+        study.params.ablation,
+    )
+    at_layer = [one for one in swept if one.layer == study.layer]
+    acting = {"baseline": [BASELINE], "runtime": [next(one for one in at_layer if one.alpha == alpha)]}
+    for kind in CONTROLS:
+        if some := [replace(one, alpha=alpha) for one in swept if one.name.startswith(f"{kind}_")]:
+            acting[kind] = some
+    return acting, at_layer
 
 
 def _ask(study: Study, acting: Mapping[str, Sequence[Intervention]], edited: Mapping[str, LM]) -> Asked:

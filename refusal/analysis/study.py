@@ -136,10 +136,28 @@ class Study:
         lm: LM | None = None,
     ) -> Judgements:
         """One half of rows (`harmful` or `safe`) completed under interventions, by the study's own LM or `lm`, and judged."""
-        lm, prompts = lm or self.lm, [row[half] for row in rows]
-        ids = lm.encode(prompts, self.decoding.max_new_tokens)
-        tokens = complete(lm, ids, interventions, self.decoding, self.store, label, addition)
-        texts = {name: lm.decode(completions) for name, completions in tokens.items()}
+        return self.judged(rows, half, self.completions(rows, half, interventions, label, addition, lm), label, lm)
+
+    def completions(
+        self,
+        rows: Rows,
+        half: str,
+        interventions: Sequence[Intervention],
+        label: str,
+        addition: Addition | None = None,
+        lm: LM | None = None,
+    ) -> dict[str, list[list[int]]]:
+        """The token ids of what `ask` judges, by the name of the intervention, without what ends them."""
+        lm = lm or self.lm
+        ids = lm.encode([row[half] for row in rows], self.decoding.max_new_tokens)
+        return complete(lm, ids, interventions, self.decoding, self.store, label, addition)
+
+    def judged(
+        self, rows: Rows, half: str, tokens: Mapping[str, Sequence[Sequence[int]]], label: str, lm: LM | None = None
+    ) -> Judgements:
+        """Completions of one half of rows, token ids by the name of the intervention, as texts and judged."""
+        prompts = [row[half] for row in rows]
+        texts = {name: (lm or self.lm).decode(completions) for name, completions in tokens.items()}
         verdicts = {name: self.judge(prompts, text, f"judge: {label}: {name}", self.exact) for name, text in texts.items()}
         return Judgements(rows, prompts, texts, verdicts)
 

@@ -4,7 +4,7 @@ import re
 import reprlib
 import unicodedata
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
@@ -227,6 +227,12 @@ class Evaluate(Resampled):
     n_harmless: Count | None
 
 
+class LongAnswers(Seeded):
+    n: Count | None
+    max_new_tokens: Count
+    n_random: AtMost10000
+
+
 class Optimised(Section):
     steps: Count
     batch_size: Count
@@ -307,6 +313,7 @@ class Params(Section):
     select: Select
     orthogonalize: Orthogonalize
     evaluate: Evaluate
+    long_answers: LongAnswers | None
     science: Science
     benchmark: Benchmark
     report: Report
@@ -320,9 +327,9 @@ class Params(Section):
         shared = {key: raw[key] for key in ("seed", "n_resamples") if key in raw}
         filled = dict(raw)
         for name, field in cls.model_fields.items():
-            section = field.annotation
-            if isinstance(section, type) and issubclass(section, Seeded) and isinstance(raw.get(name), dict):
-                filled[name] = {key: shared[key] for key in shared.keys() & section.model_fields.keys()} | raw[name]
+            for section in (field.annotation, *get_args(field.annotation)):  # a section, or a section or null
+                if isinstance(section, type) and issubclass(section, Seeded) and isinstance(raw.get(name), dict):
+                    filled[name] = {key: shared[key] for key in shared.keys() & section.model_fields.keys()} | raw[name]
         return filled
 
     def contradictions(self) -> Iterator[str]:
@@ -330,6 +337,13 @@ class Params(Section):
             yield f"sweep.method {self.sweep.method} is not among activations.methods {self.activations.methods}"
         if self.select.by == "paper" and 1.0 not in self.sweep.alphas:
             yield "select.by: paper ablates at alpha 1: put 1.0 among sweep.alphas"
+        if self.long_answers and self.long_answers.max_new_tokens <= self.generation.max_new_tokens:
+            yield (
+                f"long_answers.max_new_tokens must be more than generation.max_new_tokens ({self.generation.max_new_tokens}): "
+                "raise it, or set long_answers to null"
+            )
+        if self.long_answers and self.long_answers.n_random > self.sweep.n_random:
+            yield f"long_answers.n_random takes the first of the sweep's: at most sweep.n_random ({self.sweep.n_random})"
         wanted = ["matched", "unrelated"] if self.sweep.pairing == "auto" else [self.sweep.pairing]
         if missing := [pairing for pairing in wanted if pairing not in self.directions.pairings]:
             yield f"sweep.pairing {self.sweep.pairing} needs {missing[0]} among directions.pairings {self.directions.pairings}"

@@ -252,7 +252,7 @@ def encode_chats(
         more = f" with {max_new_tokens} to generate" if max_new_tokens else ""
         raise UserError(
             f"prompt {longest} (from 0) has {len(ids[longest])} tokens{more}, and the model takes {tokenizer.model_max_length} "
-            "(config.json: max_position_embeddings): shorten it, or lower generation.max_new_tokens"
+            "(config.json: max_position_embeddings): shorten it, or lower max_new_tokens (of generation or of long_answers)"
         )
     return ids
 

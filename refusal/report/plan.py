@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from refusal.analysis.benchmark import TASKS, packaged, tasks_of
 from refusal.analysis.candidates import AT_LEAST, RANKS
+from refusal.analysis.long_answers import ARMS
 from refusal.io.params import Params
 from refusal.lm.architecture import Architecture
 from refusal.lm.gguf_writer import FORMATS
@@ -138,6 +139,7 @@ def steps(params: Params, size: Size, prompts: Prompts) -> list[Step]:
             *_evaluate(params, at_once, count),
             calls=llm * (at_once * (n["test.harmful"] + n["test.safe"]) + n["test.safe"]),
         ),
+        *_long_answers(params, prompts),
         Step("science", *science, calls=llm * science_calls),
         _benchmark(params, checkpoints + 1),
     ]
@@ -180,6 +182,15 @@ def _evaluate(params: Params, at_once: int, count: _Counts) -> tuple[int, int]:
         count.completed(["test.unrelated"], 1, params.evaluate.n_harmless),
         count.read(["test.unrelated"], read, count.new, params.evaluate.n_harmless),
     )
+
+
+def _long_answers(params: Params, prompts: Prompts) -> list[Step]:
+    """Every arm's answers, as if all were cut short; the short ones are in the store, and so are verdicts on them."""
+    if (section := params.long_answers) is None:
+        return []
+    count, asked = _Counts(prompts, section.max_new_tokens), (["test.harmful"], len(ARMS) - 1 + section.n_random, section.n)
+    calls = count.rows(*asked)[0] if params.judge.kind == "llm" else 0
+    return [Step("long_answers", *count.completed(*asked), calls=calls, note=f"to {section.max_new_tokens} tokens")]
 
 
 def _science(params: Params, defined: int, count: _Counts, paired: bool) -> tuple[tuple[int, int], int]:

@@ -17,8 +17,8 @@ from refusal.io.params_file import RENAMED, load_params, overlaid
 RAW = yaml.safe_load(COMMITTED)
 SETTINGS = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 SECTIONS = """prompts model organism generation activations directions ablation sweep endpoint judge select orthogonalize evaluate
-science benchmark report compute""".split()
-SEEDED = ["prompts", "directions", "sweep", "evaluate", "science", "benchmark"]
+long_answers science benchmark report compute""".split()
+SEEDED = ["prompts", "directions", "sweep", "evaluate", "long_answers", "science", "benchmark"]
 RESAMPLED = ["directions", "evaluate", "science", "benchmark"]
 
 

@@ -60,6 +60,17 @@ def test_counts_by_hand():
     assert found["model"].n_bytes == 2 * 4000 and sum(step.calls for step in found.values()) == 0
 
 
+@pytest.mark.parametrize(("n", "asked"), [(3, 3), (100, 4), (None, 4)])
+def test_long_answers_are_counted_as_if_none_ended_by_itself(n, asked):
+    """Baseline, run time, weights and two random directions, ten tokens a prompt; the short answers are in the store."""
+    long = {"n": n, "max_new_tokens": 20, "n_random": 2}
+    generation, s = {"max_new_tokens": 7}, {"n_random": 2}
+    found = planned(generation=generation, sweep=s, long_answers=long, judge={"kind": "llm"})["long_answers"]
+    assert (found.passes, found.tokens, found.calls) == (5 * asked * 21, 5 * asked * (10 + 19), 5 * asked)
+    without = given.params(judge={"kind": "llm"}).model_copy(update={"long_answers": None})
+    assert not [s for s in steps(without, Size(1000, 4000, architecture_of(tiny_config("llama")), 0), PROMPTS) if s.stage == "long_answers"]
+
+
 def test_kept_prompts_and_harmless_texts_are_counted():
     found = planned(
         model={"id": "/a/folder"}, prompts={"keep": "behaving"}, evaluate={"n_harmless": 3}, generation={"max_new_tokens": 7},
