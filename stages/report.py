@@ -12,7 +12,10 @@ DIGESTS = Path("metrics/completions.json")
 METRICS = {
     name: Path(f"metrics/{name}.json")
     for name in ("model", "directions", "judge", "agreement", "select", "orthogonalize", "evaluate", "benchmark", "science")
-} | {"imported": Path("metrics/published.json"), "selection": Path("metrics/selection.json")}
+} | {
+    "imported": Path("metrics/published.json"),
+    **{name: Path(f"metrics/{name}.json") for name in ("selection", "generalization")},
+}
 PROMPTS = {name: Path(f"data/prompts/{name}.jsonl") for name in ("pairs", "unrelated")}
 COMPLETIONS = {
     "sweep": Path("data/sweep/completions.jsonl"),

@@ -138,6 +138,7 @@ def steps(params: Params, size: Size, prompts: Prompts) -> list[Step]:
             *_evaluate(params, at_once, count),
             calls=llm * (at_once * (n["test.harmful"] + n["test.safe"]) + n["test.safe"]),
         ),
+        *_generalization(params, count, llm),
         Step("science", *science, calls=llm * science_calls),
         _benchmark(params, checkpoints + 1),
     ]
@@ -180,6 +181,19 @@ def _evaluate(params: Params, at_once: int, count: _Counts) -> tuple[int, int]:
         count.completed(["test.unrelated"], 1, params.evaluate.n_harmless),
         count.read(["test.unrelated"], read, count.new, params.evaluate.n_harmless),
     )
+
+
+def _generalization(params: Params, count: _Counts, llm: bool) -> list[Step]:
+    """Baseline, run time and random directions on at most so many harmful and safe prompts of each set, which may not be here
+    yet: they are taken to be as long as the study's own test prompts."""
+    g, parts = params.generalization, ("test.harmful", "test.safe")
+    if not g.sets:
+        return []
+    times, new = len(g.sets) * len(g.system_prompts) * (2 + g.n_random), params.generation.max_new_tokens
+    rows = 2 * g.n * times
+    tokens = times * sum(g.n * count.tokens[part] // max(1, count.n[part]) for part in parts) + rows * (new - 1)
+    note = f"{len(g.sets)} sets, as if each had {g.n} harmful and {g.n} safe prompts as long as the study's own"
+    return [Step("generalization", rows * (1 + new), tokens, llm * rows, note=note)]
 
 
 def _science(params: Params, defined: int, count: _Counts, paired: bool) -> tuple[tuple[int, int], int]:
