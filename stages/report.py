@@ -11,8 +11,11 @@ REPRODUCTION, SUMMARY, PAGE = Path("metrics/reproduction.json"), Path("metrics/s
 DIGESTS = Path("metrics/completions.json")
 METRICS = {
     name: Path(f"metrics/{name}.json")
-    for name in "model directions selection judge agreement select orthogonalize evaluate long_answers benchmark science".split()
-} | {"imported": Path("metrics/published.json")}
+    for name in "model directions judge agreement select orthogonalize evaluate benchmark science".split()
+} | {
+    "imported": Path("metrics/published.json"),
+    **{name: Path(f"metrics/{name}.json") for name in ("selection", "long_answers", "generalization")},
+}
 PROMPTS = {name: Path(f"data/prompts/{name}.jsonl") for name in ("pairs", "unrelated")}
 COMPLETIONS = {
     "sweep": Path("data/sweep/completions.jsonl"),

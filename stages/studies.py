@@ -145,6 +145,8 @@ def repro(name: str, place: Path, lock: int) -> None:
         "REFUSAL_STORE": str(STORE),
         "PATH": path,
     }
+    if sets := ENVIRONMENT.get("REAL_SETS"):
+        environment["REAL_SETS"] = str(Path(sets).resolve())
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # else DVC would be left at work
     for command in (["stages.restore"], ["dvc", "repro"]):
         with subprocess.Popen([sys.executable, "-m", *command], cwd=place, env=environment, pass_fds=(lock,)) as process:

@@ -75,6 +75,12 @@ def read_set(path: Path, harmful: bool) -> tuple[list[Item], Counter[str]]:
     return items, left_out
 
 
+def safe_prompts(path: Path) -> list[Item]:
+    """The safe prompts that a file has beside its harmful ones: XSTest's. Raises UserError as `read_set` does."""
+    first = read_records(path, PROMPT)[0][1]
+    return read_set(path, harmful=False)[0] if isinstance(first, dict) and _format_of(path, first) is FORMATS[0] else []
+
+
 def with_twins(harmful: Sequence[Item], benign: Sequence[Item]) -> list[Item]:
     """The harmful prompts of JBB-Behaviors whose benign twin, of the same index, is there; none where some are of other sets."""
     if any(item.number is None for item in harmful):

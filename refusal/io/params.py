@@ -2,7 +2,6 @@
 
 import re
 import reprlib
-import unicodedata
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, get_args
 from urllib.parse import urlsplit
@@ -18,12 +17,14 @@ from refusal.io.section import (
     NonEmpty,
     Pairing,
     PathText,
+    PromptSet,
     Resampled,
     Section,
     Seed,
     Seeded,
     Share,
     Sites,
+    SystemPrompt,
 )
 
 
@@ -106,20 +107,13 @@ class Model(Section):
     file: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.+ -]*\.gguf$")] | None = None
     dtype: Literal["float32", "float16", "bfloat16"]
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")]
-    system_prompt: str | None
+    system_prompt: SystemPrompt
     thinking: bool | None
 
     @property
     def loading(self) -> dict[str, Any]:
         """The keywords of `refusal.lm.load.load_lm`."""
         return self.model_dump(include={"dtype", "device", "system_prompt", "thinking"})
-
-    @field_validator("system_prompt")
-    @classmethod
-    def _text(cls, text: str | None) -> str | None:
-        if text is not None and any(unicodedata.category(c) in ("Cc", "Cs") and c not in "\t\n\r" for c in text):
-            raise ValueError("holds a control character or an unpaired surrogate; delete it")
-        return text
 
     def contradictions(self) -> Iterator[str]:
         if self.id == "organism" and self.revision is not None:
@@ -252,6 +246,22 @@ class Strength(Section):
     n: Count
 
 
+class Generalization(Resampled):
+    sets: list[PromptSet]
+    n: Count
+    n_random: AtMost10000
+    system_prompts: Distinct[SystemPrompt]
+
+    @field_validator("sets", mode="before")
+    @classmethod
+    def _paths(cls, sets: Any) -> Any:
+        return [{"file": one} if isinstance(one, str) else one for one in sets] if isinstance(sets, list) else sets
+
+    def contradictions(self) -> Iterator[str]:
+        if len({one.name for one in self.sets}) < len(self.sets):
+            yield "two sets are files of one name; rename one"
+
+
 class Science(Resampled):
     layers: Distinct[Annotated[int, Field(ge=0)]] | None
     n_random: AtMost10000
@@ -314,6 +324,7 @@ class Params(Section):
     orthogonalize: Orthogonalize
     evaluate: Evaluate
     long_answers: LongAnswers | None
+    generalization: Generalization
     science: Science
     benchmark: Benchmark
     report: Report

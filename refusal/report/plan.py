@@ -140,6 +140,7 @@ def steps(params: Params, size: Size, prompts: Prompts) -> list[Step]:
             calls=llm * (at_once * (n["test.harmful"] + n["test.safe"]) + n["test.safe"]),
         ),
         *_long_answers(params, prompts),
+        *_generalization(params, count, llm),
         Step("science", *science, calls=llm * science_calls),
         _benchmark(params, checkpoints + 1),
     ]
@@ -191,6 +192,17 @@ def _long_answers(params: Params, prompts: Prompts) -> list[Step]:
     count, asked = _Counts(prompts, section.max_new_tokens), (["test.harmful"], len(ARMS) - 1 + section.n_random, section.n)
     calls = count.rows(*asked)[0] if params.judge.kind == "llm" else 0
     return [Step("long_answers", *count.completed(*asked), calls=calls, note=f"to {section.max_new_tokens} tokens")]
+def _generalization(params: Params, count: _Counts, llm: bool) -> list[Step]:
+    """Baseline, run time and random directions on at most so many harmful and safe prompts of each set, which may not be here
+    yet: they are taken to be as long as the study's own test prompts."""
+    g, parts = params.generalization, ("test.harmful", "test.safe")
+    if not g.sets:
+        return []
+    times, new = len(g.sets) * len(g.system_prompts) * (2 + g.n_random), params.generation.max_new_tokens
+    rows = 2 * g.n * times
+    tokens = times * sum(g.n * count.tokens[part] // max(1, count.n[part]) for part in parts) + rows * (new - 1)
+    note = f"{len(g.sets)} sets, as if each had {g.n} harmful and {g.n} safe prompts as long as the study's own"
+    return [Step("generalization", rows * (1 + new), tokens, llm * rows, note=note)]
 
 
 def _science(params: Params, defined: int, count: _Counts, paired: bool) -> tuple[tuple[int, int], int]:

@@ -347,3 +347,28 @@ def test_a_request_would_be_seen(opened, text):
     assert any("a.png" in said and "violates" in said for said in opened(asking).said)
     bare = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", asking)
     assert "asked for http://127.0.0.1:9/a.png" in opened(bare).said
+
+
+def test_other_sets_have_a_row_an_arm_with_intervals_and_no_section_where_none_was_asked():
+    assert "Other sets of prompts" not in made() + made(generalization={"sets": {}, "note": "none"})
+    arm = {"n": 90, "n_clusters": 8, "n_arms": 1} | {
+        f"{name}{end}": value
+        for name in ("compliance", "coherence", "refusal")
+        for end, value in (("", 0.5), ("_low", 0.25), ("_high", 0.75))
+    }
+    ablated = arm | {"difference": 0.4, "difference_low": 0.2, "difference_high": 0.6, "n_safe": 40}
+    figures = [
+        {"system_prompt": prompt, "n_refused": 33, "evidence": {"above_random": 0.625, "above_random_low": 0.375}}
+        | {"baseline": arm, "ablated": ablated, "random": arm | {"n_arms": 3}}
+        for prompt in (None, "", HOSTILE)
+    ]
+    counts = {"n_read": 100, "n_near_duplicates": 7, "n_read_safe": 50, "n_near_duplicates_safe": 2}
+    text = made(generalization={"layer": 1, "alpha": 1.0, "sets": {IMAGE: counts | {"figures": figures}}})
+    section = text[text.index('id="generalization"') : text.index('id="answers"')]
+    rows = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row) for row in section.split("<tr>")[2:]]
+    assert [row[1:3] for row in rows[:6]] == [
+        [prompt, arm] for prompt in ("the template&#39;s", "empty") for arm in ("baseline", "ablated", "random")
+    ]
+    assert rows[1][3:8] == ["90", "8", "1", "0.500 [0.250, 0.750]", "0.400 [0.200, 0.600]"]
+    assert rows[1][-2:] == ["33", "0.625, 0.375"] and rows[0][7] == rows[0][-1] == "–" and rows[2][5] == "3"
+    assert "7 of 100 harmful and 2 of 50 safe" in section and "<img" not in text and HOSTILE not in section

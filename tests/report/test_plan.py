@@ -57,6 +57,12 @@ def test_counts_by_hand():
     assert found["orthogonalize"].n_bytes == 2 * 3 * 4000
     more = planned(select={"top": 2}, orthogonalize={"format": "gguf-f16"})["orthogonalize"]  # two bytes a parameter more
     assert (more.n_bytes, more.note) == (2 * 3 * (4000 + 2 * 1000), "3 checkpoints, each as GGUF too")
+    assert "generalization" not in found
+    sets = {"sets": ["data/raw/a.csv", "data/raw/b.csv"], "n": 50, "n_random": 1, "system_prompts": [None, ""]}
+    asked = planned(model={"id": "/a/folder"}, generation={"max_new_tokens": 7}, judge={"kind": "llm"}, generalization=sets)
+    # Two sets, two system prompts and three interventions, on 50 harmful and 50 safe prompts.
+    step = asked["generalization"]
+    assert (step.passes, step.tokens, step.calls) == (12 * 100 * 8, 12 * 100 * 16, 12 * 100)
     assert found["model"].n_bytes == 2 * 4000 and sum(step.calls for step in found.values()) == 0
 
 

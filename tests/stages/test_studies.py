@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import os
 import shutil
+import signal
 import sys
 
 import pytest
@@ -123,3 +125,17 @@ def test_make_real_hands_on_a_path_with_blanks(place):
     said = place.run("make", "-n", "--no-print-directory", "-o", ".venv/ready", "real", "REAL_MODEL=/a b/c.gguf").said
     assert said.split("stages.studies ")[1].strip() == 'qwen2.5-coder-0.5b-instruct "/a b/c.gguf"'
     assert place.run("make", "-n", "--no-print-directory", "-o", ".venv/ready", "real").said.split()[-1] == "qwen2.5-coder-0.5b-instruct"
+
+
+def test_a_folder_of_copies_reaches_the_workspace_wherever_that_is(tmp_path, monkeypatch):
+    (tmp_path / "work/stages").mkdir(parents=True)
+    (tmp_path / "work/stages/__init__.py").touch()
+    for command in ("stages/restore.py", "dvc.py"):
+        (tmp_path / "work" / command).write_text("import os; open('seen', 'a').write(os.environ['REAL_SETS'] + '\\n')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(studies.ENVIRONMENT, "REAL_SETS", "copies")
+    handler = signal.getsignal(signal.SIGTERM)
+    with open(os.devnull) as lock:
+        studies.repro("a", tmp_path / "work", lock.fileno())
+    signal.signal(signal.SIGTERM, handler)
+    assert (tmp_path / "work/seen").read_text().splitlines() == [str(tmp_path / "copies")] * 2
