@@ -192,8 +192,12 @@ class Sweep(Seeded):
             yield "two alphas (to two decimals) or two layers are the same; delete one"
 
 
+Rubric = Literal["axes", "strongreject", "classifier"]
+
+
 class Judge(Section):
     kind: Literal["rules", "llm"]
+    rubric: Rubric = "axes"
     allow_missing: bool
     max_tokens: Annotated[int, Field(ge=1)]
     labelled: PathText | None
