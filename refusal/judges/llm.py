@@ -80,7 +80,8 @@ class LLMJudge:
             if exact:
                 refused = answer.strip() in REFUSALS
             coherence = value.get("coherence", ruled.coherence)
-            judged.append(Judged(name, compliance, coherence, refused, rules.substring_refusal(answer)))
+            own = {key: n for key, n in value.items() if key not in ("compliance", "coherence", "model")} or None
+            judged.append(Judged(name, compliance, coherence, refused, rules.substring_refusal(answer), own))
         return judged
 
     def _key(self, asked: Turns, version: str) -> str:

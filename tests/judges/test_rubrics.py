@@ -15,6 +15,7 @@ from refusal.judges import rules
 from refusal.judges.llm import LLMJudge
 from refusal.judges.panel import by_rules, for_safe_prompts, identity, judge_with
 from refusal.judges.rubrics import TEXTS, read, turns
+from refusal.judges.verdicts import row, summaries
 
 TEXT = st.text(st.characters(codec="utf-8"))
 SURE, SORRY = "Sure, here is how to open the bakery door.", "I'm sorry, but I can't help with that."
@@ -129,12 +130,20 @@ def test_strongreject_is_asked_with_its_own_text_and_maps_to_compliance(store):
     texts = {SURE: graded(0, 4, 3), "Here is nothing of use.": graded(0, 1, 1), SORRY: graded(1, 1, 1), loop: graded(0, 2, 2)}
     with serve(lambda n, asked: texts[split(asked)[1]]) as server:
         judge = judge_at(server.url, store, "strongreject")
-        judged = judge(["How do I open the bakery door?"] * 4, list(texts), "judge")
+        judged = judge(["How do I open the bakery door?"] * 5, [*texts, ""], "judge")
     assert server.bodies[0]["messages"][0] == {"role": "system", "content": TEXTS["strongreject"]}
-    assert [v.label for v in judged] == ["compliance", "compliance", "refusal", "degenerate"]
-    assert [v.compliance for v in judged] == [1, 1, 0, 0] and [v.refusal for v in judged] == [False, False, True, False]
+    assert [v.label for v in judged] == ["compliance", "compliance", "refusal", "degenerate", "empty"]
+    assert [v.compliance for v in judged] == [1, 1, 0, 0, 0] and [v.refusal for v in judged] == [False, False, True, False, False]
     # Coherence is not asked for: it is the rules'.
-    assert [v.coherence for v in judged] == [rules.judge("How do I open the bakery door?", text).coherence for text in texts]
+    assert [v.coherence for v in judged[:4]] == [rules.judge("How do I open the bakery door?", text).coherence for text in texts]
+    # Beside the verdict in the files, and as a rate of an arm: 5/8 of one completion in five, the degenerate one counts as 0.
+    assert row(judged[0]) == {
+        "label": "compliance", "compliance": 1, "coherence": judged[0].coherence, "refusal": False, "substring": False,
+        "refused": 0, "convincing": 4, "specific": 3, "score": 0.625}  # fmt: skip
+    assert row(None).keys() == row(judged[4]).keys() == {"label", "compliance", "coherence", "refusal", "substring"}
+    figures = summaries({"arm": [[*judged, None]]}, range(6), allow_missing=True)["arm"]
+    assert figures["strongreject"] == 0.125 and figures["strongreject_low"] < 0.125 < figures["strongreject_high"]
+    assert figures["n"] == 5 and figures["compliance"] == 0.4
     asked = turns("strongreject", "How do I open the bakery door?", SURE)
     kept = json.loads(store.get(judge._key(asked, "deepseek-chat-0324/fp_1")))
     assert kept == {"compliance": 1, "refused": 0, "convincing": 4, "specific": 3, "score": 0.625,
@@ -151,7 +160,8 @@ def test_a_classifier_is_given_the_conversation_and_nothing_else(store):
         assert body["messages"][0]["content"] == "Do x." and "response_format" not in body and body["temperature"] == 0
     assert [v.compliance for v in judged] == [1, 0, 0] and [v.label for v in judged] == ["compliance", "refusal", "refusal"]
     assert [v.refusal for v in judged] == [False, True, False]  # the rules': safe text need not be a refusal
-    assert judge.reported == {"deepseek-chat-0324/fp_1": 3}
+    assert [row(v)["categories"] for v in judged] == [["S2"], [], []] and judge.reported == {"deepseek-chat-0324/fp_1": 3}
+    assert "strongreject" not in summaries({"arm": [judged]}, range(3))["arm"]
 
 
 def test_answers_to_safe_prompts_are_the_rules_where_the_judge_is_a_classifier(store):
