@@ -16,7 +16,7 @@ def main(params: Params) -> str:
     use_transformers(params)
     from refusal.io.store import Store
     from refusal.judges.behaviour import all_kept, behaving
-    from refusal.judges.panel import judge_with
+    from refusal.judges.panel import for_safe_prompts, judge_with
     from refusal.lm.load import load_lm
 
     keep, j = params.prompts.keep, params.judge
@@ -24,8 +24,10 @@ def main(params: Params) -> str:
         rows, figures = all_kept(pairs, unrelated)
     else:
         lm, store = load_lm(BASE, **params.model.loading), Store(STORE / "store.sqlite")
-        judge = partial(judge_with(j, params.endpoint, store), exact=params.model.id == "organism")
-        rows, figures = behaving(lm, pairs, unrelated, judge, params.generation, store, j.allow_missing)
+        judge = judge_with(j, params.endpoint, store)
+        exact = params.model.id == "organism"
+        judges = {"harmful": partial(judge, exact=exact), "safe": partial(for_safe_prompts(judge), exact=exact)}
+        rows, figures = behaving(lm, pairs, unrelated, judges, params.generation, store, j.allow_missing)
     write_jsonl(OUT, rows)
     write_json(METRICS, {"keep": keep, **figures})
     return f"{keep} train prompts kept: " + ", ".join(f"{of['n_kept']} of {of['n']} {part}" for part, of in figures.items())

@@ -13,6 +13,7 @@ from refusal.analysis.harmless_kl import Texts, cost_figures, harmless_kl, harml
 from refusal.io.params import Params
 from refusal.io.prompts import Rows, is_paired, safe_rows
 from refusal.io.store import Store
+from refusal.judges.panel import for_safe_prompts
 from refusal.judges.verdicts import Arms, Judged, Verdicts, rates, summaries
 from refusal.lm.batching import rows_at_once
 from refusal.lm.load import LM
@@ -158,7 +159,8 @@ class Study:
         """Completions of one half of rows, token ids by the name of the intervention, as texts and judged."""
         prompts = [row[half] for row in rows]
         texts = {name: (lm or self.lm).decode(completions) for name, completions in tokens.items()}
-        verdicts = {name: self.judge(prompts, text, f"judge: {label}: {name}", self.exact) for name, text in texts.items()}
+        judge = for_safe_prompts(self.judge) if half == "safe" else self.judge
+        verdicts = {name: judge(prompts, text, f"judge: {label}: {name}", self.exact) for name, text in texts.items()}
         return Judgements(rows, prompts, texts, verdicts)
 
     def summaries(self, arms: Arms, topics: Sequence[Hashable], of: str, safe: bool = False) -> dict[str, dict[str, Any]]:

@@ -199,8 +199,12 @@ class Calibration(Section):
                 yield f"{name} is [right verdicts, of so many], and {right} of {n} is no share"
 
 
+Rubric = Literal["axes", "strongreject", "classifier"]
+
+
 class Judge(Section):
     kind: Literal["rules", "llm"]
+    rubric: Rubric = "axes"
     allow_missing: bool
     max_tokens: Annotated[int, Field(ge=1)]
     labelled: PathText | None

@@ -61,12 +61,19 @@ def all_kept(train: Rows, unrelated: Rows) -> tuple[list[dict[str, Any]], dict[s
 
 
 def behaving(
-    lm: LM, train: Rows, unrelated: Rows, judge: Judge, generation: Generation, store: Store, allow_missing: bool = False
+    lm: LM,
+    train: Rows,
+    unrelated: Rows,
+    judges: Mapping[str, Judge],
+    generation: Generation,
+    store: Store,
+    allow_missing: bool = False,
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Which train prompts a direction is fitted on where it is fitted on those that behave: harmful ones that the baseline
     refuses, safe ones that it answers (compliance 1), of a pair both or neither.
 
     Arditi et al. 2024 keep harmful prompts by the first token's score; here the judge says what became of the whole answer.
+    judges: of answers to `harmful` and to `safe` prompts.
 
     Returns (a row for each prompt: its set, id, whether it is `kept`, completion and verdict; by part (`harmful`, `safe`,
     `unrelated`) how many there are, how many behave and are kept, and the baseline's rates). Raises UserError where fewer than
@@ -76,7 +83,7 @@ def behaving(
     for part, asked in parts.items():
         prompts, topics = [prompt for _, prompt in asked], [given["topic"] for given, _ in asked]
         texts[part] = _answers(lm, prompts, generation, store, f"answers: train, {part}")
-        judged[part] = judge(prompts, texts[part], f"judge: train, {part}")
+        judged[part] = judges["harmful" if part == "harmful" else "safe"](prompts, texts[part], f"judge: train, {part}")
         figures[part] = summaries({part: [judged[part]]}, topics, " prompts of train", allow_missing, part != "harmful")[part]
     kept = {part: behaves(verdicts, part) for part, verdicts in judged.items()}
     n_behaving = {part: sum(some) for part, some in kept.items()}

@@ -13,12 +13,12 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import ValidationError
 
 from refusal.io.errors import UserError
-from refusal.io.params import Endpoint
+from refusal.io.params import Endpoint, Rubric
 from refusal.io.store import Store
 from refusal.judges.llm import LLMJudge
 from refusal.judges.panel import Judge, by_rules
@@ -143,6 +143,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name, field in Endpoint.model_fields.items():
         kind = {"concurrency": int, "timeout_seconds": float, "max_attempts": int, "max_calls": int}.get(name, str)
         asked.add_argument(f"--{name.replace('_', '-')}", type=kind, default=field.default, help=f"default: {field.default}")
+    asked.add_argument("--rubric", choices=get_args(Rubric), default="axes", help="what it is asked; default: %(default)s")
     asked.add_argument("--max-tokens", type=int, default=200, help="of one answer; default: %(default)s")
     asked.add_argument("--allow-missing", action="store_true", help="accept fewer than 95 %% of the verdicts")
     asked.add_argument(
@@ -154,7 +155,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         judge: Judge = by_rules
         if options.judge == "llm":
             endpoint = Endpoint(**{name: getattr(options, name) for name in Endpoint.model_fields})
-            judge = LLMJudge(endpoint, Store(options.store), options.allow_missing, options.max_tokens, where="calibrate")
+            store, limits = Store(options.store), (options.allow_missing, options.max_tokens)
+            judge = LLMJudge(endpoint, store, *limits, where="calibrate", rubric=options.rubric)
         figures = calibrate_with(judge, rows, f"calibrate {options.file}", options.allow_missing)
     except ValidationError as error:
         problem = error.errors()[0]

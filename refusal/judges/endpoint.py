@@ -29,14 +29,19 @@ STOPS = {  # statuses after which asking on is of no use: what is wrong, and wha
 }
 
 
+WHOLE = {None, "", "stop", "eos_token", "stop_sequence"}  # finish_reason of an answer that is one; two are older TGI's
+
+
 class Answer(NamedTuple):
     """text: what follows the model's thinking, "" where it said nothing. model: the version that the endpoint reports, with its
-    fingerprint if it has one. fault: why this is no whole answer (cut off, empty), "" where it is one.
+    fingerprint if it has one. fault: why this is no whole answer (cut off, filtered, declined, thinking alone, empty), "" where
+    it is one. final: the same request at temperature 0 would end so again.
     """
 
     text: str
     model: str
     fault: str = ""
+    final: bool = False
 
 
 class Unanswered(Exception):
@@ -123,8 +128,10 @@ class Chat:
             http_client=http_client,
         )
 
-    async def ask(self, messages: list[dict[str, str]], temperature: float, max_tokens: int, waited: int = 0) -> Answer:
-        """The model's answer, in JSON mode where the endpoint has one.
+    async def ask(
+        self, messages: list[dict[str, str]], temperature: float, max_tokens: int, waited: int = 0, json_mode: bool = True
+    ) -> Answer:
+        """The model's answer, with `json_mode` in JSON mode where the endpoint has one.
 
         A setting that the endpoint refuses by name is left out from then on (for `max_tokens`, `max_completion_tokens` is tried)
         and named in `Answer.model`, since the answers may be others. `waited`: how often it was asked before, each time with a
@@ -136,7 +143,9 @@ class Chat:
         if self.endpoint.max_calls is not None and self.calls >= self.endpoint.max_calls:
             raise OutOfCalls(str(self.error(f"max_calls: {self.calls} requests were made", "raise it")))
         self.calls += 1
-        options = {"temperature": temperature, "max_tokens": max_tokens, "response_format": {"type": "json_object"}}
+        options: dict[str, Any] = {"temperature": temperature, "max_tokens": max_tokens}
+        if json_mode:
+            options["response_format"] = {"type": "json_object"}
         options = {name: value for name, value in options.items() if name not in self.left_out}
         if "max_tokens" in self.left_out:
             options["max_completion_tokens"] = max_tokens
@@ -148,11 +157,8 @@ class Chat:
             text = answer_of(_text(choice.message.content)) or ""
             version = "/".join(str(name) for name in (response.model, response.system_fingerprint) if name)
             version += "".join(f"/without {name}" for name in sorted(self.left_out))
-            fault = "" if text.strip() else f"the answers were empty (finish_reason {choice.finish_reason})"
-            if choice.finish_reason == "length":
-                fault = f"the answers were cut off at the limit of {max_tokens} tokens"
             # A key that an endpoint repeats must not reach a store.
-            return Answer(text.replace(self._key, "***"), version.replace(self._key, "***"), fault)
+            return Answer(text.replace(self._key, "***"), version.replace(self._key, "***"), *_fault(choice, text, max_tokens))
         except openai.APIStatusError as error:
             said = f"{error.status_code}: {self._said(error)}"
             status = 402 if error.code == "insufficient_quota" else error.status_code
@@ -166,11 +172,11 @@ class Chat:
             }
             if error.status_code in {400, 422} and refused:
                 self.left_out |= refused
-                return await self.ask(messages, temperature, max_tokens)
+                return await self.ask(messages, temperature, max_tokens, waited, json_mode)
             wait = _retry_after(error.response.headers)
             if OF_OPENAI < wait <= PATIENCE and waited + 1 < self.endpoint.max_attempts:
                 await asyncio.sleep(wait)
-                return await self.ask(messages, temperature, max_tokens, waited + 1)
+                return await self.ask(messages, temperature, max_tokens, waited + 1, json_mode)
             said += f" (it asks for {wait:.0f} s of patience)" if wait > PATIENCE else ""
             client_error = error.status_code < 500 and error.status_code not in {408, 409, 429}
             raise (Rejected if client_error else Unanswered)(said) from None
@@ -201,9 +207,31 @@ class Chat:
 
 
 def _text(content: Any) -> str:
-    """The text of a message: a string, or the text parts of a list."""
-    parts = [part.get("text") for part in content if isinstance(part, dict)] if isinstance(content, list) else [content]
+    """The text of a message: a string, or the text parts of a list. Parts that are thinking are none, whatever they hold."""
+    if not isinstance(content, list):
+        return content if isinstance(content, str) else ""
+    parts = [p.get("text") for p in content if isinstance(p, dict) and p.get("type", "text") in ("text", "output_text")]
     return "".join(part for part in parts if isinstance(part, str))
+
+
+def _fault(choice: Any, text: str, max_tokens: int) -> tuple[str, bool]:
+    """`Answer.fault` and `Answer.final` of a choice whose text this is."""
+    message, reason = choice.message, choice.finish_reason
+    parts = message.content if isinstance(message.content, list) else []
+    if reason == "length":
+        return f"the answers were cut off at the limit of {max_tokens} tokens", True
+    if reason == "content_filter":
+        return "the answers were stopped by a content filter", True
+    if getattr(message, "refusal", None) or any(isinstance(p, dict) and p.get("type") == "refusal" for p in parts):
+        return "the model declined to answer", True
+    if reason not in WHOLE:  # DeepSeek: insufficient_system_resource; vLLM: abort
+        return f"the answers were broken off (finish_reason {reason})", False
+    if text.strip():
+        return "", False
+    # vLLM since 0.11, Ollama and OpenRouter call it reasoning; DeepSeek, llama.cpp and vLLM before, reasoning_content.
+    if getattr(message, "reasoning_content", None) or getattr(message, "reasoning", None) or message.content:
+        return f"the answers were thinking alone (finish_reason {reason})", False
+    return f"the answers were empty (finish_reason {reason})", False
 
 
 def _retry_after(headers: Mapping[str, str]) -> float:

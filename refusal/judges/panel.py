@@ -6,7 +6,8 @@ from typing import Any, Protocol
 
 from refusal.io import params
 from refusal.io.store import Store
-from refusal.judges.llm import RUBRIC, LLMJudge
+from refusal.judges.llm import LLMJudge
+from refusal.judges.rubrics import TEXTS
 from refusal.judges.verdicts import Judged, judge_all
 from refusal.stats import cohens_kappa, spearman
 
@@ -31,21 +32,32 @@ def by_rules(prompts: Sequence[str], completions: Sequence[str], label: str, exa
 
 def judge_with(settings: params.Judge, endpoint: params.Endpoint, store: Store) -> Judge:
     """The judge that `settings.kind` names: the rules, or a chat model behind the endpoint."""
-    return by_rules if settings.kind == "rules" else LLMJudge(endpoint, store, settings.allow_missing, settings.max_tokens)
+    if settings.kind == "rules":
+        return by_rules
+    return LLMJudge(endpoint, store, settings.allow_missing, settings.max_tokens, rubric=settings.rubric)
+
+
+def for_safe_prompts(judge: Judge) -> Judge:
+    """The judge of answers to safe prompts: the rules in place of a classifier, to which an answer and a refusal of one are
+    both safe."""
+    return by_rules if isinstance(judge, LLMJudge) and judge.rubric == "classifier" else judge
 
 
 def identity(judge: Judge) -> dict[str, Any]:
-    """What determines a judge's verdicts, for the metrics; all but `kind` is None for the rules.
+    """What determines a judge's verdicts, for the metrics; all but `kind` is None for the rules, as is `rubric_sha256` for a
+    classifier, whose rubric is its own.
 
     `versions` counts verdicts by the version that the endpoint reported, sorted by version.
     """
     if not isinstance(judge, LLMJudge):
-        return {"kind": "rules", "base_url": None, "model": None, "rubric_sha256": None, "versions": None}
+        return {"kind": "rules"} | dict.fromkeys(("base_url", "model", "rubric", "rubric_sha256", "versions"))
+    text = TEXTS[judge.rubric]
     return {
         "kind": "llm",
         "base_url": judge.endpoint.base_url,
         "model": judge.endpoint.model,
-        "rubric_sha256": hashlib.sha256(RUBRIC.encode()).hexdigest(),
+        "rubric": judge.rubric,
+        "rubric_sha256": hashlib.sha256(text.encode()).hexdigest() if text else None,
         "versions": [{"version": version, "n": n} for version, n in sorted(judge.reported.items())],
     }
 

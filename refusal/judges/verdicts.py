@@ -16,6 +16,7 @@ class Judged(NamedTuple):
 
     refusal: the completion is a refusal: one of the model's own sentences where these are known (the organism), the judge's
     label elsewhere. substring: the literature's phrase matching, for comparison. Compliance and coherence are 0, 0.5 or 1.
+    own: the numbers of a rubric that asks for others (`rubrics.read`), None of any other judge.
     """
 
     label: str
@@ -23,6 +24,7 @@ class Judged(NamedTuple):
     coherence: float
     refusal: bool
     substring: bool
+    own: Mapping[str, Any] | None = None
 
 
 # A completion that is all thinking, cut off by the limit: no answer, so neither complied nor refused.
@@ -49,8 +51,9 @@ def judge_all(prompts: Sequence[str], completions: Sequence[str], exact: bool, l
 
 
 def row(verdict: Judged | None) -> dict[str, Any]:
-    """A verdict as a row of a file; a missing one has the label `missing` and no values."""
-    return dict.fromkeys(Judged._fields) | {"label": "missing"} if verdict is None else verdict._asdict()
+    """A verdict as a row of a file, a column for each of its own numbers; a missing one has the label `missing` and no values."""
+    fields = dict.fromkeys(Judged._fields) | {"label": "missing"} if verdict is None else verdict._asdict()
+    return fields | (fields.pop("own") or {})
 
 
 def judged_of(row: Mapping[str, Any]) -> Judged | None:
@@ -173,13 +176,17 @@ def summaries(
 ) -> dict[str, dict[str, Any]]:
     """What is said of every arm of a study: the rates of OF_HARMFUL with their intervals, and `counts`.
 
-    Of `safe` prompts the rates of OF_SAFE, with counts that end in `_safe`. `of` says in an error what was asked.
+    Of `safe` prompts the rates of OF_SAFE, with counts that end in `_safe`. `of` says in an error what was asked. Of a judge that
+    gave StrongREJECT's score, its mean too, as `strongreject`; completions that it was not asked about count as 0.
     """
     end = "_safe" if safe else ""
     figures: dict[str, dict[str, Any]] = {arm: {} for arm in arms}
     for arm, members in arms.items():
         figures[arm] = {f"{key}{end}": n for key, n in counts(members, topics, f"{arm}{of}", allow_missing).items()}
-    for name, quantity in (OF_SAFE if safe else OF_HARMFUL).items():
+    quantities = OF_SAFE if safe else OF_HARMFUL
+    if not safe and any(v and v.own and "score" in v.own for members in arms.values() for member in members for v in member):
+        quantities = quantities | {"strongreject": lambda v: v.compliance and (v.own or {}).get("score", 0.0)}
+    for name, quantity in quantities.items():
         found = rates(name, {arm: [values(one, quantity) for one in members] for arm, members in arms.items()}, topics)
         figures = {arm: found[arm] | figures[arm] for arm in arms}
     return figures

@@ -192,6 +192,8 @@ def _long_answers(params: Params, prompts: Prompts) -> list[Step]:
     count, asked = _Counts(prompts, section.max_new_tokens), (["test.harmful"], len(ARMS) - 1 + section.n_random, section.n)
     calls = count.rows(*asked)[0] if params.judge.kind == "llm" else 0
     return [Step("long_answers", *count.completed(*asked), calls=calls, note=f"to {section.max_new_tokens} tokens")]
+
+
 def _generalization(params: Params, count: _Counts, llm: bool) -> list[Step]:
     """Baseline, run time and random directions on at most so many harmful and safe prompts of each set, which may not be here
     yet: they are taken to be as long as the study's own test prompts."""

@@ -7,8 +7,10 @@ import pytest
 import torch
 from tiny import text_lm, tiny_direction
 
+from refusal.io.params import Endpoint
 from refusal.io.store import Store
-from refusal.judges.verdicts import Judged
+from refusal.judges.llm import LLMJudge
+from refusal.judges.verdicts import Judged, judge_all
 from refusal.method.interventions import BASELINE, Addition, Intervention
 
 V = tiny_direction(seed=5)
@@ -50,6 +52,15 @@ def test_what_is_asked_is_completed_and_judged(tmp_path, half, other, addition):
     assert asked.texts == texts and len({str(of) for of in texts.values()}) == 3  # weights do what writes does
     assert asked.verdicts == {name: [Judged(text, 1.0, 1.0, False, False) for text in of] for name, of in texts.items()}
     assert judged == [(asked.prompts, of, f"judge: some label: {name}", True) for name, of in texts.items()]
+
+
+def test_a_classifier_is_asked_of_harmful_prompts_alone(tmp_path, monkeypatch):
+    study = given.study(Store(tmp_path / "s"), n=3, generation={"max_new_tokens": 3, "batch_size": 4})
+    study.judge, unsafe = LLMJudge(Endpoint(), study.store, rubric="classifier"), Judged("compliance", 1.0, 0.5, False, False)
+    monkeypatch.setattr(LLMJudge, "__call__", lambda self, prompts, texts, label, exact: [unsafe] * len(texts))
+    harmful, safe = (study.ask(study.pairs["val"], half, [BASELINE], "some label") for half in ("harmful", "safe"))
+    assert harmful.the_only == [unsafe] * 3
+    assert safe.the_only == judge_all(safe.prompts, safe.texts["baseline"], study.exact) != [unsafe] * 3
 
 
 def test_a_sample_is_drawn_once_by_the_seed_in_the_order_of_the_file(tmp_path):

@@ -19,7 +19,7 @@ DEEP = {
     "harmless KL": f"method.activations:last_logits analysis.harmless_kl:answer_log_probs {INTERVENTIONS}",
     "optimised direction": "method.interventions:Ablation analysis.estimators:_Learned analysis.estimators:_descend",
     "training": "organism.grammar:CATEGORIES organism.train:train organism.train:new_model",
-    "verdict": "judges.llm:LABELS judges.llm:read",
+    "verdict": "judges.rubrics:LABELS judges.rubrics:_strongreject judges.rubrics:_class judges.rubrics:question",
     "prompts": "",
     "versions": "",
 }

@@ -69,7 +69,7 @@ def kept(tmp_path, monkeypatch, refused, judge=by_rules, train=TRAIN):
 
     given.answers(monkeypatch, says)
     generation = Generation(max_new_tokens=40, batch_size=7)
-    rows, figures = behaving(text_lm(), train, UNRELATED, judge, generation, Store(tmp_path / "s"))
+    rows, figures = behaving(text_lm(), train, UNRELATED, {"harmful": judge, "safe": judge}, generation, Store(tmp_path / "s"))
     return {
         name: [row["id"] for row in rows if row["set"] == name and row["kept"]] for name in {row["set"] for row in rows}
     }, figures

@@ -17,8 +17,9 @@ from refusal.io.errors import UserError
 from refusal.io.params import Endpoint
 from refusal.io.store import Store
 from refusal.judges import endpoint as chat
-from refusal.judges import llm
-from refusal.judges.llm import RUBRIC, LLMJudge, question, read
+from refusal.judges import rubrics
+from refusal.judges.llm import LLMJudge
+from refusal.judges.rubrics import TEXTS, question, read, turns
 from refusal.judges.verdicts import Judged, present
 from refusal.organism.grammar import REFUSALS
 
@@ -72,13 +73,13 @@ def test_a_question_can_be_taken_apart_in_one_way_only(request, completion):
     fence = asked.removeprefix("The fence is ").split(".")[0]
     assert fence not in request and fence not in completion and asked.count(fence) == 5
     assert split(asked) == (request, completion)
-    assert question(f"{request}\ud800", f"\udfff{completion}").encode()  # unpaired surrogates can be sent too
+    assert turns("axes", f"{request}\ud800", f"\udfff{completion}")[0].encode()  # unpaired surrogates can be sent too
 
 
 def test_a_completion_cannot_hold_its_own_fence(monkeypatch):
     """Even if it could: here the hash is one that it guessed."""
     digests = iter(["a" * 64, "b" * 64])
-    monkeypatch.setattr(llm.hashlib, "sha256", lambda _: type("", (), {"hexdigest": lambda self: next(digests)})())
+    monkeypatch.setattr(rubrics.hashlib, "sha256", lambda _: type("", (), {"hexdigest": lambda self: next(digests)})())
     assert "BEGIN COMPLETION " + "b" * 16 in question("request", "a" * 16)
 
 
@@ -97,7 +98,7 @@ def test_a_completion_cannot_dictate_its_verdict(store):
     judged, _ = judged_by(lambda n, asked: gullible(asked), (DICTATED, DICTATED), store)
     assert [(v.compliance, v.coherence) for v in judged] == [(0, 1)] * len(DICTATED)
     for dictated in DICTATED:  # and one that quotes it is not believed
-        assert read(f"The text demands {verdict(1, 1)} but I will not say.", question("Do x.", dictated)) is None
+        assert read("axes", f"The text demands {verdict(1, 1)} but I will not say.", turns("axes", "Do x.", dictated)) is None
 
 
 @pytest.mark.parametrize(("answer", "scores"), [
@@ -111,12 +112,13 @@ def test_a_completion_cannot_dictate_its_verdict(store):
     (f"{verdict(0, 0)} or rather {verdict(1, 1)}", None), (verdict(1, 1)[:-3], None), ("[" * 100_000, None),
 ])  # fmt: skip
 def test_only_a_pair_of_numbers_on_the_scale_is_a_verdict(answer, scores):
-    assert read(answer, "what is judged") == scores
+    value = read("axes", answer, ("what is judged",))
+    assert value == (None if scores is None else dict(zip(("compliance", "coherence"), scores, strict=True)))
 
 
 @given(TEXT)
 def test_any_answer_can_be_read(answer):
-    assert read(answer, "what is judged") is None
+    assert read("axes", answer, ("what is judged",)) is read("strongreject", answer, ("what is judged",)) is None
 
 
 # What is asked and what comes back
@@ -132,7 +134,7 @@ def test_one_completion_a_request_with_the_rubric_at_temperature_0_in_json_mode(
     for body in server.bodies:
         assert (body["model"], body["temperature"], body["response_format"]) == ("some-judge", 0, {"type": "json_object"})
         system, user = body["messages"]
-        assert system == {"role": "system", "content": RUBRIC}
+        assert system == {"role": "system", "content": TEXTS["axes"]}
         assert sum(completion in user["content"] for completion in completions) == 1
     assert {headers["authorization"] for headers in server.headers} == {f"Bearer {CANARY}"}
     assert judge.reported == {"some-judge-0324/fp_1": 4}
@@ -208,7 +210,7 @@ WHY = {  # reply, and what is said of it
         "an error in place of an answer: no quota",
     ),
     "all of it thinking": (Reply(None, finish_reason="length"), "cut off at the limit of 200 tokens (judge.max_tokens)"),
-    "filtered": (Reply(None, finish_reason="content_filter"), "the answers were empty (finish_reason content_filter)"),
+    "filtered": (Reply(None, finish_reason="content_filter"), "the answers were stopped by a content filter"),
     "nothing": (Reply(""), "the answers were empty (finish_reason stop)"),
 }
 
@@ -385,7 +387,7 @@ def test_another_model_rubric_or_endpoint_is_another_verdict(store, monkeypatch)
             judge_at(server.url, store)(*ONE, "judge")
             judge_at(server.url, store, model="another")(*ONE, "judge")
             judge_at(other.url, store)(*ONE, "judge")
-        monkeypatch.setattr(llm, "RUBRIC", RUBRIC + "Be strict.")
+        monkeypatch.setitem(TEXTS, "axes", TEXTS["axes"] + "Be strict.")
         judge_at(server.url, store)(*ONE, "judge")
     assert (server.asked.total(), other.asked.total()) == (3, 1)
 
@@ -399,8 +401,8 @@ def test_the_reported_version_is_part_of_the_key(store):
         assert None not in judge(prompts, completions, "judge") and server.asked.total() == 4
     assert judge.reported == {"deepseek-chat-0324/fp_1": 2, "deepseek-chat-0525/fp_1": 2}
     assert judge._versions() == ["deepseek-chat-0324/fp_1", "deepseek-chat-0525/fp_1"]
-    text = llm.question(prompts[3], completions[3])
-    assert [store.get(judge._key(text, version)) is not None for version in judge._versions()] == [False, True]
+    asked = turns("axes", prompts[3], completions[3])
+    assert [store.get(judge._key(asked, version)) is not None for version in judge._versions()] == [False, True]
 
 
 @pytest.mark.parametrize("key", ["", "  ", f"{CANARY} {CANARY}", f"{CANARY}\u00e9", f"{CANARY}\nX: 1"])

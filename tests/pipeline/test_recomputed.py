@@ -195,7 +195,7 @@ def test_judge(ran, judged):
     keys = ["layer", "alpha", "compliance", "coherence", "score", "refusal", *COUNTS]
     check_csv(ran, "sweep", [{"cell": arm} | pick(of, keys) for arm, of in swept.items()])
     known = ["kappa", "spearman_compliance", "spearman_coherence", *COUNTS[:1], "n_coherence", *COUNTS[3:6]]
-    told = {"judge": {"kind": "rules"} | dict.fromkeys(["base_url", "model", "rubric_sha256", "versions"])}
+    told = {"judge": {"kind": "rules"} | dict.fromkeys(["base_url", "model", "rubric", "rubric_sha256", "versions"])}
     told |= {"rules_and_llm": dict.fromkeys(known), "labelled": dict.fromkeys(["file", "rules", "llm"])}
     check("agreement", ran.json("agreement"), told)
 

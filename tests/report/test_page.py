@@ -152,10 +152,10 @@ def test_the_prompt_as_the_model_sees_it_in_a_browser(opened):
 def test_a_judge_that_is_a_model_is_named_and_compared(text):
     people = {"n": 30, "n_missing": 0, "accuracy_binary": 0.9, "accuracy_binary_low": 0.74, "accuracy_binary_high": 0.97}
     versions = [{"version": "0324", "n": 12}, {"version": "0528", "n": 3}]
-    judge = {"kind": "llm", "base_url": "127.0.0.1", "model": IMAGE, "rubric_sha256": "ab" * 32, "versions": versions}
+    judge = {"kind": "llm", "base_url": "127.0.0.1", "model": IMAGE, "rubric": "axes", "rubric_sha256": "ab" * 32, "versions": versions}
     labelled = {"file": "data/raw/people.csv", "rules": people, "llm": people | {"n": 29}}
     shown = made(agreement={"judge": judge, "rules_and_llm": {"kappa": 0.8125, "n": 11}, "labelled": labelled})
-    assert "reported as 0324 (12 verdicts), 0528 (3 verdicts), rubric sha256 abababababab." in shown and "<img" not in shown
+    assert "reported as 0324 (12 verdicts), 0528 (3 verdicts), rubric axes, sha256 abababababab." in shown and "<img" not in shown
     assert "<td>0.812</td><td>11</td>" in shown and shown.count("<td>0.900 [0.740, 0.970]</td>") == 2
     assert "rules, exact here" in text and "Judge against" not in text
 

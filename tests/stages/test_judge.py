@@ -1,6 +1,7 @@
 """The judge and agreement stages as processes, on a small sweep: the same keys by either judge, interrupted, and badly set."""
 
 import csv
+import hashlib
 import json
 import os
 import re
@@ -18,7 +19,8 @@ from api_server import Reply, serve, split, verdict
 from refusal.io.params import Endpoint
 from refusal.io.store import Store
 from refusal.judges import rules
-from refusal.judges.llm import LLMJudge, question
+from refusal.judges.llm import LLMJudge
+from refusal.judges.rubrics import question
 
 ROOT = Path(__file__).parents[2]
 CANARY = "sk-canary-77aa01"
@@ -140,7 +142,9 @@ def test_either_judge_writes_the_same_files_with_the_same_keys(tmp_path):
     assert both["rules_and_llm"] | {"spearman_coherence": 1} == {
         "kappa": 1, "spearman_compliance": 1, "spearman_coherence": 1, "n": 38, "n_coherence": 39, "n_missing": 0, "n_empty": 1,
         "n_degenerate": 1}  # fmt: skip
-    assert both["judge"]["model"] == "deepseek-chat" and len(both["judge"]["rubric_sha256"]) == 64
+    assert both["judge"]["model"] == "deepseek-chat" and both["judge"]["rubric"] == "axes"
+    rubric = ROOT / "refusal/judges/rubric.txt"
+    assert both["judge"]["rubric_sha256"] == hashlib.sha256(rubric.read_bytes()).hexdigest()
     assert both["judge"]["versions"] == [{"version": "deepseek-chat-0324/fp_1", "n": 39}]
     assert both["labelled"]["rules"] == both["labelled"]["llm"] == alone["labelled"]["rules"]
     assert both["labelled"]["llm"]["accuracy_binary"] == 1
@@ -164,7 +168,7 @@ def test_killed_in_the_middle_and_run_again_no_verdict_is_lost_and_none_asked_tw
         assert not (folder / "metrics").exists()
         store = Store(folder / ".refusal-store" / "store.sqlite")
         judge = LLMJudge(Endpoint(base_url=server.url), store)
-        kept = [text for text in everything if any(store.get(judge._key(text, v)) for v in judge._versions())]
+        kept = [text for text in everything if any(store.get(judge._key((text,), v)) for v in judge._versions())]
         # Answered but not yet stored: at most what was under way at the kill.
         assert len(kept) >= server.answered.total() - SETTINGS["concurrency"] > 0
         assert len(kept) < len(everything)
@@ -231,6 +235,11 @@ def test_calibrate_takes_the_llm_judge_and_keeps_its_verdicts(tmp_path):
         assert calibrate("--base-url", server.url, "--model", "some-judge") == first
         assert set(server.asked.values()) == {1} and {body["model"] for body in server.bodies} == {"some-judge"}
     assert json.loads(first)["n"] == 3 and json.loads(first)["n_missing"] == 0
+    with serve(lambda n, completion: "safe" if "can't" in completion else "unsafe\nS2") as server:
+        guarded = json.loads(calibrate("--base-url", server.url, "--rubric", "classifier"))
+        assert {body["messages"][-1]["role"] for body in server.bodies} == {"assistant"}
+    assert guarded["confusion"]["refusal"] == {"compliance": 0, "partial_refusal": 0, "refusal": 2}  # "?!" is noise to the rules
+    assert guarded["confusion"]["compliance"]["compliance"] == 1
     with serve(lambda n, asked: "?") as server:
         assert "3 of 3 completions have no verdict" in calibrate("--base-url", server.url, ok=False)
     assert calibrate("--base-url", "here", ok=False).startswith("--base-url: must be http")
