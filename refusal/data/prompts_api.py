@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 from refusal.data.near_duplicates import NearDuplicateIndex, words
 from refusal.data.prompts import share_out, split_rows
 from refusal.io import store as stores
+from refusal.io.endpoint import Endpoint
 from refusal.io.errors import UserError
-from refusal.io.params import Endpoint, Prompts
+from refusal.io.params import Prompts
 from refusal.io.progress import progress
 from refusal.io.store import Store
 from refusal.judges.endpoint import Chat, Rejected, Unanswered

@@ -10,8 +10,9 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from refusal.io.endpoint import Endpoint
 from refusal.io.errors import UserError
-from refusal.io.params import Endpoint, Params
+from refusal.io.params import Params
 
 # The keys of earlier versions, and what each is called now.
 RENAMED = {

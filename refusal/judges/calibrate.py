@@ -17,8 +17,9 @@ from typing import Any, get_args
 
 from pydantic import ValidationError
 
+from refusal.io.endpoint import Endpoint
 from refusal.io.errors import UserError
-from refusal.io.params import Endpoint, Rubric
+from refusal.io.params import Rubric
 from refusal.io.store import Store
 from refusal.judges.llm import LLMJudge
 from refusal.judges.panel import Judge, by_rules

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from refusal.io import store as stores
-from refusal.io.params import Endpoint, Rubric
+from refusal.io.endpoint import Endpoint
+from refusal.io.params import Rubric
 from refusal.io.progress import progress
 from refusal.io.store import Store
 from refusal.judges import rules

@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny import text_lm, tiny_direction
 
-from refusal.io.params import Endpoint
+from refusal.io.endpoint import Endpoint
 from refusal.io.store import Store
 from refusal.judges.llm import LLMJudge
 from refusal.judges.verdicts import Judged, judge_all

@@ -19,8 +19,9 @@ from pair_author import Author, pair
 from refusal.data.near_duplicates import words
 from refusal.data.prompts import grammar_pairs
 from refusal.data.prompts_api import _rows, api_pairs, api_unrelated, fault
+from refusal.io.endpoint import Endpoint
 from refusal.io.errors import UserError
-from refusal.io.params import Endpoint, Prompts
+from refusal.io.params import Prompts
 from refusal.io.store import Store
 from refusal.organism import grammar
 

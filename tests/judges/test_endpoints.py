@@ -5,8 +5,8 @@ import json
 import pytest
 from api_server import Reply, serve, split, verdict
 
+from refusal.io.endpoint import Endpoint
 from refusal.io.errors import UserError
-from refusal.io.params import Endpoint
 from refusal.io.store import Store
 from refusal.judges.llm import LLMJudge
 

@@ -13,8 +13,8 @@ from api_server import NOTE, Reply, gullible, serve, split, verdict
 from hypothesis import given
 from hypothesis import strategies as st
 
+from refusal.io.endpoint import Endpoint
 from refusal.io.errors import UserError
-from refusal.io.params import Endpoint
 from refusal.io.store import Store
 from refusal.judges import endpoint as chat
 from refusal.judges import rubrics

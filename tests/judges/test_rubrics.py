@@ -9,7 +9,8 @@ from api_server import serve, split
 from hypothesis import given
 from hypothesis import strategies as st
 
-from refusal.io.params import Endpoint, Judge
+from refusal.io.endpoint import Endpoint
+from refusal.io.params import Judge
 from refusal.io.store import Store
 from refusal.judges import rules
 from refusal.judges.llm import LLMJudge

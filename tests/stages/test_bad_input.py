@@ -14,8 +14,9 @@ from split_file import file_rows
 
 from refusal.data.prompts import SPLITS
 from refusal.data.prompts_api import api_pairs
+from refusal.io.endpoint import Endpoint
 from refusal.io.errors import UserError
-from refusal.io.params import Endpoint, Prompts
+from refusal.io.params import Prompts
 from refusal.io.store import Store
 
 SHARES, NEAR = {"train": 0.6, "val": 0.2, "test": 0.2}, 0.8

@@ -16,7 +16,7 @@ import pytest
 import yaml
 from api_server import Reply, serve, split, verdict
 
-from refusal.io.params import Endpoint
+from refusal.io.endpoint import Endpoint
 from refusal.io.store import Store
 from refusal.judges import rules
 from refusal.judges.llm import LLMJudge
