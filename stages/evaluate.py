@@ -22,7 +22,6 @@ def main(params: Params) -> str:
         for arm, rank in (("orthogonalized", "rank_1"), ("random_weights", "random"))
     }
     metrics, rows, curve = evaluate(study, edited)
-    OUT.mkdir(parents=True, exist_ok=True)
     write_jsonl(OUT / "completions.jsonl", rows)
     write_json(METRICS, metrics)
     write_text(PLOT, csv_text(curve))

@@ -41,7 +41,6 @@ def main(params: Params) -> str:
         unrelated = api_unrelated(p, params.endpoint, store, (pair[half] for pair in pairs for half in HALVES if pair[half]))
     if not is_paired(pairs):
         print(f"prompts: these are no pairs: {WITHOUT_PAIRS}", file=sys.stderr)
-    OUT.mkdir(parents=True, exist_ok=True)
     write_jsonl(OUT / "pairs.jsonl", pairs)
     write_jsonl(OUT / "unrelated.jsonl", unrelated)
     counts = Counter(row["split"] for row in pairs)

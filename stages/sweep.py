@@ -27,7 +27,6 @@ def main(params: Params) -> str:
     ids = lm.encode([row["harmful"] for row in val], g.max_new_tokens)
     decoding = Decoding(g.max_new_tokens, rows_at_once(g.batch_size, lm.model, g.max_new_tokens + 1, "generation"))
     completions = complete(lm, ids, interventions, decoding, Store(STORE / "store.sqlite"), "sweep")
-    OUT.mkdir(parents=True, exist_ok=True)
     rows = [
         {
             "cell": one.name,
