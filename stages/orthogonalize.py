@@ -18,37 +18,30 @@ def main(params: Params) -> str:
     from refusal.method.orthogonalize import Edit, orthogonalize
     from refusal.method.select import cell_name, checked
 
-    o, selected = params.orthogonalize, checked(read_json(Path("metrics/select.json")))
-    unit = select_directions(read_directions(Path("models/directions.safetensors")), params.sweep.method, params.sweep.pairing)[
-        "unit"
-    ]
+    o, s, selected = params.orthogonalize, params.sweep, checked(read_json(Path("metrics/select.json")))
+    unit = select_directions(read_directions(Path("models/directions.safetensors")), s.method, s.pairing)["unit"]
     shutil.rmtree(OUT, ignore_errors=True)
     OUT.mkdir(parents=True)
     first = selected["rank_1"]
     # The control differs from rank_1 in its direction alone: same layer in its name, same alpha, same matrices.
-    names = {rank: cell["name"] for rank, cell in selected.items()} | {
-        "random": f"random_{cell_name(first['layer'], first['alpha'])}"
-    }
-    bases = {rank: unit[cell["layer"]] for rank, cell in selected.items()}
-    bases["random"] = random_unit(unit.shape[1], 1, params.sweep.seed)[0]
-    edits = []
-    for rank, name in names.items():
-        intervention = Intervention(name, bases[rank], selected.get(rank, first)["alpha"], "weights")
-        edits.append(Edit(OUT / name, intervention, o.include_embedding, o.format))
+    random = f"random_{cell_name(first['layer'], first['alpha'])}"
+    edited = {rank: Intervention(cell["name"], unit[cell["layer"]], cell["alpha"], "weights") for rank, cell in selected.items()}
+    edited["random"] = Intervention(random, random_unit(unit.shape[1], 1, s.seed)[0], first["alpha"], "weights")
+    edits = [Edit(OUT / one.name, one, o.include_embedding, o.format) for one in edited.values()]
     reports = orthogonalize(BASE, edits)
     metrics: dict[str, dict[str, Any]] = {
         rank: {
-            "name": names[rank],
-            "alpha": edit.intervention.alpha,
+            "name": one.name,
+            "alpha": one.alpha,
             "n_edited": report.n_edited,
             "n_copied": report.n_copied,
             "max_residual": report.max_residual,
             "max_deviation": report.max_deviation,
             "residuals": report.residuals,
             "deviations": report.deviations,
-            **({"gguf": f"{names[rank]}.gguf", "max_cast": max(report.casts.values())} if report.casts else {}),
+            **({"gguf": f"{one.name}.gguf", "max_cast": max(report.casts.values())} if report.casts else {}),
         }
-        for rank, edit, report in zip(names, edits, reports, strict=True)
+        for (rank, one), report in zip(edited.items(), reports, strict=True)
     }
     write_json(METRICS, metrics)
     worst = max(m["max_deviation"] for m in metrics.values())

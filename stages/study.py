@@ -19,11 +19,9 @@ BASE, BEHAVIOUR = Path("models/base"), Path("data/behaviour/train.jsonl")
 def load_study(params: Params, section: Resampled) -> Study:
     """The study of these parameters; intervals are those of `section`."""
     rank_1 = checked(read_json(Path("metrics/select.json")))["rank_1"]  # before anything that takes time
-    directions = read_directions(Path("models/directions.safetensors"))
-    matched, harmless = (
-        select_directions(directions, params.sweep.method, pairing) for pairing in (params.sweep.pairing, "harmless")
-    )
-    is_matched = resolve_pairing(params.sweep.pairing, params.sweep.method, directions) == "matched"
+    s, directions = params.sweep, read_directions(Path("models/directions.safetensors"))
+    matched, harmless = (select_directions(directions, s.method, pairing) for pairing in (s.pairing, "harmless"))
+    is_matched = resolve_pairing(s.pairing, s.method, directions) == "matched"
     pairs, unrelated = (read_jsonl(Path(f"data/prompts/{name}.jsonl")) for name in ("pairs", "unrelated"))
     kept = kept_rows(read_jsonl(BEHAVIOUR))
     store = Store(STORE / "store.sqlite")
@@ -39,5 +37,5 @@ def load_study(params: Params, section: Resampled) -> Study:
         rank_1,
         section.n_resamples,
         section.seed,
-        unrelated_unit=select_directions(directions, params.sweep.method, "unrelated")["unit"] if is_matched else None,
+        unrelated_unit=select_directions(directions, s.method, "unrelated")["unit"] if is_matched else None,
     )
