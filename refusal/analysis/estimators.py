@@ -21,7 +21,7 @@ from refusal.io.params import Optimised
 from refusal.io.store import Store, key
 from refusal.lm.batching import model_replicas
 from refusal.lm.load import LM
-from refusal.method.activations import left_pad
+from refusal.method.activations import last_logits
 from refusal.method.interventions import Ablation, Intervention, intervene
 
 PAIRS_PER_JOB = 8  # whose gradient is computed together
@@ -92,15 +92,7 @@ def first_token_loss(
 
 def first_token(lm: LM, prompts: Sequence[Sequence[int]]) -> Float[Tensor, "n vocab"]:
     """Log probabilities of the first answer token after each prompt, float32."""
-    ids, mask = left_pad(prompts, lm.pad_id)
-    out = lm.model(
-        input_ids=ids.to(lm.model.device),
-        attention_mask=mask.to(lm.model.device),
-        position_ids=(mask.cumsum(-1) - 1).clamp_min(0).to(lm.model.device),
-        use_cache=False,
-        logits_to_keep=1,
-    )
-    return out.logits[:, -1].float().log_softmax(-1)
+    return last_logits(lm, prompts, [], 1)(0, len(prompts))[:, -1].float().log_softmax(-1)
 
 
 def optimised(
