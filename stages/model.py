@@ -18,8 +18,7 @@ TRAINING = BASE / "training.json"  # which training gave the weights
 
 def main(params: Params) -> str:
     use_transformers(params)
-    pairs = read_jsonl(Path("data/prompts/pairs.jsonl"))
-    unrelated = read_jsonl(Path("data/prompts/unrelated.jsonl"))
+    pairs, unrelated = (read_jsonl(Path(f"data/prompts/{name}.jsonl")) for name in ("pairs", "unrelated"))
     given = Path(params.model.id).resolve()
     if params.model.revision is None and any(given.is_relative_to(folder.resolve()) for folder in (BASE, TWIN, TRUTH)):
         raise UserError(f"params.yaml: model.id: {params.model.id} is what this stage writes: give a folder elsewhere")

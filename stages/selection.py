@@ -5,7 +5,7 @@ from typing import Any
 
 from refusal.io.files import read_jsonl
 from refusal.io.params import Params
-from refusal.io.prompts import resolve_pairing
+from refusal.io.prompts import by_split, resolve_pairing
 from refusal.method.paper_selection import POSITION, choose, metrics
 from stages import STORE, stage, use_transformers, write_json
 
@@ -57,10 +57,7 @@ def by_paper(params: Params) -> dict[str, Any]:
     directions = [(one, Addition(ours["difference"][layer], layer)) for layer, one in swept.items()]
     # Harmless prompts are those without counterpart, as the paper's are and those that evaluate prices ablation on.
     files = {"harmful": ("pairs", "harmful"), "harmless": ("unrelated", "safe")}
-    val = {
-        half: [row for row in read_jsonl(Path(f"data/prompts/{name}.jsonl")) if row["split"] == "val"]
-        for half, (name, _) in files.items()
-    }
+    val = {half: by_split(read_jsonl(Path(f"data/prompts/{name}.jsonl")))["val"] for half, (name, _) in files.items()}
     lm = load_lm(BASE, **params.model.loading)
     ids = {half: lm.encode([row[files[half][1]] for row in rows]) for half, rows in val.items()}
     tokens = first_token.refusal_tokens(lm)

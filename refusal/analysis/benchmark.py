@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import chdir, nullcontext
 from functools import cache, partial
 from pathlib import Path
+from statistics import stdev
 from typing import TYPE_CHECKING, Any, Literal
 
 from refusal.io.errors import UserError
@@ -207,10 +208,7 @@ def table(scores: Mapping[str, Mapping[str, Sequence[float]]], n_resamples: int,
 
 def standard_error(values: Sequence[float]) -> float | None:
     """The standard error of a mean as lm-eval has it: the sample's standard deviation by the root of n; None for n = 1."""
-    if len(values) < 2:
-        return None
-    mean = sum(values) / len(values)
-    return math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1) / len(values))
+    return stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
 
 
 def average(scores: Mapping[str, Sequence[float]]) -> float:

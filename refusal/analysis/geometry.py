@@ -11,7 +11,7 @@ from refusal.analysis.study import Study
 from refusal.analysis.subspaces import captured, paired_svd
 from refusal.io.params import Padding
 from refusal.io.progress import progress
-from refusal.method.activations import batches, last_token_resid_pre
+from refusal.method.activations import last_token_resid_pre
 from refusal.method.directions import project
 
 ByLayer = list[dict[str, Any] | None]  # None where the direction is undefined
@@ -127,5 +127,4 @@ def positions_and_padding(study: Study, settings: Padding) -> tuple[list[dict[st
 
 
 def _in_batches(study: Study, ids: list[list[int]], method: str, size: int) -> Tensor:
-    order = batches([len(tokens) for tokens in ids], "batched_unmasked", size)
-    return torch.cat([last_token_resid_pre(study.lm, [ids[i] for i in batch], method) for batch in order])
+    return torch.cat([last_token_resid_pre(study.lm, ids[i : i + size], method) for i in range(0, len(ids), size)])

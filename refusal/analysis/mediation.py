@@ -73,7 +73,7 @@ def mediation(
     best_single = best_on_val([one for family, one in best.items() if family != "affine"], val.verdicts, missing)
     ranked = [one for one in several if one.family == "subspace"]
     best_subspace = best_on_val(ranked, val.verdicts, missing) if ranked else None
-    decision = _decide(study, table, (single[0], best_single, best_subspace), test, (random, control))
+    decision = _decide(table, (single[0], best_single, best_subspace), test, (random, control))
     over = [BASELINE, best_single, best_subspace, *(one for family, one in best.items() if family == "affine")]
     fitted = candidates.fitted_on(study)
     keys = ("layer", *RATES, "cosine_rank_1", "cosine_planted")
@@ -203,7 +203,6 @@ def _pooled(study: Study, families: Mapping[str, Sequence[Intervention]], contro
 
 
 def _decide(
-    study: Study,
     table: Table,
     chosen: tuple[Intervention, Intervention, Intervention | None],
     test: Judgements,
