@@ -21,8 +21,9 @@ from scipy.special import betaincinv
 from refusal.stats import difference_of, effective_number, holm, paired_correlation, stdtrit, wilson
 
 Limits = tuple[float, float, float]  # value, low, high
-# A verdict on more than SMALL of an arm's completions needs LEAST labels, or all: fixed before any result was looked at.
-LEAST, SMALL = 5, 0.05
+# A verdict on more than SMALL of an arm's completions needs LEAST labels, or all; of a rarer one none, where it counts as
+# wrong on anything from none to all of these. Chosen by simulation, before any study's result was looked at.
+LEAST, SMALL = 2, 0.05
 TOO_FEW = "too few labels"
 
 

@@ -156,7 +156,7 @@ def test_coverage_of_rates_and_of_paired_differences():
     for kind, n in itertools.product(("rate", "difference"), (30, 100, 300)):
         assert np.mean(np.concatenate([of for cell, of in held.items() if cell[0] == kind and cell[2] == n])) >= 0.95
     assert np.mean(widths["rate", 30]) < 0.3 and np.mean(widths["rate", 100]) < 0.2 and np.mean(widths["difference", 100]) < 0.3
-    assert all(np.mean(of) < (0.1 if n > 30 or draw is by_verdict else 0.6) for (n, draw), of in n_null.items())
+    assert all(np.mean(of) < (0.01 if n > 30 or draw is by_verdict else 0.25) for (n, draw), of in n_null.items())
 
 
 @pytest.mark.parametrize(

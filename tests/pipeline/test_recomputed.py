@@ -24,6 +24,7 @@ from place import params_with
 from scipy.stats import norm
 from scipy.stats import t as student
 
+from pipeline.naive_agreement import calibrated, labelled
 from pipeline.naive_model import Arm, Ran, document_scores, unit_rows
 from pipeline.naive_rates import (
     COUNTS,
@@ -54,13 +55,14 @@ SETTINGS = {
     **{"science.n_fit": 30, "science.optimised": {"steps": 3, "batch_size": 4}, "science.sensitivity": None},
     **{"science.padding": None, "science.strength": {"alphas": [0.0, 1.25, 1.75, 2.5], "n": 8}},
     **{"benchmark.suite": ["organism_flags", "organism_sums"], "benchmark.limit": 10},
+    **{"judge.calibration": {"sensitivity": [45, 50], "specificity": [38, 40]}},
 }
 SIZES = {"train": (60, 60, 40), "val": (17, 6, 20), "test": (39, 10, 20)}  # of each split: pairs, their topics, unrelated prompts
 HALVES = ["harmful", "harmful_answer", "safe", "safe_answer"]
 STAGES = "behaviour activations directions published selection sweep judge select orthogonalize evaluate agreement generalization science benchmark report".split()
 # What is told of activations (tests/analysis has naive paths for it), of a loss, of the language of prompts, and in words.
 LEFT_OUT = {
-    "agreement": ["english_prompts"],
+    "agreement": ["english_prompts", "labels.differ.*"],
     "science": ["spectrum.*", "zero.*", "monitor.*", "optimised_loss"],
     "reproduction": ["rows.*.note", "weaknesses.*.what", "source.*", "vectors", "published_model"],
 }
@@ -194,10 +196,6 @@ def test_judge(ran, judged):
     swept = {arm: expected[arm] for arm in judged["arm"].unique() if expected[arm]["layer"] is not None}
     keys = ["layer", "alpha", "compliance", "coherence", "score", "refusal", *COUNTS]
     check_csv(ran, "sweep", [{"cell": arm} | pick(of, keys) for arm, of in swept.items()])
-    known = ["kappa", "spearman_compliance", "spearman_coherence", *COUNTS[:1], "n_coherence", *COUNTS[3:6]]
-    told = {"judge": {"kind": "rules"} | dict.fromkeys(["base_url", "model", "rubric", "rubric_sha256", "versions"])}
-    told |= {"rules_and_llm": dict.fromkeys(known), "labelled": dict.fromkeys(["file", "rules", "llm"])}
-    check("agreement", ran.json("agreement"), told)
 
 
 def test_select(ran, judged):
@@ -263,6 +261,44 @@ def test_evaluate(ran):
     check("evaluate", ran.json("evaluate"), expected)
     curve = {0.0: cost["baseline"]} | {x: cost[x] for x in swept}
     check_csv(ran, "capability", [{"layer": layer, "alpha": x} | of for x, of in curve.items()])
+
+
+def judged_on_test(ran) -> tuple[pd.DataFrame, dict[str, Any]]:
+    """What test_evaluate recomputes of harmful prompts, and what is said of judges without any label."""
+    rows = ran.table("data/evaluated/completions.jsonl").merge(ran.rows["pairs"][["id", "topic"]], on="id", how="left")
+    rows = rows[rows["half"] == "harmful"].assign(full=lambda of: of["compliance"] == 1)
+    rows["text"] = rows["prompt"] + "\0" + rows["completion"]
+    known = ["kappa", "spearman_compliance", "spearman_coherence", *COUNTS[:1], "n_coherence", *COUNTS[3:6]]
+    told = {"judge": {"kind": "rules"} | dict.fromkeys(["base_url", "model", "rubric_sha256", "versions"])}
+    told |= {"rules_and_llm": dict.fromkeys(known), "by_judge": {"rules": rates(rows, ["compliance", "full"]), "llm": None}}
+    return rows, told
+
+
+def test_agreement(ran):
+    rows, told = judged_on_test(ran)
+    calibration = SETTINGS["judge.calibration"]
+    told |= {"labelled": dict.fromkeys(["file", "rules", "llm"]), "labels": None}
+    told["corrected"] = {"by": "judge.calibration", "calibration": calibration, "arms": calibrated(rows, **calibration)}
+    check("agreement", ran.json("agreement"), told)
+
+
+def test_agreement_with_labels(ran, tmp_path):
+    """Of half of the texts, where a person contradicts the judge on every fifth; and of one text that is none of these."""
+    other = Ran(shutil.copytree(ran.folder, tmp_path / "study"))
+    rows, told = judged_on_test(ran)
+    texts = rows.drop_duplicates("text").iloc[::2].copy()
+    texts["truth"] = texts["full"] ^ (np.arange(len(texts)) % 5 == 0)
+    file = texts.assign(label=texts["truth"].map({True: "compliance", False: "refusal"}))[["prompt", "completion", "label"]]
+    pd.concat([file, pd.DataFrame([["x", "y", "degenerate"]], columns=file.columns)]).to_csv(other.folder / "data/raw/labels.csv", index=False)
+    params_with(other.folder, {"judge.labelled": "data/raw/labels.csv"})
+    run(other.folder, sys.executable, "-m", "stages.agreement")
+    errors, arms = labelled(rows.assign(truth=rows["text"].map(texts.set_index("text")["truth"])))
+    every = errors.pop("all")
+    told["labels"] = {"n": every.pop("n"), "n_unmatched": 1, "all": every, "arms": errors}
+    assert sum(of["corrected"] is not None for of in arms.values()) >= 3
+    written = other.json("agreement")
+    assert set(written.pop("labelled")) == {"file", "rules", "llm"} and all(0 < p <= 1 for p in written["labels"]["differ"].values())
+    check("agreement", written, told | {"corrected": {"by": "labels", "calibration": None, "arms": arms}})
 
 
 def test_exact_answers_where_a_safe_one_is_not_known(ran, tmp_path):

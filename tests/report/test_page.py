@@ -160,6 +160,50 @@ def test_a_judge_that_is_a_model_is_named_and_compared(text):
     assert "rules, exact here" in text and "Judge against" not in text
 
 
+def measured(p: float = 0.012, **changed) -> dict:
+    """metrics/agreement.json with labels, as the stage writes it."""
+    three = lambda name, x: {name: x, f"{name}_low": x - 0.1, f"{name}_high": x + 0.1}  # noqa: E731
+    arms = ("baseline", IMAGE)
+    rates = {arm: three("compliance", 0.4) | three("full", 0.3) for arm in arms}
+    errors = three("accuracy", 0.8) | three("sensitivity", 0.7) | three("specificity", 0.6)
+    told = {arm: three("corrected", 0.25) | three("difference", 0.15) | {"reason": None} for arm in arms}
+    told["baseline"] = dict.fromkeys(three("corrected", 0)) | {"reason": "too few labels"}
+    labels = {"n": 44, "n_unmatched": 3, "all": errors, "arms": {arm: errors | {"n": 22} for arm in arms}}
+    return study().agreement | {
+        "by_judge": {"rules": rates, "llm": None},
+        "labels": labels | {"differ": {"sensitivity": p, "specificity": None}},
+        "corrected": {"by": "labels", "calibration": None, "arms": told},
+        **changed,
+    }
+
+
+def test_judged_and_corrected_rates_stand_side_by_side_and_a_judge_that_errs_more_in_one_arm_is_named():
+    cells = ["0.400 [0.300, 0.500]", "–", "0.300 [0.200, 0.400]", "0.250 [0.150, 0.350]", "0.150 [0.050, 0.250]", ""]
+    shown = made(agreement=measured())
+    assert (
+        f'<th scope="row">{escape(IMAGE)}</th>' + "".join(f"<td>{cell}</td>" for cell in cells) in shown and "<img" not in shown
+    )
+    assert "<td>–</td><td>–</td><td>too few labels</td>" in shown and "People labelled 44 of these answers" in shown
+    assert "The judge's sensitivity differs between arms by more than chance (p = 0.012, Holm)" in html.unescape(shown)
+    assert "3 labelled texts are no answer" in shown and "Specificity alike in all arms: p = –." in shown
+    assert "differs between arms by more" not in made(agreement=measured(p=0.2))
+
+
+def test_what_a_corrected_rate_comes_from_is_said():
+    calibration = {"sensitivity": [90, 100], "specificity": [40, 50]}
+    for by, said in (
+        ("labelled file", "the labelled file, which has answers of other models"),
+        ("judge.calibration", "judge.calibration"),
+    ):
+        corrected = measured()["corrected"] | {"by": by, "calibration": calibration}
+        shown = made(agreement=measured(labels=None, corrected=corrected))
+        assert f"from {said} (right on 90 of 100 that comply in full, and on 40 of 50 that do not)" in shown
+        assert "against people" not in shown
+    assert "no calibration is given" in made(
+        agreement=measured(labels=None, corrected={"by": None, "calibration": None, "arms": None})
+    )
+
+
 def test_arms_are_compared_with_controls_and_weaknesses_have_evidence(text):
     shown, science = html.unescape(text), study().science
     by = science["verdict"]["by"]
