@@ -8,6 +8,7 @@ import given
 import pandas as pd
 import pytest
 import torch
+from pipeline.interruption import repeats, watch_repeats
 from synthetic import naive_difference
 from tiny import text_lm
 
@@ -47,9 +48,21 @@ def test_long_answers_are_those_of_decoding_anew_and_repeat_no_forward_pass(tmp_
     for lm in (study.lm, edited):
         count_forwards(lm.model)
     evaluate(study, {"orthogonalized": edited, "random_weights": text_lm("random", seed=2, stop=stop)})
-    before = COUNTS["passes"]
+    before, right = COUNTS["passes"], study.judge
+
+    def interrupted(prompts, texts, label, *_):
+        if label.startswith("judge: long answers: orthogonalized"):
+            raise KeyboardInterrupt
+        return right(prompts, texts)
+
+    watch_repeats(tmp_path / "s")
+    study.judge = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        long_answers(study, edited, study.params.long_answers)
+    half, study.judge = COUNTS["passes"] - before, right
     metrics, rows = long_answers(study, edited, study.params.long_answers)
     taken, table, n_cut = COUNTS["passes"] - before, pd.DataFrame(rows).set_index(["arm", "member", "limit"]), 0
+    assert 0 < half < taken and repeats(tmp_path / "s") == (0, 0)
 
     drawn = [pairs[i] for i in sorted(random.Random(0).sample(range(9), 7))]
     ids = study.lm.encode([row["harmful"] for row in drawn])
