@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 import torch
 from pipeline.interruption import repeats, watch_repeats
+from place import Place, params_with
 from synthetic import naive_difference
 from tiny import text_lm
 
@@ -178,3 +179,12 @@ def test_an_answer_that_does_not_begin_as_the_short_one_is_counted(tmp_path, mon
 def test_no_verdict_on_both_answers_is_said(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="runtime: no prompt has a verdict on its short and on its long answer; run again, or"):
         said(tmp_path, monkeypatch, SAID | {"layer_1_alpha_100": ["yyy?"] * 3 + ["??"] * 2 + ["???y"]})
+
+
+def test_left_out_they_are_null_and_nothing_is_loaded(tmp_path):
+    place = Place(tmp_path)  # without a model
+    params_with(tmp_path, {"long_answers": None})
+    status, said = place.stage("long_answers")
+    assert status == 0 and "long_answers: long_answers is null: left out" in said
+    assert (tmp_path / "metrics/long_answers.json").read_text() == "null\n"
+    assert (tmp_path / "data/long_answers/completions.jsonl").read_text() == ""
