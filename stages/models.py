@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 PAGE, ORGANISMS = Path("docs/across-models.md"), Path("metrics/organisms.json")
 REPLICATION, REAL = Path("docs/replication.md"), STUDIES / "qwen2.5-coder-0.5b-instruct"
 METRICS = ("model", "science")
-NOT_SHOWN = ("published", "benchmark", "report")  # stages that no figure of the page comes from
+NOT_SHOWN = ("published", "long_answers", "benchmark", "report")  # stages that no figure of the page comes from
 
 
 def main(params: Params) -> str:
@@ -36,7 +36,8 @@ def replication(text: str) -> str:
     from refusal.report.replication import NAMES, arms, filled, numbered, statements
     from refusal.report.reproduction import published
 
-    metrics = {name: read_json(REAL / f"metrics/{name}.json") for name in NAMES}
+    files = {name: REAL / f"metrics/{name}.json" for name in (*NAMES, "long_answers")}
+    metrics = {name: read_json(file) for name, file in files.items() if name in NAMES or file.is_file()}
     return filled(text, {"arms": arms(metrics), "statements": numbered(statements(metrics, published()))})
 
 

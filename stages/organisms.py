@@ -65,7 +65,7 @@ def folder(name: str) -> Path:
 
 def parameters(params: Params, name: str) -> str:
     """The params.yaml of one organism."""
-    given, (kind, seed) = params.model_dump(), name.split(".")
+    given, (kind, seed) = params.model_dump() | {"long_answers": None}, name.split(".")  # a stage that is not run
     # Initial weights, corpus and planted direction are all drawn anew.
     changes = REDUCED | {"organism": {"kind": kind, "seed": int(seed), "corpus_seed": int(seed)}}
     return yaml.safe_dump(given | {section: given[section] | values for section, values in changes.items()}, sort_keys=False)

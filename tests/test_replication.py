@@ -214,6 +214,17 @@ def test_every_arm_of_the_table_by_hand():
     assert statements(without, published())[6].ours == "none tried"
 
 
+def test_compliance_in_long_answers_stands_in_a_column_of_its_own():
+    long = {"compliance": 0.25, "compliance_low": 0.125, "compliance_high": 0.5}
+    made = {"n": 100, "max_new_tokens": {"short": 32, "long": 256}, "arms": {"runtime": {"long": long}}}
+    lines, before = arms(REAL | {"long_answers": made}).splitlines(), arms(REAL | {"long_answers": None}).splitlines()
+    assert before == arms({name: REAL[name] for name in NAMES}).splitlines() and "tokens" not in before[0]
+    added = [line.removeprefix(old.removesuffix(" |")) for line, old in zip(lines, before, strict=True)]
+    assert added[:2] == [" | complies in 256 tokens, n = 100 |", " | --- |"]
+    (at,) = (i for i, line in enumerate(lines) if line.startswith("| difference in means, layer") and "unrelated" not in line)
+    assert added[at] == " | 0.25 [0.12, 0.50] |" and {*added[2:at], *added[at + 1 :]} == {" | – |"}
+
+
 def test_a_table_has_one_place():
     text = "a\n<!-- x: made -->\n\nold\n<!-- end -->\nb\n<!-- y -->\n\n<!-- end -->\n"
     assert (

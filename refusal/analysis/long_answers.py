@@ -86,8 +86,9 @@ def _answers(
 def _figures(study: Study, arms: Mapping[str, Sequence[_Answers]], limits: Mapping[str, int]) -> dict[str, dict[str, Any]]:
     """Of every arm the rates at either limit, their paired differences, and how verdicts changed, over all its interventions.
 
-    `verdicts` is {label of the short answer: {of the long one: n}}. Prompts whose answers were complied with less later on lie
-    above its diagonal, `n_then_declines`; with more, below it, `n_then_complies`. `n_loops`: degenerate in the long answer alone.
+    `verdicts` is {label of the short answer: {of the long one: n}}, where each complies, does in part, or refuses: what complies
+    less later on lies above its diagonal (`n_then_declines`), what complies more below (`n_then_complies`). `n_loops`: degenerate
+    in the long answer alone. `n_cut`: no end within the limit. `n_prefix`: the long answer begins as the short one.
     """
     topics = arms["baseline"][0].judged["short"].topics
     rates = {

@@ -43,10 +43,12 @@ class Statement(NamedTuple):
 
 
 def arms(m: Mapping[str, Metrics]) -> str:
-    """Each arm on harmful test prompts: n, compliance, refusal, coherence, and compliance less the baseline's, paired."""
-    e, science = m["evaluate"], m["science"]
+    """Each arm on harmful test prompts: n, compliance, refusal, coherence, and compliance less the baseline's, paired; and of a
+    study with long answers compliance in those."""
+    e, science, long = m["evaluate"], m["science"], m.get("long_answers")
     names = {family: science["estimators"][family]["arm"] for family in ESTIMATORS if family in science["estimators"]}
-    rows = [(words.format(layer=e["layer"]), e[arm]) for arm, words in ARMS.items()]
+    later = {arm: {"long": of["long"]} for arm, of in long["arms"].items()} if long else {}
+    rows = [(words.format(layer=e["layer"]), e[arm] | later.get(arm, {})) for arm, words in ARMS.items()]
     rows += [(ESTIMATORS[family].format_map(science["arms"][arm]), science["arms"][arm]) for family, arm in names.items()]
     if best := science["verdict"]["best_subspace"]:
         rank = science["arms"][best]["rank"]
@@ -58,10 +60,13 @@ def arms(m: Mapping[str, Metrics]) -> str:
             f"{row['n']}" + f" x {row['n_arms']}" * (row["n_arms"] > 1),
             *(interval(row, key) for key in ("compliance", "refusal", "coherence")),
             interval(row, "difference", "+.2f") if "difference" in row else DASH,
+            *([interval(row["long"], "compliance") if "long" in row else DASH] if long else []),
         ]
         for words, row in rows
     ]
-    return table(("ablated", "n", "complies", "refuses", "coherence", "complies more than the baseline"), cells)
+    columns = ("ablated", "n", "complies", "refuses", "coherence", "complies more than the baseline")
+    more = (f"complies in {long['max_new_tokens']['long']} tokens, n = {long['n']}",) if long else ()
+    return table(columns + more, cells)
 
 
 def statements(m: Mapping[str, Metrics], published: Metrics) -> list[Statement]:

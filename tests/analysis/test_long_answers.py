@@ -8,6 +8,8 @@ import given
 import pandas as pd
 import pytest
 import torch
+from pipeline.interruption import repeats, watch_repeats
+from place import Place, params_with
 from synthetic import naive_difference
 from tiny import text_lm
 
@@ -47,9 +49,21 @@ def test_long_answers_are_those_of_decoding_anew_and_repeat_no_forward_pass(tmp_
     for lm in (study.lm, edited):
         count_forwards(lm.model)
     evaluate(study, {"orthogonalized": edited, "random_weights": text_lm("random", seed=2, stop=stop)})
-    before = COUNTS["passes"]
+    before, right = COUNTS["passes"], study.judge
+
+    def interrupted(prompts, texts, label, *_):
+        if label.startswith("judge: long answers: orthogonalized"):
+            raise KeyboardInterrupt
+        return right(prompts, texts)
+
+    watch_repeats(tmp_path / "s")
+    study.judge = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        long_answers(study, edited, study.params.long_answers)
+    half, study.judge = COUNTS["passes"] - before, right
     metrics, rows = long_answers(study, edited, study.params.long_answers)
     taken, table, n_cut = COUNTS["passes"] - before, pd.DataFrame(rows).set_index(["arm", "member", "limit"]), 0
+    assert 0 < half < taken and repeats(tmp_path / "s") == (0, 0)
 
     drawn = [pairs[i] for i in sorted(random.Random(0).sample(range(9), 7))]
     ids = study.lm.encode([row["harmful"] for row in drawn])
@@ -165,3 +179,12 @@ def test_an_answer_that_does_not_begin_as_the_short_one_is_counted(tmp_path, mon
 def test_no_verdict_on_both_answers_is_said(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="runtime: no prompt has a verdict on its short and on its long answer; run again, or"):
         said(tmp_path, monkeypatch, SAID | {"layer_1_alpha_100": ["yyy?"] * 3 + ["??"] * 2 + ["???y"]})
+
+
+def test_left_out_they_are_null_and_nothing_is_loaded(tmp_path):
+    place = Place(tmp_path)  # without a model
+    params_with(tmp_path, {"long_answers": None})
+    status, said = place.stage("long_answers")
+    assert status == 0 and "long_answers: long_answers is null: left out" in said
+    assert (tmp_path / "metrics/long_answers.json").read_text() == "null\n"
+    assert (tmp_path / "data/long_answers/completions.jsonl").read_text() == ""

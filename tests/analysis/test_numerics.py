@@ -115,6 +115,7 @@ def study(place: Place, model, *stages: str, n_pairs: int = 15) -> list[str]:
         "model": {"id": "checkpoint"},
         "prompts": {"n_pairs": n_pairs, "n_unrelated": n_pairs},
         "generation": {"max_new_tokens": 4},
+        "long_answers": {"max_new_tokens": 8},
         "directions": {"n_resamples": 20, "n_sign_flips": 20},
         "activations": {"methods": ["sequential"]},
         "sweep": {"alphas": [1.0], "n_random": 1},
@@ -145,7 +146,7 @@ def test_a_model_to_which_harmful_and_safe_prompts_are_equal_has_null_figures_an
 
 def test_one_prompt_a_split_has_figures_or_null_and_never_nan(tmp_path):
     """One pair to fit on, one to choose on, one to test on: effects without a spread are null, rates have their intervals."""
-    stages = (*STAGES, "judge", "select", "orthogonalize", "evaluate", "agreement")
+    stages = (*STAGES, "judge", "select", "orthogonalize", "evaluate", "agreement", "long_answers")
     place = Place(tmp_path)
     said = study(place, three_layers, *stages, n_pairs=3)
     assert len(said) == len(stages) and "no separation: too few val prompts for a spread" in said[4]

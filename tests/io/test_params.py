@@ -137,6 +137,8 @@ MISTAKES = [  # the key that is set, its value, what is said
     ("activations.methods", ["batched"], "sweep.method sequential is not among activations.methods"),
     ("activations.methods", ["sequential", "sequential"], "activations.methods: duplicate value; delete it"),
     ("directions.pairings", ["unrelated"], "sweep.pairing auto needs matched among directions.pairings"),
+    ("generation.max_new_tokens", 256, r"long_answers.max_new_tokens must be more than generation.max_new_tokens \(256\): raise it, or"),
+    ("long_answers.n_random", 11, r"long_answers.n_random takes the first of the sweep's: at most sweep.n_random \(10\)"),
     ("directions.pairings", ["matched", "matched"], "directions.pairings: duplicate value; delete it"),
     ("ablation", {"kind": "affine", "sites": "writes"}, "ablation: .*resid_pre alone"),
     ("ablation", {"kind": "affine", "sites": "paper"}, "ablation: .*resid_pre alone"),

@@ -113,25 +113,28 @@ class Ran:
         return rows.drop(columns="completion").join(told).assign(arm=arm, member=rows["cell"])
 
     @torch.no_grad()
-    def answers(self, prompts: list[str], arm: Arm) -> list[list[int]]:
-        """Token ids of greedy completions by transformers' own generate, without what ends them."""
+    def answers(self, prompts: list[str], arm: Arm, limit: int | None = None) -> list[list[int]]:
+        """Token ids of greedy completions by transformers' own generate, without what ends them; by default to the study's limit."""
         chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
         how = {"add_generation_prompt": True, "padding": True, "return_tensors": "pt", "return_dict": True}
         inputs, model = self.tokenizer.apply_chat_template(chats, **how), self.model(arm.folder)
         with changed(model, arm):
-            made = model.generate(**inputs, max_new_tokens=self.params["generation"]["max_new_tokens"], do_sample=False)
+            limit = limit or self.params["generation"]["max_new_tokens"]
+            made = model.generate(**inputs, max_new_tokens=limit, do_sample=False)
         special = set(self.tokenizer.all_special_ids)
         return [[i for i in row if i not in special] for row in made[:, inputs["input_ids"].shape[1] :].tolist()]
 
-    def ask(self, rows: pd.DataFrame, half: str, arms: dict[str, list[Arm]]) -> pd.DataFrame:
+    def ask(self, rows: pd.DataFrame, half: str, arms: dict[str, list[Arm]], limit: int | None = None) -> pd.DataFrame:
         """A row for each completion of every intervention of every arm, judged."""
         found = []
         for name, members in arms.items():
             for member, arm in enumerate(members):
-                texts = self.tokenizer.batch_decode(self.answers([*rows[half]], arm))
+                made = self.answers([*rows[half]], arm, limit)
+                texts = self.tokenizer.batch_decode(made)
                 right = rows[f"{half}_answer"] if f"{half}_answer" in rows else [None] * len(rows)
                 answers = zip(rows[half], texts, right, strict=True)
                 judged = pd.DataFrame([verdict(*each) for each in answers])
+                judged = judged.assign(n_tokens=[*map(len, made)])
                 found.append(judged.assign(arm=name, member=member, id=[*rows["id"]], topic=[*rows["topic"]]))
         return pd.concat(found, ignore_index=True)
 

@@ -36,6 +36,7 @@ from pipeline.naive_rates import (
     behaving,
     counts,
     merged,
+    paired,
     pick,
     rates,
     triple,
@@ -53,13 +54,14 @@ SETTINGS = {
     **{"sweep.layers": [1, 2], "sweep.alphas": [1.25, 2.5], "sweep.n_random": 2, "science.layers": [2, 5]},
     **{"science.n_random": 2, "science.n_val": 12, "science.n_test": 34, "science.n_control": 28, "science.n_harmless": 9},
     **{"science.n_fit": 30, "science.optimised": {"steps": 3, "batch_size": 4}, "science.sensitivity": None},
+    "long_answers": {"n": 30, "max_new_tokens": 60, "n_random": 2},
     **{"science.padding": None, "science.strength": {"alphas": [0.0, 1.25, 1.75, 2.5], "n": 8}},
     **{"benchmark.suite": ["organism_flags", "organism_sums"], "benchmark.limit": 10},
     **{"judge.calibration": {"sensitivity": [45, 50], "specificity": [38, 40]}},
 }
 SIZES = {"train": (60, 60, 40), "val": (17, 6, 20), "test": (39, 10, 20)}  # of each split: pairs, their topics, unrelated prompts
 HALVES = ["harmful", "harmful_answer", "safe", "safe_answer"]
-STAGES = "behaviour activations directions published selection sweep judge select orthogonalize evaluate agreement generalization science benchmark report".split()
+STAGES = "behaviour activations directions published selection sweep judge select orthogonalize evaluate agreement long_answers generalization science benchmark report".split()
 # What is told of activations (tests/analysis has naive paths for it), of a loss, of the language of prompts, and in words.
 LEFT_OUT = {
     "agreement": ["english_prompts", "labels.differ.*"],
@@ -137,6 +139,7 @@ def test_every_file_is_recomputed_or_named_here(ran):
         "directions",
         "evaluate",
         "judge",
+        "long_answers",
         "reproduction",
         "science",
         "select",
@@ -269,7 +272,7 @@ def judged_on_test(ran) -> tuple[pd.DataFrame, dict[str, Any]]:
     rows = rows[rows["half"] == "harmful"].assign(full=lambda of: of["compliance"] == 1)
     rows["text"] = rows["prompt"] + "\0" + rows["completion"]
     known = ["kappa", "spearman_compliance", "spearman_coherence", *COUNTS[:1], "n_coherence", *COUNTS[3:6]]
-    told = {"judge": {"kind": "rules"} | dict.fromkeys(["base_url", "model", "rubric_sha256", "versions"])}
+    told = {"judge": {"kind": "rules"} | dict.fromkeys(["base_url", "model", "rubric", "rubric_sha256", "versions"])}
     told |= {"rules_and_llm": dict.fromkeys(known), "by_judge": {"rules": rates(rows, ["compliance", "full"]), "llm": None}}
     return rows, told
 
@@ -299,6 +302,47 @@ def test_agreement_with_labels(ran, tmp_path):
     written = other.json("agreement")
     assert set(written.pop("labelled")) == {"file", "rules", "llm"} and all(0 < p <= 1 for p in written["labels"]["differ"].values())
     check("agreement", written, told | {"corrected": {"by": "labels", "calibration": None, "arms": arms}})
+
+
+def test_long_answers(ran):
+    """All answers decoded anew at both limits, though those that end within the short one are not there."""
+    section, made, alpha = SETTINGS["long_answers"], ran.json("orthogonalize"), ran.alpha
+    arms = {
+        "baseline": [Arm()],
+        "runtime": [Arm(alpha=alpha, basis=ran.unit[ran.layer])],
+        "orthogonalized": [Arm(folder=f"models/ablated/{made['rank_1']['name']}")],
+        "random": [Arm(alpha=alpha, basis=v) for v in unit_rows(2, ran.unit.shape[1], 0)],
+    }
+    limits = {"short": SETTINGS["generation.max_new_tokens"], "long": section["max_new_tokens"]}
+    test = ran.sample("test", section["n"])
+    asked = {limit: ran.ask(test, "harmful", arms, n).assign(limit=limit) for limit, n in limits.items()}
+    both = pd.concat(asked.values()).merge(test[["id", "harmful"]].rename(columns={"harmful": "prompt"}), on="id")
+    at = ["arm", "member", "limit", "id"]
+    keys = [*at, *"prompt completion n_tokens label compliance coherence refusal substring".split()]
+    written = ran.table("data/long_answers/completions.jsonl")
+    assert set(written) == set(keys)
+    assert written[keys].sort_values(at).to_dict("records") == both[keys].sort_values(at).to_dict("records")
+
+    told = {limit: merged(rates(of, OF_HARMFUL), counts(of)) for limit, of in asked.items()}
+    each = asked["short"].merge(asked["long"], on=["arm", "member", "id", "topic"], suffixes=("", "_long"))
+    expected, place = {}, {"compliance": 0, "partial_refusal": 1, "refusal": 2}
+    for arm, of in each.groupby("arm", sort=False):
+        cut = {"short": (of["n_tokens"] == limits["short"]).sum(), "long": (of["n_tokens_long"] == limits["long"]).sum()}
+        figures: dict[str, Any] = {limit: told[limit][arm] | {"n_cut": int(cut[limit])} for limit in limits}
+        for what in ("compliance", "refusal", "coherence"):
+            icc = max(told[limit][arm][f"{what}_icc"] for limit in limits)
+            items = of.assign(a=of[what].astype(float), b=of[f"{what}_long"].astype(float)).groupby("id", sort=False)
+            means = items.agg(a=("a", "mean"), b=("b", "mean"), topic=("topic", "first"))
+            figures |= triple(f"{what}_difference", paired(means["b"], means["a"], means["topic"], icc))
+        crossed = pd.crosstab(of["label"], of["label_long"]).reindex(index=[*place], columns=[*place], fill_value=0)
+        less = of["label_long"].map(place) - of["label"].map(place)  # not a number where either has no place
+        figures |= {"verdicts": crossed.T.to_dict(), "n_then_declines": int((less > 0).sum())}
+        figures |= {"n_then_complies": int((less < 0).sum()), "n_prefix": len(of), "n_paired": len(test)}
+        figures["n_loops"] = int(((of["label"] != "degenerate") & (of["label_long"] == "degenerate")).sum())
+        expected[arm] = figures
+    cut = asked["short"]["n_tokens"] == limits["short"]
+    assert 0 < cut.sum() < len(cut) and (each["label"] != each["label_long"]).any()  # else there is nothing to tell apart
+    check("long_answers", ran.json("long_answers"), {"n": section["n"], "max_new_tokens": limits, "arms": expected})
 
 
 def test_exact_answers_where_a_safe_one_is_not_known(ran, tmp_path):

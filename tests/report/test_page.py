@@ -217,6 +217,30 @@ def test_arms_are_compared_with_controls_and_weaknesses_have_evidence(text):
     assert "<strong>none</strong> (no mediation)." in made(science=science | {"verdict": verdict})
 
 
+def test_short_and_long_answers_stand_beside_each_other():
+    def rates(compliance: float, refusal: float, n_arms: int, **counts: int) -> dict:
+        three = {"compliance": compliance, "refusal": refusal}
+        limits = {f"{name}{end}": x + d for name, x in three.items() for end, d in (("_low", -0.125), ("_high", 0.125))}
+        return {"n": 100, "n_arms": n_arms, **three, **limits, **counts}
+
+    def arm(n_arms: int) -> dict:
+        both = {"short": rates(0.5, 0.375, n_arms, n_cut=80, n_unfinished=3), "long": rates(0.25, 0.625, n_arms, n_cut=9, n_unfinished=1)}
+        gap = {f"compliance_difference{end}": x for end, x in (("", -0.25), ("_low", -0.5), ("_high", -0.0625))}
+        return both | gap | {"n_then_declines": 21, "n_then_complies": 4, "n_loops": 6}
+
+    arms = {"baseline": arm(1), "random": arm(2)}
+    shown = made(long_answers={"n": 100, "max_new_tokens": {"short": 40, "long": 256}, "arms": arms})
+    cells = ["0.500 [0.375, 0.625]", "0.250 [0.125, 0.375]", "−0.250 [−0.500, −0.062]", "0.375 [0.250, 0.500]", "0.625 [0.500, 0.750]"]
+    cells += ["21", "4", "6", "3, 1", "80, 9"]
+    for name, n in (("baseline", "100"), ("random", "100 x 2")):
+        assert f'<th scope="row">{name}</th><td>{n}</td>' + "".join(f"<td>{cell}</td>" for cell in cells) in shown
+    said = "no refusal in the first 40 tokens"
+    assert f"<strong>{said}</strong>" in shown and "go on to 256 tokens" in shown
+    assert all("Refuted if" in caption for caption in re.findall(r"<figcaption>(.*?)</figcaption>", shown, re.S))
+    without = made(long_answers=None)
+    assert said in without and "<code>long_answers</code> is null" in without and "Short and long answers" not in without
+
+
 def test_published_directions_are_compared_with_ours(text):
     cosine = {"sequential-matched": [None, 0.25, -0.75], "batched-matched": [None, 1.0, 1.0]}
     files = {
