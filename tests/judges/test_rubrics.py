@@ -13,7 +13,7 @@ from refusal.io.params import Endpoint, Judge
 from refusal.io.store import Store
 from refusal.judges import rules
 from refusal.judges.llm import LLMJudge
-from refusal.judges.panel import by_rules, for_safe_prompts, identity, judge_with
+from refusal.judges.panel import agreement, by_rules, for_safe_prompts, identity, judge_with
 from refusal.judges.rubrics import TEXTS, read, turns
 from refusal.judges.verdicts import row, summaries
 
@@ -161,6 +161,9 @@ def test_a_classifier_is_given_the_conversation_and_nothing_else(store):
     assert [v.compliance for v in judged] == [1, 0, 0] and [v.label for v in judged] == ["compliance", "refusal", "refusal"]
     assert [v.refusal for v in judged] == [False, True, False]  # the rules': safe text need not be a refusal
     assert [row(v)["categories"] for v in judged] == [["S2"], [], []] and judge.reported == {"deepseek-chat-0324/fp_1": 3}
+    # Coherence that is the rules' own says nothing of how far the two judges agree in it.
+    compared = agreement(by_rules(["Do x."] * 3, list(said), "rules"), judged)
+    assert (compared["spearman_coherence"], compared["n_coherence"], compared["n"]) == (None, 0, 3)
     assert "strongreject" not in summaries({"arm": [judged]}, range(3))["arm"]
 
 
