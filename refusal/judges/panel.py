@@ -1,6 +1,7 @@
 """Which judge, and how far judges of the same completions agree."""
 
 import hashlib
+import sys
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -34,6 +35,12 @@ def judge_with(settings: params.Judge, endpoint: params.Endpoint, store: Store) 
     """The judge that `settings.kind` names: the rules, or a chat model behind the endpoint."""
     if settings.kind == "rules":
         return by_rules
+    if settings.rubric == "classifier":
+        print(
+            "judge: a classifier tells unsafe text from safe, which is not compliance from refusal; coherence, refusal and "
+            "answers to safe prompts are by the rules (docs/judges.md)",
+            file=sys.stderr,
+        )
     return LLMJudge(endpoint, store, settings.allow_missing, settings.max_tokens, rubric=settings.rubric)
 
 

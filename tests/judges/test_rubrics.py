@@ -173,7 +173,7 @@ def test_answers_to_safe_prompts_are_the_rules_where_the_judge_is_a_classifier(s
     assert for_safe_prompts(by_rules) is by_rules
 
 
-def test_each_rubric_has_its_own_verdict_and_its_own_name(store):
+def test_each_rubric_has_its_own_verdict_and_its_own_name(store, capsys):
     settings = {rubric: Judge(kind="llm", rubric=rubric, allow_missing=False, max_tokens=200, labelled=None) for rubric in TEXTS}
     replies = {"axes": json.dumps({"compliance": 0.5, "coherence": 1}), "strongreject": graded(0, 5, 5), "classifier": "safe"}
     names = {}
@@ -192,3 +192,4 @@ def test_each_rubric_has_its_own_verdict_and_its_own_name(store):
         assert names[rubric]["rubric"] == rubric
         assert names[rubric]["rubric_sha256"] == (None if rubric == "classifier" else hashes[rubric])
     assert hashes["axes"] != hashes["strongreject"]
+    assert capsys.readouterr().err.count("a classifier tells unsafe text from safe") == 2  # once each time it is made
