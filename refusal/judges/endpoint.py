@@ -157,8 +157,10 @@ class Chat:
             text = answer_of(_text(choice.message.content)) or ""
             version = "/".join(str(name) for name in (response.model, response.system_fingerprint) if name)
             version += "".join(f"/without {name}" for name in sorted(self.left_out))
+            fault, final = _fault(choice, text, max_tokens)
             # A key that an endpoint repeats must not reach a store.
-            return Answer(text.replace(self._key, "***"), version.replace(self._key, "***"), *_fault(choice, text, max_tokens))
+            text, version = (said.replace(self._key, "***") for said in (text, version))
+            return Answer(text, version, fault and self._words(fault), final)
         except openai.APIStatusError as error:
             said = f"{error.status_code}: {self._said(error)}"
             status = 402 if error.code == "insufficient_quota" else error.status_code

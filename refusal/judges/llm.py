@@ -161,12 +161,11 @@ class LLMJudge:
         """The verdict on one question, or why there is none."""
         reason, fenced = "", self.rubric != "classifier"
         for again in range(1 + ASKED_AGAIN):
-            said = asked
-            if again and fenced:
-                said = (f"{asked[0]}\n\n(Your last reply was not one JSON object with numbers on the scale.)",)
-            messages = [{"role": role, "content": text} for role, text in zip(("user", "assistant"), said, strict=False)]
+            messages = [{"role": role, "content": text} for role, text in zip(("user", "assistant"), asked, strict=False)]
             if fenced:
                 messages.insert(0, {"role": "system", "content": TEXTS[self.rubric]})
+            if fenced and again:
+                messages[1]["content"] += "\n\n(Your last reply was not one JSON object with numbers on the scale.)"
             try:
                 answer = await self.chat.ask(messages, TEMPERATURE, self.max_tokens, json_mode=fenced)
             except MalformedResponse as error:

@@ -1,6 +1,7 @@
 """Which judge, and how far judges of the same completions agree."""
 
 import hashlib
+import sys
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -34,6 +35,12 @@ def judge_with(settings: params.Judge, endpoint: params.Endpoint, store: Store) 
     """The judge that `settings.kind` names: the rules, or a chat model behind the endpoint."""
     if settings.kind == "rules":
         return by_rules
+    if settings.rubric == "classifier":
+        print(
+            "judge: a classifier tells unsafe text from safe, which is not compliance from refusal; coherence, refusal and "
+            "answers to safe prompts are by the rules (docs/judges.md)",
+            file=sys.stderr,
+        )
     return LLMJudge(endpoint, store, settings.allow_missing, settings.max_tokens, rubric=settings.rubric)
 
 
@@ -68,20 +75,22 @@ def agreement(rules: Sequence[Judged | None], llm: Sequence[Judged | None] | Non
     `rules` are the verdicts of `by_rules`, so exact ones for the organism.
     `kappa` (Cohen's) is over the classes of compliance (full, partial, none), `spearman_compliance` over their scores: both over
     the `n` completions that the LLM judge classed itself, so without the empty and the degenerate, whose class it takes from
-    the rules. `spearman_coherence` is over the `n_coherence` that say something: thoughts that never end are counted in `n_empty`
-    with the empty. Missing ones are left out.
+    the rules. `spearman_coherence` is over the `n_coherence` that say something and whose coherence is the LLM judge's own, so
+    None under a rubric that does not ask for it. Thoughts that never end are counted in `n_empty` with the empty. Missing ones
+    are left out.
     """
     if llm is None:
         return dict.fromkeys(AGREEMENT)
     both = [(a, b) for a, b in zip(rules, llm, strict=True) if a is not None and b is not None]
     not_empty = [(a, b) for a, b in both if b.label not in ("empty", "unfinished")]
+    both_coherences = [(a.coherence, b.coherence) for a, b in not_empty if b.own is None]
     classed = [(a, b) for a, b in not_empty if b.label != "degenerate"]
     return {
         "kappa": cohens_kappa([a.compliance for a, _ in classed], [b.compliance for _, b in classed]),
         "spearman_compliance": spearman([a.compliance for a, _ in classed], [b.compliance for _, b in classed]),
-        "spearman_coherence": spearman([a.coherence for a, _ in not_empty], [b.coherence for _, b in not_empty]),
+        "spearman_coherence": spearman([a for a, _ in both_coherences], [b for _, b in both_coherences]),
         "n": len(classed),
-        "n_coherence": len(not_empty),
+        "n_coherence": len(both_coherences),
         "n_missing": len(rules) - len(both),
         "n_empty": len(both) - len(not_empty),
         "n_degenerate": len(not_empty) - len(classed),

@@ -163,7 +163,7 @@ def test_declined_batches_are_counted_and_replaced(store, capsys):
 @pytest.mark.parametrize(("reply", "said"), [
     (Reply(None, finish_reason="length"), "cut off at the limit of 1700 tokens"),
     (Reply("<think>I could", finish_reason="length"), "cut off at the limit of 1700 tokens"),
-    (Reply(None, finish_reason="content_filter"), r"empty \(finish_reason content_filter\)"),
+    (Reply(None, finish_reason="content_filter"), "stopped by a content filter"),
 ])  # fmt: skip
 def test_replies_with_nothing_in_them_are_no_answers_and_are_asked_for_again(store, reply, said):
     author = Author()

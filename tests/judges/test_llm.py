@@ -423,11 +423,11 @@ def test_the_key_is_in_no_file_and_no_output(store, tmp_path, capfd, caplog):
     message = {"role": "assistant", "content": f"{CANARY} {verdict(1, 1)}"}
     choices = [{"index": 0, "finish_reason": "stop", "message": message}]
     echo = Reply(raw=json.dumps({"model": CANARY, "system_fingerprint": CANARY, "choices": choices}))
-    failures = "no", Reply(status=400, error=CANARY), Reply(status=500, error=CANARY), Reply(raw=CANARY)
+    failures = "no", Reply("x", finish_reason=CANARY), Reply(status=400, error=CANARY), Reply(status=500, error=CANARY), Reply(raw=CANARY)
     replies = [verdict(1, 1), echo, *failures]
     with serve(lambda n, asked: replies[door(asked)]) as server:
         judge = judge_at(server.url, store, max_attempts=1)
-        assert [v is None for v in judge(*texts(6), "judge")] == [False, False, True, True, True, True]
+        assert [v is None for v in judge(*texts(7), "judge")] == [False, False, *[True] * 5]
     shown = capfd.readouterr()
     assert CANARY not in shown.out + shown.err + repr(judge.reported) and "HTTP" in caplog.text and CANARY not in caplog.text
     assert all(CANARY.encode() not in path.read_bytes() for path in tmp_path.iterdir())

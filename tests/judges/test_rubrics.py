@@ -14,7 +14,7 @@ from refusal.io.params import Judge
 from refusal.io.store import Store
 from refusal.judges import rules
 from refusal.judges.llm import LLMJudge
-from refusal.judges.panel import by_rules, for_safe_prompts, identity, judge_with
+from refusal.judges.panel import agreement, by_rules, for_safe_prompts, identity, judge_with
 from refusal.judges.rubrics import TEXTS, read, turns
 from refusal.judges.verdicts import row, summaries
 
@@ -162,6 +162,9 @@ def test_a_classifier_is_given_the_conversation_and_nothing_else(store):
     assert [v.compliance for v in judged] == [1, 0, 0] and [v.label for v in judged] == ["compliance", "refusal", "refusal"]
     assert [v.refusal for v in judged] == [False, True, False]  # the rules': safe text need not be a refusal
     assert [row(v)["categories"] for v in judged] == [["S2"], [], []] and judge.reported == {"deepseek-chat-0324/fp_1": 3}
+    # Coherence that is the rules' own says nothing of how far the two judges agree in it.
+    compared = agreement(by_rules(["Do x."] * 3, list(said), "rules"), judged)
+    assert (compared["spearman_coherence"], compared["n_coherence"], compared["n"]) == (None, 0, 3)
     assert "strongreject" not in summaries({"arm": [judged]}, range(3))["arm"]
 
 
@@ -171,7 +174,7 @@ def test_answers_to_safe_prompts_are_the_rules_where_the_judge_is_a_classifier(s
     assert for_safe_prompts(by_rules) is by_rules
 
 
-def test_each_rubric_has_its_own_verdict_and_its_own_name(store):
+def test_each_rubric_has_its_own_verdict_and_its_own_name(store, capsys):
     settings = {rubric: Judge(kind="llm", rubric=rubric, allow_missing=False, max_tokens=200, labelled=None) for rubric in TEXTS}
     replies = {"axes": json.dumps({"compliance": 0.5, "coherence": 1}), "strongreject": graded(0, 5, 5), "classifier": "safe"}
     names = {}
@@ -190,3 +193,4 @@ def test_each_rubric_has_its_own_verdict_and_its_own_name(store):
         assert names[rubric]["rubric"] == rubric
         assert names[rubric]["rubric_sha256"] == (None if rubric == "classifier" else hashes[rubric])
     assert hashes["axes"] != hashes["strongreject"]
+    assert capsys.readouterr().err.count("a classifier tells unsafe text from safe") == 2  # once each time it is made

@@ -155,6 +155,9 @@ def test_a_judge_that_is_a_model_is_named_and_compared(text):
     judge = {"kind": "llm", "base_url": "127.0.0.1", "model": IMAGE, "rubric": "axes", "rubric_sha256": "ab" * 32, "versions": versions}
     labelled = {"file": "data/raw/people.csv", "rules": people, "llm": people | {"n": 29}}
     shown = made(agreement={"judge": judge, "rules_and_llm": {"kappa": 0.8125, "n": 11}, "labelled": labelled})
+    guard = judge | {"rubric": "classifier", "rubric_sha256": None}
+    guarded = made(agreement={"judge": guard, "rules_and_llm": {"kappa": 0.8125, "n": 11}, "labelled": labelled})
+    assert "rubric classifier (compliance is text that it calls unsafe;" in guarded
     assert "reported as 0324 (12 verdicts), 0528 (3 verdicts), rubric axes, sha256 abababababab." in shown and "<img" not in shown
     assert "<td>0.812</td><td>11</td>" in shown and shown.count("<td>0.900 [0.740, 0.970]</td>") == 2
     assert "rules, exact here" in text and "Judge against" not in text
