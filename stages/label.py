@@ -88,7 +88,7 @@ def on_page(session: "Session", port: int) -> None:
     from refusal.report.label_page import LabelServer
 
     with LabelServer(session, port) as server:
-        if server.server_port != port:
+        if port not in (0, server.server_port):
             print(f"label: port {port} is in use, so another is taken")
         print(f"label: open {server.url} (Ctrl-C ends; every answer is kept as it is given)", flush=True)
         with suppress(KeyboardInterrupt):

@@ -3,7 +3,8 @@
 import errno
 import json
 import secrets
-from http.server import BaseHTTPRequestHandler, HTTPServer
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,8 @@ def shown(session: Session) -> dict[str, Any]:
     return {"text": text, "progress": session.progress(), "labels": LABELS}
 
 
-class LabelServer(HTTPServer):
-    """Serves `session` on `port`, or on a free one where that is taken. One request at a time, so answers have an order.
+class LabelServer(ThreadingHTTPServer):
+    """Serves `session` on `port`, or on a free one where that is taken.
 
     The address has a token of this run: a page that does not know it can neither read nor post, and a name that was made to
     point here (DNS rebinding) is refused by its Host.
@@ -29,6 +30,7 @@ class LabelServer(HTTPServer):
 
     def __init__(self, session: Session, port: int = 0) -> None:
         self.session = session
+        self.lock = threading.Lock()  # one question at a time; connections that a browser opens ahead hold up nobody
         self.by_key: dict[str, Text] = {number(text, 0, "key"): text for text in session.texts}
         self.token = secrets.token_urlsafe(16)
         try:
@@ -43,36 +45,43 @@ class LabelServer(HTTPServer):
 
 class Handler(BaseHTTPRequestHandler):
     server: LabelServer
-    timeout = 5  # seconds: a connection that a browser opens ahead, and says nothing on, holds up nobody
 
     def do_GET(self) -> None:
         if not self._known():
             return
         if self.path.endswith("/next"):
-            self._send(200, json.dumps(shown(self.server.session)), "application/json")
+            self._do({"do": "nothing"})
         else:
             self._send(200, HTML.read_text(encoding="utf-8"), "text/html")
 
     def do_POST(self) -> None:
         if not self._known():
             return
-        session = self.server.session
         try:
             asked = json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))))
-            if asked["do"] == "back":
-                session.back()
-            elif asked["do"] == "skip":
-                session.skip(self.server.by_key[asked["key"]])
-            else:
-                session.answer(self.server.by_key[asked["key"]], asked["label"], asked["coherence"])
-        except (ValueError, TypeError, KeyError):
+        except ValueError:
+            asked = None
+        self._do(asked)
+
+    def _do(self, asked: Any) -> None:
+        session, by_key = self.server.session, self.server.by_key
+        try:
+            with self.server.lock:
+                if asked["do"] == "back":
+                    session.back()
+                elif asked["do"] == "skip":
+                    session.skip(by_key[asked["key"]])
+                elif asked["do"] == "answer":
+                    session.answer(by_key[asked["key"]], asked["label"], asked["coherence"])
+                state = shown(session)
+        except (TypeError, KeyError):
             self._send(400, "this is no answer to a text of the sample; reload the page", "text/plain")
         except UserError as error:
             self._send(409, str(error), "text/plain")
         except OSError as error:
             self._send(500, f"{session.file.path}: {error.strerror}; the answer is not kept", "text/plain")
         else:
-            self._send(200, json.dumps(shown(session)), "application/json")
+            self._send(200, json.dumps(state), "application/json")
 
     def _known(self) -> bool:
         server, sent = self.server, self.headers

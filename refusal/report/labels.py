@@ -140,6 +140,7 @@ class Session:
     def __init__(self, texts: Sequence[Text], file: LabelFile) -> None:
         self.texts, self.file = texts, file
         self.skipped: list[Text] = []
+        self.history: list[Text] = []  # skipped or answered, each text where that was last
 
     def left(self) -> list[Text]:
         """What is not labelled yet, in the sample's order, skipped texts last."""
@@ -153,16 +154,20 @@ class Session:
         if text in self.left():
             self.file.append(Answer(text, label, coherence))
             self.skipped = [t for t in self.skipped if t != text]
+            self.history = [*(t for t in self.history if t != text), text]
 
     def skip(self, text: Text) -> None:
         self.skipped = [*(t for t in self.skipped if t != text), text]
+        self.history = [*(t for t in self.history if t != text), text]
 
     def back(self) -> None:
-        """Undo the last skip, or else the last answer to a text of this sample."""
-        if self.skipped:
-            self.skipped.pop()
-        elif mine := [answer.text for answer in self.file.answers() if answer.text in self.texts]:
-            self.file.remove(mine[-1])
+        """Undo the last skip or answer; before the first of this session, the last answer in the file to a text of this sample."""
+        labelled = [answer.text for answer in self.file.answers() if answer.text in self.texts]
+        last = self.history.pop() if self.history else labelled[-1] if labelled else None
+        if last in labelled:
+            self.file.remove(last)
+        elif last is not None:
+            self.skipped = [t for t in self.skipped if t != last]
 
     def progress(self) -> str:
         done = len(self.texts) - len(self.left())

@@ -5,6 +5,7 @@ import http.client
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from collections import Counter, defaultdict
 
 import pytest
 from browser import serious
+from pipeline.study import outputs, run, stages_run
 from place import ROOT, Place
 
 from refusal.io.errors import UserError
@@ -150,15 +152,15 @@ def test_two_raters():
 
 
 def test_the_terminal(tmp_path, capsys):
-    session = Session([Text("p0", "c\x1b[2J0"), Text("p1", "c1"), Text("p2", "c2")], LabelFile(tmp_path / "l.csv"))
-    keys = iter("1h" + "11" + "s" + "2x25" + "b" + "h3h41" + "30")
+    """Nothing shown or labelled until h; an answer, a skip, a key that is none, an answer; back over both, and others."""
+    session = Session([Text("p0", "c\x1b[2J0"), Text("p1", "c1"), Text("p2", "")], LabelFile(tmp_path / "l.csv"))
+    keys = iter("1h" + "11" + "s" + "2x25" + "bb" + "31" + "40")
     ask(session, lambda: next(keys, "q"))
     told = capsys.readouterr().out
-    first = told.index("c\ufffd[2J0")
-    assert "p0" not in told[:first].replace("Prompt: p0", "") and "\x1b" not in told and "1 of 3" in told
-    assert {a.text.prompt: (a.label, a.coherence) for a in session.file.answers()} == {
-        "p0": ("compliance", "1"), "p1": ("degenerate", "1"), "p2": ("partial_refusal", "0.5"),
-    } or session.left()  # fmt: skip
+    assert told.count("is hidden") == 2 and told.index("is hidden") < told.index("p0")
+    assert "c\ufffd[2J0" in told and "\x1b" not in told and "(empty)" in told and "1 of 3" in told
+    given = {a.text.prompt: (a.label, a.coherence) for a in session.file.answers()}
+    assert given == {"p0": ("compliance", "1"), "p1": ("refusal", "1"), "p2": ("degenerate", "0")}
 
 
 @pytest.fixture
@@ -244,9 +246,7 @@ def test_the_page_in_a_browser(browser, served, tmp_path):
     assert [a.label for a in answers] == [*LABELS, *["compliance"] * 6]
     assert [a.coherence for a in answers] == ["1", "0", "0.5", "1", *["0"] * 6]
     assert answers[0].text.completion == first
-    assert set(a.text for a in answers) == set(sample(HARMFUL, 10, 0)) and all(
-        a.text.prompt.startswith("harmful") for a in answers
-    )
+    assert {a.text for a in answers} == set(sample(HARMFUL, 10, 0)) and all(a.text.prompt.startswith("harmful") for a in answers)
     # A second rater is asked for the same texts in the same order.
     tab.goto(served("--rater", "b")[1])
     tab.wait_for_function("document.querySelector('#said').textContent === '1 of 10'")
@@ -294,3 +294,13 @@ def test_git_ignores_what_is_written():
     names = ["data/raw/labels.csv", "data/raw/labels-b.csv", "data/raw/one/labels.csv", "data/raw/pairs.jsonl"]
     done = subprocess.run(["git", "check-ignore", "--no-index", *names], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout.split() == names[:3]
+
+
+def test_labels_in_data_raw_leave_the_prompts_as_they_are(finished, tmp_path):
+    """`prompts` depends on data/raw, and runs again; what follows sees the same prompts, and only `judge.labelled` sees labels."""
+    folder = tmp_path / "study"
+    shutil.copytree(finished[0], folder, symlinks=True)
+    before = outputs(folder)
+    LabelFile(folder / "data/raw/labels.csv").append(Answer(NASTY[0], "refusal", "1"))
+    assert stages_run(run(folder, "dvc", "repro", "model")) == ["prompts"]
+    assert outputs(folder) == before
