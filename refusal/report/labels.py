@@ -161,7 +161,7 @@ class Session:
         self.history = [*(t for t in self.history if t != text), text]
 
     def back(self) -> None:
-        """Undo the last skip or answer; before the first of this session, the last answer in the file to a text of this sample."""
+        """Undo the last skip or answer; in a new session, the last answer in the file to a text of this sample."""
         labelled = [answer.text for answer in self.file.answers() if answer.text in self.texts]
         last = self.history.pop() if self.history else labelled[-1] if labelled else None
         if last in labelled:
