@@ -8,7 +8,7 @@ export VIRTUAL_ENV := $(CURDIR)/.venv
 
 REAL := studies/qwen2.5-coder-0.5b-instruct
 
-.PHONY: help setup pull repro verify portability train refresh plan compare picture models test plots perf cuda slow faults soak organisms full study real lint lock restore
+.PHONY: help setup pull repro verify portability train refresh plan compare picture models test plots perf cuda slow faults soak organisms full study real label lint lock restore
 
 help: ## what can be made
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -91,6 +91,9 @@ study: $(READY) ## run studies/<name>.yaml beside the default study: make study 
 
 real: $(READY) ## the study of a real Qwen, from the hub or from REAL_MODEL=/path/to/its.gguf
 	python -m stages.studies qwen2.5-coder-0.5b-instruct $(if $(REAL_MODEL),"$(REAL_MODEL)")
+
+label: $(READY) ## label a sample of a study's test completions by hand: make label [STUDY=name] [RATER=name] [N=100]
+	@python -m stages.label $(STUDY) $(if $(RATER),--rater $(RATER)) $(if $(N),--n $(N))
 
 lint: $(READY) ## ruff and mypy
 	ruff check .

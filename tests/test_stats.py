@@ -20,6 +20,7 @@ from refusal.stats import (
     holm,
     independent_difference,
     intraclass_correlations,
+    kappa_interval,
     paired_difference,
     resampled_counts,
     sign_flip_p,
@@ -266,3 +267,30 @@ def test_a_subsample_meets_every_topic_of_a_cycle():
     assert len(set(chosen)) == 40 and chosen == sorted(chosen) == subsample_indices(200, 40, 0) != subsample_indices(200, 40, 1)
     assert len({i % 20 for i in chosen}) > 15  # every fifth prompt would meet four of twenty topics
     assert subsample_indices(5, None, 0) == subsample_indices(5, 9, 0) == [0, 1, 2, 3, 4]
+
+
+def test_the_interval_of_kappa_is_the_bootstraps():
+    """On 300 items of middling agreement, where a naive bootstrap is right, the limits are its, to a fiftieth."""
+    rng = np.random.default_rng(0)
+    first = rng.choice(4, 300, p=[0.5, 0.1, 0.3, 0.1])
+    second = np.where(rng.random(300) < 0.7, first, rng.choice(4, 300))
+    drawn = (rng.integers(0, 300, 300) for _ in range(500))
+    naive = np.quantile([cohens_kappa(first[i].tolist(), second[i].tolist()) for i in drawn], [0.025, 0.975])
+    assert kappa_interval(first.tolist(), second.tolist()) == pytest.approx(naive, abs=0.02)
+    assert kappa_interval([1, 1], [1, 1]) == (None, None)
+
+
+@pytest.mark.parametrize("right", [0.7, 0.95, 0.99])
+@pytest.mark.parametrize("n", [30, 100])
+def test_the_interval_of_kappa_covers(right, n):
+    """Two raters who see the truth with a known chance, and else guess by its shares: kappa of the whole table is known."""
+    shares = np.array([0.5, 0.1, 0.35, 0.05])
+    sees = right * np.eye(4) + (1 - right) * shares
+    table = np.einsum("k,ki,kj->ij", shares, sees, sees)
+    chance = table.sum(0) @ table.sum(1)
+    truth, rng, covered = (np.trace(table) - chance) / (1 - chance), np.random.default_rng(0), 0
+    for _ in range(300):
+        first, second = np.divmod(rng.choice(16, n, p=table.ravel()), 4)
+        low, high = kappa_interval(first.tolist(), second.tolist())
+        covered += low <= truth <= high
+    assert covered / 300 > 0.95 - 3 * math.sqrt(0.95 * 0.05 / 300)
