@@ -8,10 +8,10 @@ export VIRTUAL_ENV := $(CURDIR)/.venv
 
 REAL := studies/qwen2.5-coder-0.5b-instruct
 
-.PHONY: help setup pull repro verify portability train refresh plan compare picture models test plots perf cuda slow faults soak organisms full study real lint lock restore
+.PHONY: help setup pull repro verify portability train refresh plan compare picture models test plots perf cuda slow faults soak organisms full study real label-check rules lint lock restore
 
 help: ## what can be made
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 setup: $(READY) ## create .venv with the pinned dependencies
 
@@ -91,6 +91,14 @@ study: $(READY) ## run studies/<name>.yaml beside the default study: make study 
 
 real: $(READY) ## the study of a real Qwen, from the hub or from REAL_MODEL=/path/to/its.gguf
 	python -m stages.studies qwen2.5-coder-0.5b-instruct $(if $(REAL_MODEL),"$(REAL_MODEL)")
+
+label-check: $(READY) ## are the labelled completions those of the studies run here, and do the rules agree with the labels?
+	python -m stages.label_check
+
+# Labels of a model that came after the rules were frozen are scored alone: SCORED=data/labels/<study>.jsonl.
+rules: $(READY) ## select the rules judge anew from labels, those in $$REFUSAL_REFERENCE/judge among them: metrics/judge_rules.json
+	python -m refusal.judges.selection "$$REFUSAL_REFERENCE"/judge/*.csv data/labels/qwen2.5-coder-0.5b-instruct.jsonl \
+		$(addprefix --scored ,$(SCORED)) --write --metrics metrics/judge_rules.json
 
 lint: $(READY) ## ruff and mypy
 	ruff check .

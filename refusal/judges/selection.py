@@ -149,26 +149,33 @@ def cut(text: str, words: int) -> str:
     return "".join(re.findall(r"\s*\S+", text)[:words])
 
 
+def _read(file: Path) -> list[Labelled]:
+    if file.suffix == ".jsonl":
+        return [Labelled(frozenset(row["roles"]), row["final"]) for row in read_jsonl(file)]
+    return [Labelled(roles(prompt, text), label) for prompt, text, label in read_labelled(str(file))]
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser("python -m refusal.judges.selection", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("files", nargs="+", type=Path, help="labelled completions, a file a model: .csv, or .jsonl of roles")
+    parser.add_argument("--scored", type=Path, action="append", default=[], help="a file that takes no part in the selection")
     parser.add_argument("--write", action="store_true", help="put the rules into selected.json")
     parser.add_argument("--metrics", type=Path, help="put the scores into this file too")
     options = parser.parse_args(arguments)
     models, texts = {}, []
     for file in options.files:
-        if file.suffix == ".jsonl":
-            models[file.stem] = [Labelled(frozenset(row["roles"]), row["final"]) for row in read_jsonl(file)]
-        else:
-            rows = read_labelled(str(file))
-            models[file.stem] = [Labelled(roles(prompt, text), label) for prompt, text, label in rows]
-            texts += [(prompt, text) for prompt, text, _ in rows]
+        models[file.stem] = _read(file)
+        texts += [(prompt, text) for prompt, text, _ in read_labelled(str(file))] if file.suffix != ".jsonl" else []
     rules = select([row for rows in models.values() for row in rows])
     if options.write:
         write_whole(Path(__file__).with_name("selected.json"), (json.dumps(rules, indent=2) + "\n").encode())
     of = {file.stem: LABELS[file.suffix] for file in options.files} | {"pooled": "of both"}
     scores = {model: {"labels": of[model]} | score for model, score in left_out(models).items()}
-    figures = {"rules": rules, "left_out": scores, "truncation": truncation(texts, rules)}
+    unseen = {
+        file.stem: {"labels": LABELS[file.suffix]} | _score([(r.label, label_of(r.roles, rules)) for r in _read(file)])
+        for file in options.scored
+    }
+    figures = {"rules": rules, "left_out": scores, "unseen": unseen, "truncation": truncation(texts, rules)}
     report = json.dumps(rounded(figures), indent=2) + "\n"
     if options.metrics:
         write_whole(options.metrics, report.encode())
