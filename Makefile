@@ -8,10 +8,10 @@ export VIRTUAL_ENV := $(CURDIR)/.venv
 
 REAL := studies/qwen2.5-coder-0.5b-instruct
 
-.PHONY: help setup pull repro verify portability train refresh plan compare picture models test plots perf cuda slow faults soak organisms full study real label lint lock restore
+.PHONY: help setup pull repro verify portability train refresh plan compare picture models test plots perf cuda slow faults soak organisms full study real label label-check rules lint lock restore
 
 help: ## what can be made
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 setup: $(READY) ## create .venv with the pinned dependencies
 
@@ -94,6 +94,14 @@ real: $(READY) ## the study of a real Qwen, from the hub or from REAL_MODEL=/pat
 
 label: $(READY) ## label a sample of a study's test completions by hand: make label [STUDY=name] [RATER=name] [N=100]
 	@python -m stages.label $(STUDY) $(if $(RATER),--rater $(RATER)) $(if $(N),--n $(N))
+
+label-check: $(READY) ## are the labelled completions those of the studies run here, and do the rules agree with the labels?
+	python -m stages.label_check
+
+# Labels of a model that came after the rules were frozen are scored alone: SCORED=data/labels/<study>.jsonl.
+rules: $(READY) ## select the rules judge anew from labels, those in $$REFUSAL_REFERENCE/judge among them: metrics/judge_rules.json
+	python -m refusal.judges.selection "$$REFUSAL_REFERENCE"/judge/*.csv data/labels/qwen2.5-coder-0.5b-instruct.jsonl \
+		$(addprefix --scored ,$(SCORED)) --write --metrics metrics/judge_rules.json
 
 lint: $(READY) ## ruff and mypy
 	ruff check .
