@@ -14,7 +14,6 @@ NONE = "generalization.sets names no set: none was asked for"
 
 
 def main(params: Params) -> str:
-    OUT.mkdir(parents=True, exist_ok=True)
     g = params.generalization
     if not g.sets:
         write_jsonl(OUT / "completions.jsonl", [])

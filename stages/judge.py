@@ -26,7 +26,6 @@ def main(params: Params) -> str:
     exact = params.model.id == "organism"
     texts = [row["prompt"] for row in rows], [row["completion"] for row in rows]
     judged = judge_with(j, params.endpoint, Store(STORE / "store.sqlite"))(*texts, "judge", exact)
-    OUT.mkdir(parents=True, exist_ok=True)
     write_jsonl(
         OUT / "verdicts.jsonl",
         ({"cell": row["cell"], "id": row["id"], **verdict_row(verdict)} for row, verdict in zip(rows, judged, strict=True)),

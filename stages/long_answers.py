@@ -10,7 +10,6 @@ OUT, METRICS = Path("data/long_answers"), Path("metrics/long_answers.json")
 
 
 def main(params: Params) -> str:
-    OUT.mkdir(parents=True, exist_ok=True)
     if params.long_answers is None:
         write_jsonl(OUT / "completions.jsonl", [])
         write_json(METRICS, None)

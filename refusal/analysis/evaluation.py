@@ -102,12 +102,12 @@ def _behaviour(study: Study, asked: Asked) -> dict[str, Any]:
                     icc = max(figure["compliance_icc"], found["baseline"]["compliance_icc"])
                     figure |= difference(arms[arm][0], arms["baseline"][0], topics, icc)
             figures[arm] = {**figures.get(arm, {}), **figure, **exact[arm]}
-        for arm, figure in _of_behaving(study, arms, topics, half).items():
+        for arm, figure in _of_behaving(arms, topics, half).items():
             figures[arm]["behaving"] = figures[arm].get("behaving", {}) | figure
     return figures
 
 
-def _of_behaving(study: Study, arms: Arms, topics: Sequence[Hashable], half: str) -> dict[str, dict[str, Any]]:
+def _of_behaving(arms: Arms, topics: Sequence[Hashable], half: str) -> dict[str, dict[str, Any]]:
     """The same rates over the prompts that the baseline refuses, or answers where they are safe; none where an arm has no
     verdict on any of these."""
     some = [i for i, behaving in enumerate(behaves(arms["baseline"][0], half)) if behaving]
