@@ -99,7 +99,7 @@ label-check: $(READY) ## are the labelled completions those of the studies run h
 	python -m stages.label_check
 
 # Labels of a model that came after the rules were frozen are scored alone: SCORED=data/labels/<study>.jsonl.
-rules: $(READY) ## select the rules judge anew from labels, those in $$REFUSAL_REFERENCE/judge among them: metrics/judge_rules.json
+rules: $(READY) ## select the rules judge anew from labels, those below REFUSAL_REFERENCE among them: metrics/judge_rules.json
 	python -m refusal.judges.selection "$$REFUSAL_REFERENCE"/judge/*.csv data/labels/qwen2.5-coder-0.5b-instruct.jsonl \
 		$(addprefix --scored ,$(SCORED)) --write --metrics metrics/judge_rules.json
 
