@@ -16,7 +16,9 @@ EPS = {"float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
 FLOOR = 8
 MAX_FLIPS = 0.01  # the share of completions that may differ
 # What is counted over completions, which a flipped one moves by 1/n.
-_RATE = re.compile(r"compliance|coherence|score|exact|refusal|substring|agree|kappa|(low|high)$")
+_RATE = re.compile(
+    r"compliance|coherence|score|exact|refusal|substring|agree|kappa|full$|corrected|accuracy|sensitivity|specificity|(low|high)$"
+)
 _COUNT = re.compile(r"/n_(empty|degenerate|unfinished|tied)$")
 
 

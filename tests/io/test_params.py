@@ -148,6 +148,8 @@ MISTAKES = [  # the key that is set, its value, what is said
     ("endpoint.base_url", "http://local\x01host", "endpoint.base_url: "),
     ("judge.kind", "mood", "judge.kind: .*'mood'"),
     ("judge.labelled", "a\0", "judge.labelled: .*NUL"),
+    ("judge.calibration", {"sensitivity": [9, 8], "specificity": [1, 2]}, "judge.calibration: sensitivity is .*9 of 8 is no share"),
+    ("judge.calibration", {"sensitivity": [1, 2], "specificity": [0, 0]}, "judge.calibration: specificity is .*0 of 0 is no share"),
     ("select.top", 0, "select.top: .*greater than or equal to 1"),
     ("select.by", "accuracy", "select.by: .*'accuracy'"),
     ("orthogonalize.include_embedding", "yes", "orthogonalize.include_embedding: .*'yes'"),
