@@ -100,6 +100,8 @@ class LabelFile:
         return list(rows.values())
 
     def append(self, answer: Answer) -> None:
+        """Keep an answer, behind whole rows: one that a full disk cut short, as its rater was told, goes first."""
+        self.repair()
         new = "" if self.path.exists() and self._read()[0] else self._line(COLUMNS)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("ab") as file:

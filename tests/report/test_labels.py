@@ -99,7 +99,7 @@ def test_a_file_cut_at_any_byte_goes_on(tmp_path):
         ends.append(file.path.stat().st_size)
     data = file.path.read_bytes()
     header = data.index(b"\n") + 1
-    for cut in range(1, len(data)):
+    for cut in sorted({*range(1, len(data), 5), *ends[1:-1], header}):
         file.path.write_bytes(data[:cut])
         n = sum(end <= cut for end in ends[1:])
         said = file.repair()
