@@ -57,8 +57,8 @@ def row(verdict: Judged | None) -> dict[str, Any]:
 
 
 def judged_of(row: Mapping[str, Any]) -> Judged | None:
-    """The verdict of a row of a file that `row` made."""
-    return None if row["label"] == "missing" else Judged(*(row[name] for name in Judged._fields))
+    """The verdict of a row of a file that `row` made, without numbers of its own."""
+    return None if row["label"] == "missing" else Judged(*(row[name] for name in Judged._fields[:-1]))
 
 
 def present(judged: Sequence[Judged | None], of: str, allow_missing: bool = False) -> list[tuple[int, Judged]]:
