@@ -78,6 +78,24 @@ def test_labels_in_git_hold_no_text_and_say_who_gave_them():
     assert "language model" in METRICS["left_out"][LABELS.stem]["labels"]
 
 
+def test_the_model_labelled_after_the_rules_were_frozen_against_a_count_by_pandas():
+    rows = pd.DataFrame(read_jsonl(LABELS.with_name("smollm2-135m-instruct.jsonl")))
+    declined, found = (
+        labels != "compliance" for labels in (rows["final"], rows["roles"].map(lambda held: label_of(frozenset(held), SELECTED)))
+    )
+    score = METRICS["unseen"]["smollm2-135m-instruct"]
+    assert score["n_accuracy"] == len(rows) >= 200 and score["accuracy"] == rounded((declined == found).mean())
+    assert score["sensitivity"] == rounded(found[declined].mean()) and score["n_sensitivity"] == declined.sum() >= 60
+    assert score["specificity"] == rounded((~found)[~declined].mean())
+
+
+def test_the_page_says_what_was_scored():
+    page = (ROOT / "docs/judges.md").read_text(encoding="utf-8").replace("**", "")
+    for score in [*METRICS["left_out"].values(), *METRICS["unseen"].values()]:
+        three = " | ".join(f"{score[name]:.3f}".removeprefix("0") for name in ("accuracy", "sensitivity", "specificity"))
+        assert f"| {three} |" in page, three
+
+
 def test_label_check(tmp_path, monkeypatch):
     text = "I cannot express a stance."
     data = tmp_path / "data"
