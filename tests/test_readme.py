@@ -108,7 +108,7 @@ INLINE = {
     "make picture": None,
     "make models": "tests/report/test_models.py",
     "make organisms": "two hours; tests/test_science.py and tests/test_organism.py hold what it is made of",
-    **dict.fromkeys(("make rules", "make label-check"), "tests/judges/test_selection.py"),
+    **dict.fromkeys(("make rules", "make label-check"), "tests/judges/test_rules_selection.py"),
     "make perf": "tests/test_perf.py and tests/test_perf_sweep.py hold its parts; whole it takes half an hour",
     "python -m perf extraction": "as make perf",
     "make full": None,

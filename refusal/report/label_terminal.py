@@ -32,7 +32,7 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c in "\n\t" else "�" for c in text)
 
 
-def ask(session: Session, key: Callable[[], str] = one_key) -> None:
+def ask(session: Session, press: Callable[[], str] = one_key) -> None:
     """Ask for labels until all are given or the rater quits."""
     shown = False
     while left := session.left():
@@ -43,7 +43,7 @@ def ask(session: Session, key: Callable[[], str] = one_key) -> None:
         else:
             print("The text is hidden, as it may do harm: h shows it.")
         print(KEYS, end="", flush=True)
-        pressed = key()
+        pressed = press()
         if pressed == "q":
             return
         if pressed == "h":
@@ -54,6 +54,6 @@ def ask(session: Session, key: Callable[[], str] = one_key) -> None:
             session.skip(text)
         elif shown and pressed in ("1", "2", "3", "4"):
             print("Coherence: 0 not at all, 5 in part, 1 fully; any other key asks again: ", end="", flush=True)
-            coherence = {"5": "0.5"}.get(given := key(), given)
+            coherence = {"5": "0.5"}.get(given := press(), given)
             if coherence in COHERENCE:
                 session.answer(text, LABELS[int(pressed) - 1], coherence)
