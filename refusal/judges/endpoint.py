@@ -231,7 +231,8 @@ def _fault(choice: Any, text: str, max_tokens: int) -> tuple[str, bool]:
     if text.strip():
         return "", False
     # vLLM since 0.11, Ollama and OpenRouter call it reasoning; DeepSeek, llama.cpp and vLLM before, reasoning_content.
-    if getattr(message, "reasoning_content", None) or getattr(message, "reasoning", None) or message.content:
+    said = message.content if isinstance(message.content, str | list) else None
+    if getattr(message, "reasoning_content", None) or getattr(message, "reasoning", None) or said:
         return f"the answers were thinking alone (finish_reason {reason})", False
     return f"the answers were empty (finish_reason {reason})", False
 
