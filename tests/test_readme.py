@@ -55,6 +55,8 @@ INSTEAD = [
     (r"http://localhost:8000/v1", "{api}", "the endpoint on loopback stands for a local one"),
     (r"endpoint\.model=NAME", "endpoint.model=some-judge", "any name"),
     (r"(-S judge\.kind=llm.*)$", r"\1 judge", "up to the stage that judges"),
+    (r"judge\.rubric=classifier", "judge.rubric=axes", "the endpoint on loopback is no classifier; tests/judges/test_rubrics.py has one"),
+    (r"--rubric strongreject", "--rubric axes", "as before: the endpoint on loopback knows one rubric"),
     (r"FILE\.csv (.*--model)", r"{tmp}/labelled.csv --base-url {api} \1", "a file of labels, and the endpoint on loopback"),
     (r"^dvc exp run .*first_half$", "", "test_the_variant_in_five_lines_runs has the five lines too"),
     (r"^(dvc exp run (?!--))", r"git checkout -q .\ndvc checkout -q -f\n\1", "each experiment starts from what is committed"),
