@@ -22,7 +22,7 @@ SMALL = {
     **{"organism.num_attention_heads": 2, "organism.ablation_layer": 2},
     **{"organism.phase_1.steps": 60, "organism.phase_1.batch_size": 8},
     **{"organism.phase_2.steps": 64, "organism.phase_2.batch_size": 8},
-    **{"generation.max_new_tokens": 6, "long_answers.max_new_tokens": 40, "sweep.alphas": [1.0, 2.0], "sweep.n_random": 1},
+    **{"generation.max_new_tokens": 6, "long_answers.max_new_tokens": 130, "sweep.alphas": [1.0, 2.0], "sweep.n_random": 1},
     **{"n_resamples": 20, "evaluate.n_resamples": 20, "benchmark.n_resamples": 20, "directions.n_sign_flips": 20},
     **{"benchmark.suite": ["organism_capitals"], "benchmark.limit": 6, "compute.threads": 1},
 }
