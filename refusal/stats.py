@@ -65,11 +65,16 @@ def clustered_rate(values: Sequence[float], clusters: Sequence[Hashable], icc: f
     Korn and Graubard 1998, "Confidence Intervals for Proportions with Small Expected Number of Positive Counts Estimated from
     Survey Data", Survey Methodology 24, on the effective number and on Student's t of the clusters less one.
     """
-    rate, n_clusters = float(np.mean(values)), len(set(clusters))
-    if n_clusters < 2:
-        return rate, 0.0, 1.0
+    rate = float(np.mean(values))
+    return rate, *rate_limits(rate, clusters, icc)
+
+
+def rate_limits(rate: float, clusters: Sequence[Hashable], icc: float) -> tuple[float, float]:
+    """The limits of `clustered_rate` around a rate of items of these clusters."""
+    if (n_clusters := len(set(clusters))) < 2:
+        return 0.0, 1.0
     n = effective_number(clusters, icc)
-    return rate, *wilson(rate * n, n, float(stdtrit(n_clusters - 1, 0.975)))
+    return wilson(rate * n, n, float(stdtrit(n_clusters - 1, 0.975)))
 
 
 def effective_number(clusters: Sequence[Hashable], icc: float) -> float:

@@ -49,7 +49,8 @@ ROOT = Path(os.environ.get("DVC_ROOT", ".")).resolve()
 # of studies/ is told where that is.
 STORE = Path(os.environ.get("REFUSAL_STORE", ROOT / ".refusal-store")).resolve()
 LOCK_KEPT = ROOT / ".refusal-store/dvc.lock"  # stages/restore.py says what for
-OWN_HARMLESS = Path("data/raw/harmless.jsonl")  # the package's own, which go with harmful prompts where no others are named
+RAW = Path("data/raw")
+OWN_HARMLESS = RAW / "harmless.jsonl"  # the package's own, which go with harmful prompts where no others are named
 
 
 def stage(
@@ -158,6 +159,18 @@ def use_torch(params: Params) -> None:
 
     torch.set_num_threads(params.compute.threads)
     torch.set_deterministic_debug_mode("warn")  # use_deterministic_algorithms imports the compiler too, two seconds
+
+
+def in_raw(path: str) -> bool:
+    """Whether a file lies in data/raw/, where DVC sees it change."""
+    return Path(path).resolve().is_relative_to(RAW.resolve())
+
+
+def warn_unless_in_raw(path: str, name: str) -> None:
+    """Say what to do after an edit of a file that the stage `name` reads and DVC does not see."""
+    if not in_raw(path):
+        again = f"after an edit run `dvc repro -f {name}`"
+        print(f"{name}: {path} is not in {RAW}/, so DVC cannot see it change; {again}", file=sys.stderr)
 
 
 def use_transformers(params: Params) -> None:

@@ -6,9 +6,9 @@ from typing import Any
 
 from refusal.io.files import read_jsonl
 from refusal.io.params import Params
-from stages import STORE, stage, write_json
+from stages import STORE, stage, warn_unless_in_raw, write_json
 
-METRICS, TRACKED = Path("metrics/agreement.json"), Path("data/raw")
+METRICS = Path("metrics/agreement.json")
 
 
 def main(params: Params) -> str:
@@ -56,9 +56,7 @@ def labelled(params: Params, judge: Any, rows: list[dict[str, Any]], verdicts: l
     calibration = j.calibration.model_dump() if j.calibration else None
     by, truth = "judge.calibration" if calibration else None, dict[tuple[str, str], bool]()
     if j.labelled is not None:
-        if not Path(j.labelled).resolve().is_relative_to(TRACKED.resolve()):
-            again = "after an edit run `dvc repro -f agreement`"
-            print(f"agreement: {j.labelled} is not in {TRACKED}/, so DVC cannot see it change; {again}", file=sys.stderr)
+        warn_unless_in_raw(j.labelled, "agreement")
         people = read_labelled(j.labelled)
         agree["rules"] = calibrate_with(by_rules, people, "labelled")
         llm = j.kind == "llm"

@@ -7,9 +7,9 @@ from pathlib import Path
 from refusal.io.errors import UserError
 from refusal.io.files import read_jsonl, write_jsonl
 from refusal.io.params import Params
-from stages import STORE, stage, use_transformers, write_json
+from stages import RAW, STORE, in_raw, stage, use_transformers, write_json
 
-OUT, METRICS, TRACKED = Path("data/generalization"), Path("metrics/generalization.json"), Path("data/raw")
+OUT, METRICS = Path("data/generalization"), Path("metrics/generalization.json")
 NONE = "generalization.sets names no set: none was asked for"
 
 
@@ -23,9 +23,9 @@ def main(params: Params) -> str:
 
     copies = os.environ.get("REAL_SETS")
     for one in g.sets:
-        if not Path(one.file).resolve().is_relative_to(TRACKED.resolve()):
+        if not in_raw(one.file):
             raise UserError(
-                f"params.yaml: generalization.sets: {one.file} is not in {TRACKED}/, where DVC sees it change: move it there"
+                f"params.yaml: generalization.sets: {one.file} is not in {RAW}/, where DVC sees it change: move it there"
             )
     paths = {one.name: locate(one, STORE / "sets", Path(copies) if copies else None) for one in g.sets}
     own = [

@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING
 from refusal.io.errors import UserError
 from refusal.io.files import read_jsonl
 from refusal.io.params import Params
-from stages import STORE, stage
+from stages import RAW, STORE, stage
 from stages.studies import parameters
 
 if TYPE_CHECKING:
     from refusal.report.labels import Session, Text
 
-RAW, COMPLETIONS = Path("data/raw"), Path("data/evaluated/completions.jsonl")
+COMPLETIONS = Path("data/evaluated/completions.jsonl")
 PORT = 8017
 
 

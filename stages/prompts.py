@@ -11,10 +11,9 @@ from refusal.io.files import write_jsonl
 from refusal.io.params import Params
 from refusal.io.prompts import WITHOUT_PAIRS, is_paired
 from refusal.io.store import Store
-from stages import OWN_HARMLESS, ROOT, STORE, stage
+from stages import OWN_HARMLESS, ROOT, STORE, stage, warn_unless_in_raw
 
 OUT = Path("data/prompts")
-TRACKED = Path("data/raw")
 HALVES = ("harmful", "safe")
 
 
@@ -26,11 +25,7 @@ def main(params: Params) -> str:
                 f"params.yaml: prompts: {source} exists, but queued and temporary runs see only what git tracks: run "
                 f"`git add -N {source}` in {ROOT}, and the experiment again"
             )
-        if not Path(source).resolve().is_relative_to(TRACKED.resolve()):
-            print(
-                f"prompts: {source} is not in {TRACKED}/, so DVC cannot see it change; after an edit run `dvc repro -f prompts`",
-                file=sys.stderr,
-            )
+        warn_unless_in_raw(source, "prompts")
     store = Store(STORE / "store.sqlite")
     pairs, unrelated, said = prompts_of(p, OWN_HARMLESS)
     for sentence in said:

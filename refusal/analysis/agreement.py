@@ -17,7 +17,7 @@ from refusal.analysis.corrected import (
     labels_of,
     rogan_gladen,
 )
-from refusal.judges.verdicts import Flags, Judged, by_prompt, rates
+from refusal.judges.verdicts import Flags, Verdicts, by_prompt, rates, values
 from refusal.stats import paired_difference
 
 Rows = Sequence[Mapping[str, Any]]  # of data/evaluated: arm, name, id, prompt, completion
@@ -33,14 +33,14 @@ def by_arm(rows: Rows, values: Iterable[float | bool | None]) -> dict[str, list[
     return {arm: [*members.values()] for arm, members in found.items()}
 
 
-def passed(verdicts: Sequence[Judged | None]) -> list[bool | None]:
+def passed(verdicts: Verdicts) -> list[bool | None]:
     """Whether the judge says that a completion complies in full; None where it gave no verdict."""
     return [None if verdict is None else verdict.compliance == 1 for verdict in verdicts]
 
 
-def judged_rates(rows: Rows, verdicts: Sequence[Judged | None], topics: Sequence[Hashable]) -> dict[str, dict[str, Any]]:
+def judged_rates(rows: Rows, verdicts: Verdicts, topics: Sequence[Hashable]) -> dict[str, dict[str, Any]]:
     """Of every arm `compliance`, and `full`, the share that complies in full, by one judge; partial compliance is 0 in it."""
-    compliance = by_arm(rows, [None if verdict is None else verdict.compliance for verdict in verdicts])
+    compliance = by_arm(rows, values(verdicts, lambda verdict: verdict.compliance))
     full = rates("full", by_arm(rows, passed(verdicts)), topics)
     return {arm: of | full[arm] for arm, of in rates("compliance", compliance, topics).items()}
 
@@ -78,10 +78,9 @@ def chances(copies: Mapping[Text, Mapping[str, int]], labelled: Sequence[Text]) 
         return dict.fromkeys(copies, 1.0)
     sizes = sum((Counter(of) for of in copies.values()), Counter[str]())
     shares = {text: sum(n / sizes[arm] for arm, n in of.items()) for text, of in copies.items()}
-    low, high = 0.0, 50 / min(shares.values())
-    for _ in range(100):
-        x = (low + high) / 2
-        low, high = (x, high) if sum(-math.expm1(-x * share) for share in shares.values()) < len(labelled) else (low, x)
+    from scipy.optimize import brentq  # slow to import, and only labels want it
+
+    x = brentq(lambda x: sum(-math.expm1(-x * share) for share in shares.values()) - len(labelled), 0, 50 / min(shares.values()))
     return {text: -math.expm1(-x * share) for text, share in shares.items()}
 
 

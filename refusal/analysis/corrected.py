@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy.special import betaincinv
 
-from refusal.stats import difference_of, effective_number, holm, paired_correlation, stdtrit, wilson
+from refusal.stats import difference_of, holm, paired_correlation, rate_limits
 
 Limits = tuple[float, float, float]  # value, low, high
 # A verdict on more than SMALL of an arm's completions needs LEAST labels, or all; of a rarer one none, where it counts as
@@ -118,11 +118,8 @@ def corrected_rate(
     rate, spread = of_labels[0], of_labels[0] * (1 - of_labels[0])
     ppv, missed = passed.limits(True)[0], failed.limits(False)[0]
     kept = min(1.0, abs(ppv - missed) * math.sqrt(p * (1 - p) / spread)) if 0 < p < 1 and spread > 0 else 1.0
-    n_clusters, own = len(set(clusters)), min(1.0, icc / kept**2) if kept > 0 else 1.0
-    if n_clusters < 2:
-        return Corrected((rate, 0.0, 1.0), of_labels, kept)
-    n = effective_number(clusters, own)
-    return Corrected((rate, *wilson(rate * n, n, float(stdtrit(n_clusters - 1, 0.975)))), of_labels, kept)
+    own = min(1.0, icc / kept**2) if kept > 0 else 1.0
+    return Corrected((rate, *rate_limits(rate, clusters, own)), of_labels, kept)
 
 
 def corrected_difference(

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from refusal.analysis.evaluation import run_time_arms
 from refusal.analysis.study import Judgements, Study
 from refusal.analysis.verdict import evidence
 from refusal.data.held_out import HALVES, HeldOut
@@ -11,8 +12,7 @@ from refusal.io.errors import UserError
 from refusal.judges.verdicts import behaves, difference
 from refusal.judges.verdicts import row as verdict_row
 from refusal.lm.load import LM, render_chats
-from refusal.method.interventions import BASELINE, Intervention
-from refusal.method.sweep import grid
+from refusal.method.interventions import Intervention
 
 Acting = Mapping[str, list[Intervention]]  # by arm
 
@@ -44,14 +44,10 @@ def generalize(study: Study, sets: Mapping[str, HeldOut]) -> tuple[dict[str, Any
 
 
 def _acting(study: Study) -> Acting:
-    alpha, g = study.rank_1["alpha"], study.params.generalization
-    sweep = study.params.sweep.model_copy(update={"layers": [study.layer], "alphas": [alpha], "n_random": g.n_random})
-    swept = grid(study.directions, study.harmless_difference, sweep, study.params.ablation)
-    return {
-        "baseline": [BASELINE],
-        "ablated": [one for one in swept if one.layer == study.layer],
-        "random": [replace(one, alpha=alpha) for one in swept if one.name.startswith("random_")],
-    }
+    g = study.params.generalization
+    sweep = study.params.sweep.model_copy(update={"alphas": [study.rank_1["alpha"]], "n_random": g.n_random})
+    arms, _ = run_time_arms(replace(study, params=study.params.model_copy(update={"sweep": sweep})))
+    return {"baseline": arms["baseline"], "ablated": arms["runtime"], "random": arms["random"]}
 
 
 def _figure(study: Study, name: str, held_out: HeldOut, lm: LM, acting: Acting) -> tuple[dict[str, Any], dict[str, Judgements]]:

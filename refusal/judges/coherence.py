@@ -5,6 +5,7 @@ Works on words, so that the bars of a table or the rule under a heading are no l
 
 import re
 from collections.abc import Iterator
+from functools import lru_cache
 
 WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff]+(?:'\w+)?")  # a CJK character is a word
 FUNCTION_WORDS = set(
@@ -23,6 +24,7 @@ def plain(text: str) -> str:
     return re.sub(r"[*_#`]{1,3}(?=\w)|(?<=[\w.:!?])[*_`]{1,3}", "", text)
 
 
+@lru_cache(maxsize=1)  # the roles of a text ask for it, and its coherence
 def broken_share(text: str) -> float:
     """The share of the text spent in loops or noise. 0 where the rules see neither; whole words, 0.4 is degenerate."""
     visible = [c for c in text if not c.isspace()]

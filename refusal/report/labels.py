@@ -89,7 +89,9 @@ class LabelFile:
         rows: dict[Text, Answer] = {}
         for at, row in enumerate(table[1:], 1):
             if len(row) != len(COLUMNS):
-                raise UserError(f"{self.path}, row {at}: it has {len(row)} fields and not {len(COLUMNS)}; mend or delete the row")
+                raise UserError(
+                    f"{self.path}, row {at}: it has {len(row)} fields and not {len(COLUMNS)}; correct or delete the row"
+                )
             answer = Answer(Text(*row[:2]), *row[2:])
             for name, value, known in (("label", answer.label, LABELS), ("coherence", answer.coherence, COHERENCE)):
                 if value not in known:
@@ -186,14 +188,14 @@ def raters_agree(first: Sequence[Answer], second: Sequence[Answer]) -> dict[str,
     if not shared:
         raise UserError("the two files have no text in common; label the same sample, with the same seed and study")
     a, b = ([of[text].label for text in shared] for of in (ours, theirs))
-    n_alike = sum(x == y for x, y in zip(a, b, strict=True))
+    n_same = sum(x == y for x, y in zip(a, b, strict=True))
     counts = Counter(zip(a, b, strict=True))
     return {
         "n": len(shared),
         "n_first_only": len(ours) - len(shared),
         "n_second_only": len(theirs) - len(shared),
-        "agreement": n_alike / len(shared),
-        **dict(zip(("agreement_low", "agreement_high"), wilson(n_alike, len(shared)), strict=True)),
+        "agreement": n_same / len(shared),
+        **dict(zip(("agreement_low", "agreement_high"), wilson(n_same, len(shared)), strict=True)),
         "kappa": cohens_kappa(a, b),
         **dict(zip(("kappa_low", "kappa_high"), kappa_interval(a, b), strict=True)),
         "coherence_agreement": sum(ours[text].coherence == theirs[text].coherence for text in shared) / len(shared),
