@@ -127,11 +127,13 @@ def test_every_rate_is_counted_over_its_own_members_and_half(tmp_path, monkeypat
     behaving(metrics, topics)
     assert rows == [
         {name: row[name] for name in ("id", "category")}
-        | {"arm": arm, "half": half, "prompt": row[half], "completion": given.TEXTS[letter]}
+        | {"arm": arm, "name": name.replace("100", f"{100 * alpha:g}"), "half": half, "prompt": row[half]}
+        | {"completion": given.TEXTS[letter]}
         | given.VERDICTS[letter]._asdict()
-        for arm in ("baseline", "runtime", "orthogonalized")
-        for half, letters in zip(HALVES, SAID[MEMBERS[arm][0]], strict=True)
-        for row, letter in zip(study.pairs["test"], letters, strict=True)
+        for arm, members in MEMBERS.items()
+        for i, half in enumerate(HALVES)
+        for name in members
+        for letter, row in zip(SAID[name][i], study.pairs["test"], strict=True)
     ]
 
 
@@ -199,4 +201,4 @@ def test_what_has_no_answer_or_no_identity_is_null_and_missing_verdicts_are_coun
         (0.5 + 0.5 + 0 + 0.5) / 6
     )  # of prompt 2 the one verdict that there is
     assert [metrics["addition"][f"{name}_safe"] for name in ("n", "n_missing", "n_degenerate")] == [5, 1, 2]
-    assert metrics["addition"]["refusal_safe"] == pytest.approx(fmean([1, 1, 0, 0, 0])) and len(rows) == 36
+    assert metrics["addition"]["refusal_safe"] == pytest.approx(fmean([1, 1, 0, 0, 0])) and len(rows) == 84

@@ -52,7 +52,7 @@ def test_no_prompt_may_outgrow_the_model(tmp_path):
     assert tokenizer.model_max_length == len(encode_chats(tokenizer, ["a " * 38])[0]) == 40
     with pytest.raises(UserError, match=r"prompt 1 \(from 0\) has 41 tokens, and the model takes 40"):
         encode_chats(tokenizer, ["a", "a " * 39])
-    with pytest.raises(UserError, match=r"has 4 tokens with 37 to generate, .* lower generation\.max_new_tokens"):
+    with pytest.raises(UserError, match=r"has 4 tokens with 37 to generate, .* lower max_new_tokens \(of generation or of long_answers\)"):
         encode_chats(tokenizer, ["a b"], max_new_tokens=37)
 
 

@@ -5,6 +5,7 @@ import http.client
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -201,7 +202,7 @@ def test_the_page_in_a_browser(browser, served, tmp_path):
     tab.on("response", lambda response: told.append(response.text()))
     tab.goto(url)
     said, completion = tab.locator("#said"), tab.locator("#completion")
-    tab.wait_for_function("document.querySelector('#said').textContent === '1 of 10'")
+    tab.locator("#said", has_text=re.compile("^1 of 10$")).wait_for()
     # Out of focus for the eye, absent for a screen reader, and not to be labelled unseen.
     assert completion.evaluate("e => getComputedStyle(e).filter").startswith("blur")
     assert "Said" not in tab.locator("main").aria_snapshot()
@@ -222,7 +223,7 @@ def test_the_page_in_a_browser(browser, served, tmp_path):
     assert completion.inner_text() == third
     keyed(tab, "35")
     tab.reload()
-    tab.wait_for_function("document.querySelector('#said').textContent === '4 of 10'")
+    tab.locator("#said", has_text=re.compile("^4 of 10$")).wait_for()
     assert completion.evaluate("e => getComputedStyle(e).filter").startswith("blur")
     tab.keyboard.press("h")
     fourth = completion.inner_text()
@@ -232,10 +233,10 @@ def test_the_page_in_a_browser(browser, served, tmp_path):
         file.write('"harmful 3?","Sai')
     tab.keyboard.press("4")
     tab.keyboard.press("1")
-    tab.wait_for_function("document.querySelector('#said').textContent.startsWith('Not kept')")
+    tab.locator("#said", has_text="Not kept").wait_for()
     process, url = served()
     tab.goto(url)
-    tab.wait_for_function("document.querySelector('#said').textContent === '4 of 10'")
+    tab.locator("#said", has_text=re.compile("^4 of 10$")).wait_for()
     tab.keyboard.press("h")
     assert completion.inner_text() == fourth
     keyed(tab, "41", *["10"] * 6)
@@ -249,7 +250,7 @@ def test_the_page_in_a_browser(browser, served, tmp_path):
     assert {a.text for a in answers} == set(sample(HARMFUL, 10, 0)) and all(a.text.prompt.startswith("harmful") for a in answers)
     # A second rater is asked for the same texts in the same order.
     tab.goto(served("--rater", "b")[1])
-    tab.wait_for_function("document.querySelector('#said').textContent === '1 of 10'")
+    tab.locator("#said", has_text=re.compile("^1 of 10$")).wait_for()
     tab.keyboard.press("h")
     assert completion.inner_text() == first
     keyed(tab, "31")

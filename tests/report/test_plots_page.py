@@ -114,7 +114,7 @@ def test_plots_are_drawn_without_a_network(tmp_path, opened):
     template = ["--html-template", str(tmp_path / "template.html")]
     subprocess.run([*dvc, "plots", "show", *template, "-o", "out"], cwd=tmp_path, check=True)
     tab = opened((tmp_path / "out" / "index.html").read_text(encoding="utf-8"), 380)
-    tab.wait_for_function(f"document.querySelectorAll('canvas.marks, svg.marks').length === {len(PLOTS)}")
+    tab.locator("canvas.marks, svg.marks").nth(len(PLOTS) - 1).wait_for()
     # Vega-Lite says that DVC's templates name an older schema; nothing else is said, and nothing asked for.
     assert {re.sub(r"v\d[\d.]*", "v", said) for said in tab.said} <= {
         "The input spec uses Vega-Lite v, but the current version of Vega-Lite is v"
