@@ -129,7 +129,7 @@ def test_every_rate_is_counted_over_its_own_members_and_half(tmp_path, monkeypat
         {name: row[name] for name in ("id", "category")}
         | {"arm": arm, "name": name.replace("100", f"{100 * alpha:g}"), "half": half, "prompt": row[half]}
         | {"completion": given.TEXTS[letter]}
-        | given.VERDICTS[letter]._asdict()
+        | {field: value for field, value in given.VERDICTS[letter]._asdict().items() if field != "own"}
         for arm, members in MEMBERS.items()
         for i, half in enumerate(HALVES)
         for name in members
