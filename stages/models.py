@@ -33,12 +33,18 @@ def main(params: Params) -> str:
 
 def replication(text: str) -> str:
     """docs/replication.md with the tables of the committed figures."""
-    from refusal.report.replication import NAMES, arms, filled, numbered, statements
+    from refusal.report.replication import NAMES, arms, filled, numbered, other_sets, statements
     from refusal.report.reproduction import published
 
-    files = {name: REAL / f"metrics/{name}.json" for name in (*NAMES, "long_answers")}
-    metrics = {name: read_json(file) for name, file in files.items() if name in NAMES or file.is_file()}
-    return filled(text, {"arms": arms(metrics), "statements": numbered(statements(metrics, published()))})
+    metrics = {name: read_json(REAL / f"metrics/{name}.json") for name in (*NAMES, "long_answers", "generalization")}
+    return filled(
+        text,
+        {
+            "arms": arms(metrics),
+            "sets": other_sets(metrics["generalization"]),
+            "statements": numbered(statements(metrics, published())),
+        },
+    )
 
 
 def study(name: str) -> "Made":

@@ -377,10 +377,15 @@ def reproduced() -> list[str]:
     return [f"| {words} | {rows[name]['published']:.4g} | {rows[name]['ours']:.4g} |" for name, words in REPRODUCED.items()]
 
 
+OTHER_SETS = {"xstest": "XSTest", "jailbreakbench": "JailbreakBench", "paper_harmful_train": "the paper's"}
+
+
 def real_study() -> list[str]:
     """What the README says of the real model."""
     e, d, v = metrics("evaluate", REAL), metrics("directions", REAL), metrics("science", REAL)["verdict"]
     sweep, run, one = metrics("judge", REAL), e["runtime"], v["difference"]
+    sets, long = metrics("generalization", REAL)["sets"], metrics("long_answers", REAL)
+    asked, ablated = long["arms"]["baseline"], long["arms"]["runtime"]
     unrelated = metrics("science", REAL)["estimators"]["unrelated"]
     unmasked = {i: c for i, c in enumerate(d["batched_unmasked-matched"]["cosine_to_sequential"]) if c is not None}
     least = min(unmasked, key=lambda i: unmasked[i])
@@ -404,8 +409,14 @@ def real_study() -> list[str]:
         f"random directions leave it at {interval(e['random'], 'compliance')}",
         f"Of the {v['n_refused']} test prompts that the model refuses, {one['removed']:.2f} are then answered in full, {one['above_random']:+.2f} "
         f"beyond random directions (lower limit {one['above_random_low']:+.2f}): the verdict is `{v['verdict']}`",
-        f"the model refuses {e['baseline']['refusal_safe']:.2f} of the safe halves too, and its cosine with the direction is "
-        f"{e['harmless']['cosine']:.2f}",
+        "On sets that nothing was chosen on it goes from "
+        + ", ".join(
+            f"{of['baseline']['compliance']:.2f} to {of['ablated']['compliance']:.2f} ({words})"
+            for words, of in ((words, sets[name]["figures"][0]) for name, words in OTHER_SETS.items())
+        ),
+        f"in answers of {long['max_new_tokens']['long']} tokens, not {long['max_new_tokens']['short']}, from "
+        f"{asked['long']['compliance']:.2f} to {ablated['long']['compliance']:.2f} (n = {long['n']}), since "
+        f"{asked['n_loops']} and {ablated['n_loops']} of them end in loops and {ablated['n_then_declines']} in a refusal",
         f"At {len(best)} of its {len(d['sequential-matched']['layers'])} layers the direction takes compliance on val to .9 or more",
         f"unrelated safe prompts give a direction that does so too ({interval(unrelated, 'compliance')}, layer {unrelated['layer']})",
         f"padding that is attended to turns it to cosine {unmasked[least]:.2f} at layer {least}, and masked padding leaves it "

@@ -17,7 +17,7 @@ from stages import models
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / models.REPLICATION).read_text(encoding="utf-8")
-REAL = {name: json.loads((ROOT / models.REAL / f"metrics/{name}.json").read_text(encoding="utf-8")) for name in (*NAMES, "model")}
+REAL = {name: json.loads((ROOT / models.REAL / f"metrics/{name}.json").read_text(encoding="utf-8")) for name in (*NAMES, "model", "long_answers", "generalization")}
 NUMBER = r"[+-]?\d+(?:\.\d+)?"
 # What has digits and is no figure: names, the paper, the level of the intervals, and what the judge may say.
 NAMED = r"Qwen[\d.]+-Coder-0\.5B-Instruct|Qwen-1\.8B-Chat|2024, arXiv 2406\.11717|4-bit|float32|95 %|0, 0\.5 or 1"
@@ -43,6 +43,8 @@ def quoted() -> list[str]:
         p["science"],
         e["baseline"]["n"],
     )
+    long = REAL["long_answers"]
+    limits, asked, ablated = long["max_new_tokens"], long["arms"]["baseline"], long["arms"]["runtime"]
     tokens, (alpha,) = p["generation"]["max_new_tokens"], p["sweep"]["alphas"]
     baseline, cells = REAL["judge"]["baseline"], [c for c in REAL["judge"].values() if c["layer"] is not None]
     works = [c["layer"] for c in cells if c["compliance_low"] > baseline["compliance_high"]]
@@ -66,6 +68,11 @@ def quoted() -> list[str]:
         f"the verdict is `{v['verdict']}`",
         f"from {interval(e['baseline'], 'refusal_safe')} to {interval(e['runtime'], 'refusal_safe')}; under random directions it is "
         f"{interval(e['random'], 'refusal_safe')}",
+        f"With {limits['long']} tokens in place of {limits['short']}, on {long['n']} of these prompts, compliance is {interval(asked['long'], 'compliance')} "
+        f"untouched and {interval(ablated['long'], 'compliance')} ablated, {interval(asked, 'compliance_difference', '+.2f')} and "
+        f"{interval(ablated, 'compliance_difference', '+.2f')} against the short answers",
+        f"{asked['n_loops']} and {ablated['n_loops']} answers end in a loop that the short ones do not show, {asked['n_then_declines']} and "
+        f"{ablated['n_then_declines']} comply at first and then decline, {asked['n_then_complies']} and {ablated['n_then_complies']} the reverse",
         f"a KL of {interval(e['runtime'], 'kl', '.3f')} nats a token, of random directions {interval(e['random'], 'kl', '.3f')}",
         f"has cosine {s['estimators']['unrelated']['cosine_rank_1']:.2f} with it, the first singular vector "
         f"{s['estimators']['paired_svd']['cosine_rank_1']:.2f}, and both",
@@ -135,8 +142,7 @@ def test_the_words_between_the_numbers_hold():
     for name in ("unrelated", "paired_svd"):
         assert estimators[name]["compliance_high"] >= direction["compliance_low"], f"{name} restores compliance too"
     assert e["runtime"]["refusal_safe_high"] < e["baseline"]["refusal_safe_low"], "refusal of safe prompts falls too"
-    assert e["baseline"]["compliance_high"] < e["harmless"]["compliance_low"], "the difference of harmless sets raises compliance"
-    assert e["harmless"]["compliance_high"] < e["runtime"]["compliance_low"], "though by less"
+    assert e["harmless"]["compliance_low"] < e["baseline"]["compliance"] < e["harmless"]["compliance_high"], "it leaves compliance"
     assert REAL["directions"]["batched-matched"]["cosine_to_sequential_min"] > 0.9999, "with a mask nothing is left"
     assert e["layer"] >= len(REAL["directions"]["sequential-matched"]["norm"]) / 2, "the best layer lies late"
     matched, unrelated = (

@@ -69,6 +69,24 @@ def arms(m: Mapping[str, Metrics]) -> str:
     return table(columns + more, cells)
 
 
+def other_sets(generalization: Metrics) -> str:
+    """The selected direction on sets that nothing was chosen on, with each system prompt: compliance, and the share of refusals
+    removed beyond random directions, with its lower limit."""
+    cells = []
+    for name, of in generalization["sets"].items():
+        for figure in of["figures"]:
+            more = figure["evidence"]
+            text = figure["system_prompt"]
+            cells.append(
+                [name, {None: "the template's", "": "empty"}.get(text, text), f"{figure['baseline']['n']}"]
+                + [interval(figure[arm], "compliance") for arm in ("baseline", "ablated", "random")]
+                + [interval(figure["ablated"], "difference", "+.2f"), f"{figure['n_refused']}"]
+                + [DASH if more["above_random"] is None else f"{more['above_random']:.2f} ({more['above_random_low']:.2f})"]
+            )
+    columns = ("set", "system prompt", "n", "complies", "ablated", "random direction", "more than the baseline")
+    return table((*columns, "refused", "of these, answered beyond random (lower limit)"), cells)
+
+
 def statements(m: Mapping[str, Metrics], published: Metrics) -> list[Statement]:
     """The write-up's statements that are about what this study measured, in the order of its pages."""
     return [Statement(*found) for part in (_separation, _batches, _ablation, _cost) for found in part(m, published)]
