@@ -416,7 +416,7 @@ def real_study() -> list[str]:
         ),
         f"in answers of {long['max_new_tokens']['long']} tokens, not {long['max_new_tokens']['short']}, from "
         f"{asked['long']['compliance']:.2f} to {ablated['long']['compliance']:.2f} (n = {long['n']}), since "
-        f"{asked['n_loops']} and {ablated['n_loops']} of them end in loops and {ablated['n_then_declines']} in a refusal",
+        f"{asked['n_loops']} and {ablated['n_loops']} of them end in loops",
         f"At {len(best)} of its {len(d['sequential-matched']['layers'])} layers the direction takes compliance on val to .9 or more",
         f"unrelated safe prompts give a direction that does so too ({interval(unrelated, 'compliance')}, layer {unrelated['layer']})",
         f"padding that is attended to turns it to cosine {unmasked[least]:.2f} at layer {least}, and masked padding leaves it "

@@ -10,14 +10,16 @@ import yaml
 from refusal.analysis.verdict import BETTER, FEWEST_REFUSED, MEDIATES
 from refusal.io.errors import UserError
 from refusal.io.params_file import overlaid
+from refusal.judges.roles import OPENING
 from refusal.report.models import KINDS, interval
-from refusal.report.replication import NAMES, NO, OPEN, PART, YES, arms, filled, statements
+from refusal.report.replication import NAMES, NO, OPEN, PART, YES, arms, filled, other_sets, statements
 from refusal.report.reproduction import published
 from stages import models
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / models.REPLICATION).read_text(encoding="utf-8")
-REAL = {name: json.loads((ROOT / models.REAL / f"metrics/{name}.json").read_text(encoding="utf-8")) for name in (*NAMES, "model", "long_answers", "generalization")}
+MADE = (*NAMES, "model", "long_answers", "generalization")
+REAL = {name: json.loads((ROOT / models.REAL / f"metrics/{name}.json").read_text(encoding="utf-8")) for name in MADE}
 NUMBER = r"[+-]?\d+(?:\.\d+)?"
 # What has digits and is no figure: names, the paper, the level of the intervals, and what the judge may say.
 NAMED = r"Qwen[\d.]+-Coder-0\.5B-Instruct|Qwen-1\.8B-Chat|2024, arXiv 2406\.11717|4-bit|float32|95 %|0, 0\.5 or 1"
@@ -71,8 +73,10 @@ def quoted() -> list[str]:
         f"With {limits['long']} tokens in place of {limits['short']}, on {long['n']} of these prompts, compliance is {interval(asked['long'], 'compliance')} "
         f"untouched and {interval(ablated['long'], 'compliance')} ablated, {interval(asked, 'compliance_difference', '+.2f')} and "
         f"{interval(ablated, 'compliance_difference', '+.2f')} against the short answers",
-        f"{asked['n_loops']} and {ablated['n_loops']} answers end in a loop that the short ones do not show, {asked['n_then_declines']} and "
-        f"{ablated['n_then_declines']} comply at first and then decline, {asked['n_then_complies']} and {ablated['n_then_complies']} the reverse",
+        f"{asked['n_loops']} and {ablated['n_loops']} answers end in a loop that the short ones do not show",
+        f"The rules read the first {OPENING} words; the stock phrases of a refusal, looked for in the whole text, stand in "
+        f"{asked['short']['substring_refusal']:.2f} of the short and {asked['long']['substring_refusal']:.2f} of the long untouched answers, in "
+        f"{ablated['short']['substring_refusal']:.2f} and {ablated['long']['substring_refusal']:.2f} of the ablated ones",
         f"a KL of {interval(e['runtime'], 'kl', '.3f')} nats a token, of random directions {interval(e['random'], 'kl', '.3f')}",
         f"has cosine {s['estimators']['unrelated']['cosine_rank_1']:.2f} with it, the first singular vector "
         f"{s['estimators']['paired_svd']['cosine_rank_1']:.2f}, and both",
@@ -191,8 +195,8 @@ def test_the_last_column_follows_its_rules():
     assert outcome(4, science__verdict__verdict="undecided") == outcome(4, science__verdict__reason="no_refusal") == OPEN
     assert outcome(5, evaluate__layer=11) == NO
     assert outcome(5, judge__baseline__compliance_high=0.95) == YES and outcome(5, judge__baseline__compliance_high=1.0) == NO
-    assert outcome(6, science__estimators__unrelated__compliance_high=0.9) == YES
-    assert outcome(6, science__arms__rank_1__compliance_high=0.9) == NO
+    assert outcome(6, science__estimators__unrelated__compliance_high=0.5) == YES
+    assert outcome(6, science__arms__rank_1__compliance_high=0.5) == NO
     assert [outcome(7, science__verdict__verdict=verdict) for verdict in ("subspace", "none", "undecided")] == [NO, OPEN, OPEN]
     assert outcome(8, evaluate__orthogonalized__difference_low=-0.1) == outcome(8, evaluate__orthogonalized__compliance=0.8) == NO
     theirs = dict.fromkeys(published()["settings"]["benchmark_tasks"])
@@ -211,13 +215,28 @@ def test_every_arm_of_the_table_by_hand():
     )
     r = REAL["evaluate"]["random"]
     rates = [f"{r[key]:.2f} [{r[f'{key}_low']:.2f}, {r[f'{key}_high']:.2f}]" for key in ("compliance", "refusal", "coherence")]
-    assert random == f"| random directions | {r['n']} x {r['n_arms']} | {' | '.join(rates)} | – |"
+    long = REAL["long_answers"]["arms"]["random"]["long"]
+    rates += ["–", f"{long['compliance']:.2f} [{long['compliance_low']:.2f}, {long['compliance_high']:.2f}]"]
+    assert random == f"| random directions | {r['n']} x {r['n_arms']} | {' | '.join(rates)} |"
     best = REAL["science"]["arms"][REAL["science"]["verdict"]["best_subspace"]]
     assert f"rank {best['rank']}" in subspace
-    assert subspace.endswith(f"| {best['difference']:+.2f} [{best['difference_low']:+.2f}, {best['difference_high']:+.2f}] |")
+    assert subspace.endswith(f"| {best['difference']:+.2f} [{best['difference_low']:+.2f}, {best['difference_high']:+.2f}] | – |")
     without = changed(science__verdict__best_subspace=None)
     assert len(arms(without).splitlines()) == len(lines) - 2
     assert statements(without, published())[6].ours == "none tried"
+
+
+def test_every_set_and_system_prompt_is_a_line_by_hand():
+    sets = REAL["generalization"]["sets"]
+    _, _, *lines = other_sets(REAL["generalization"]).splitlines()
+    assert len(lines) == sum(len(of["figures"]) for of in sets.values()) >= 6
+    line = next(line for line in lines if line.startswith("| jailbreakbench | empty |"))
+    (figure,) = (one for one in sets["jailbreakbench"]["figures"] if one["system_prompt"] == "")
+    removed = round(figure["evidence"]["removed"] * figure["n_refused"])
+    assert f"| {figure['n_refused']} | " in line and removed <= figure["n_refused"] <= figure["baseline"]["n"]
+    for arm in ("baseline", "ablated", "random"):
+        low, rate, high = (figure[arm][f"compliance{end}"] for end in ("_low", "", "_high"))
+        assert f"| {rate:.2f} [{low:.2f}, {high:.2f}] |" in line
 
 
 def test_compliance_in_long_answers_stands_in_a_column_of_its_own():
