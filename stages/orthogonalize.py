@@ -1,33 +1,40 @@
 """orthogonalize: a checkpoint for each selected cell and one for a random direction."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from refusal.io.params import Params
 from stages import read_json, stage, use_torch, write_json
 
 BASE, OUT, METRICS = Path("models/base"), Path("models/ablated"), Path("metrics/orthogonalize.json")
+NORMS: dict[str, Literal["rows", "columns"]] = {"row_norms": "rows", "column_norms": "columns"}
 
 
 def main(params: Params) -> str:
     use_torch(params)
     import shutil
 
-    from refusal.method.directions import random_unit, read_directions, select_directions
+    from refusal.method.directions import harmless_kept, random_unit, read_directions, select_directions
     from refusal.method.interventions import Intervention
     from refusal.method.orthogonalize import Edit, orthogonalize
     from refusal.method.select import cell_name, checked
 
     o, s, selected = params.orthogonalize, params.sweep, checked(read_json(Path("metrics/select.json")))
-    unit = select_directions(read_directions(Path("models/directions.safetensors")), s.method, s.pairing)["unit"]
+    directions = select_directions(read_directions(Path("models/directions.safetensors")), s.method, s.pairing)
     shutil.rmtree(OUT, ignore_errors=True)
     OUT.mkdir(parents=True)
     first = selected["rank_1"]
     # The control differs from rank_1 in its direction alone: same layer in its name, same alpha, same matrices.
     random = f"random_{cell_name(first['layer'], first['alpha'])}"
-    edited = {rank: Intervention(cell["name"], unit[cell["layer"]], cell["alpha"], "weights") for rank, cell in selected.items()}
-    edited["random"] = Intervention(random, random_unit(unit.shape[1], 1, s.seed)[0], first["alpha"], "weights")
-    edits = [Edit(OUT / one.name, one, o.include_embedding, o.format) for one in edited.values()]
+    cells = {rank: (cell["name"], directions["unit"][cell["layer"]], cell) for rank, cell in selected.items()}
+    cells["random"] = (random, random_unit(directions["unit"].shape[1], 1, s.seed)[0], first)
+    edited = {}
+    for rank, (name, v, cell) in cells.items():
+        if o.variant == "harmless_kept":
+            v = harmless_kept(v, directions["safe_mean"][cell["layer"]])
+        edited[rank] = Intervention(name, v, cell["alpha"], "weights")
+    norms = NORMS.get(o.variant)
+    edits = [Edit(OUT / one.name, one, o.include_embedding, o.format, norms) for one in edited.values()]
     reports = orthogonalize(BASE, edits)
     metrics: dict[str, dict[str, Any]] = {
         rank: {

@@ -1,5 +1,7 @@
 """A GPU gives what the CPU gives, in float32, and runs out of memory as is foreseen. `make cuda`."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -22,6 +24,7 @@ from refusal.method.sweep import complete
 pytestmark = pytest.mark.cuda
 PROMPTS = [[11, 12, *tokens] for tokens in tiny_prompts((3, 9, 5, 5, 1), 2)]
 V = tiny_direction()
+SIZES = SimpleNamespace(activations=SimpleNamespace(batch_size=2))
 
 
 def both(tmp_path, model_type="qwen2", **how):
@@ -37,7 +40,7 @@ def test_activations(tmp_path, method):
     for lm, store in both(tmp_path):
         path = tmp_path / f"{lm.model.device.type}.safetensors"
         collect(lm, {"a": PROMPTS, "b": PROMPTS[:2]}, method, 2, store, path)
-        found.append(load_file(path) | {"at end": collect_at_end(lm, PROMPTS, 1, 2)})
+        found.append(load_file(path) | {"at end": collect_at_end(SimpleNamespace(lm=lm, params=SIZES, store=store), PROMPTS, "test")})
     for name in ("a", "b", "at end"):
         torch.testing.assert_close(*(of[name] for of in found), rtol=1e-4, atol=1e-4)
 

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from safetensors.torch import load, save
 from torch import Tensor
 
 from refusal.analysis.sensitivity import by_size, collect, common_suffix, padding, positions
@@ -11,6 +12,7 @@ from refusal.analysis.study import Study
 from refusal.analysis.subspaces import captured, paired_svd
 from refusal.io.params import Padding
 from refusal.io.progress import progress
+from refusal.io.store import key
 from refusal.method.activations import last_token_resid_pre
 from refusal.method.directions import project
 
@@ -61,9 +63,10 @@ def origins(study: Study) -> ByLayer:
 def monitor(study: Study) -> dict[str, Any]:
     """Projections as a detector of harmful test prompts, by layer: AUROC on all, and on seen and unseen cues where known."""
     test, safe_rows, unit = study.pairs["test"], study.rows("test", "safe"), study.directions["unit"]
-    size = study.params.activations.batch_size
     harmful, safe = (
-        collect(study.lm, study.lm.encode([row[side] for row in rows]), 1, size, of=lambda at: project(at[:, 0], unit))
+        collect(
+            study, study.lm.encode([row[side] for row in rows]), f"science: test, {side}", of=lambda at: project(at[:, 0], unit)
+        )
         for side, rows in (("harmful", test), ("safe", safe_rows))
     )
     cues = {"all": (list(range(len(test))), list(range(len(safe_rows))))}
@@ -105,7 +108,6 @@ def sensitivity(study: Study, n_resamples: int) -> tuple[dict[str, Any], list[di
 
 def positions_and_padding(study: Study, settings: Padding) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The position that the direction is taken at, and what padding does, masked and not."""
-    size = study.params.activations.batch_size
     ids = {
         (split, side): study.lm.encode([row[side] for row in study.sample(split, settings.n, side)])
         for split in ("train", "val")
@@ -113,18 +115,26 @@ def positions_and_padding(study: Study, settings: Padding) -> tuple[list[dict[st
     }
     everyone = [tokens for group in ids.values() for tokens in group]
     n_positions = min(5, common_suffix(everyone) + 1, *map(len, everyone))
-    at_end = {key: collect(study.lm, group, n_positions, size) for key, group in ids.items()}
+    at_end = {key: collect(study, group, "science: positions", n_positions) for key, group in ids.items()}
     train = [ids["train", side] for side in ("harmful", "safe")]
     clean = at_end["train", "harmful"][:, -1], at_end["train", "safe"][:, -1]
     padded: dict[tuple[bool, int | str], Any] = {}
     for n_pads in settings.n_pads:
         for masked in (True, False):
-            padded[masked, n_pads] = tuple(collect(study.lm, group, 1, size, n_pads, masked)[:, 0] for group in train)
+            label = f"science: {n_pads} pads{'' if masked else ', attended to'}"
+            padded[masked, n_pads] = tuple(collect(study, group, label, pads=(n_pads, masked))[:, 0] for group in train)
     # As many pads as a batch of mixed lengths happens to need, prompts in the order given: the write-up's batches.
     for masked, method in ((True, "batched"), (False, "batched_unmasked")):
-        padded[masked, "as batched"] = tuple(_in_batches(study, group, method, size) for group in train)
+        padded[masked, "as batched"] = tuple(_in_batches(study, group, method) for group in train)
     return positions(*(at_end[split, side] for split in ("train", "val") for side in ("harmful", "safe"))), padding(clean, padded)
 
 
-def _in_batches(study: Study, ids: list[list[int]], method: str, size: int) -> Tensor:
-    return torch.cat([last_token_resid_pre(study.lm, ids[i : i + size], method) for i in range(0, len(ids), size)])
+def _in_batches(study: Study, ids: list[list[int]], method: str) -> Tensor:
+    size, lm = study.params.activations.batch_size, study.lm
+    of = {**lm.identity, "method": method, "pad": lm.pad_id, "prefix": None}
+    batches = [ids[i : i + size] for i in range(0, len(ids), size)]
+    jobs = [(key("activations", (last_token_resid_pre,), **of, ids=batch), batch) for batch in batches]
+    values = study.store.run(
+        jobs, lambda batch: save({"resid_pre": last_token_resid_pre(lm, batch, method)}), f"science: {method}"
+    )
+    return torch.cat([load(value)["resid_pre"] for value in values])

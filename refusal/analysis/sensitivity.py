@@ -7,9 +7,12 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
+from safetensors.torch import load, save
 from torch import Tensor
 
 from refusal.analysis.separation import Contrast, bootstrap_unit
+from refusal.analysis.study import Study
+from refusal.io.store import key
 from refusal.lm.architecture import architecture_of
 from refusal.lm.load import LM
 from refusal.method.activations import left_pad
@@ -89,27 +92,35 @@ def resid_pre_at_end(
 
 
 def collect(
-    lm: LM,
+    study: Study,
     ids: Sequence[Sequence[int]],
-    n_positions: int,
-    batch_size: int,
-    n_pads: int | None = None,
-    masked: bool = True,
+    label: str,
+    n_positions: int = 1,
+    pads: tuple[int, bool] | None = None,
     of: Callable[[Float[Tensor, "batch n_positions n_layers d_model"]], Tensor] = lambda resid_pre: resid_pre,
 ) -> Float[Tensor, "n ..."]:
-    """`resid_pre_at_end` of many prompts, in their order, float32 or the model's own dtype; or what `of` makes of each batch.
+    """`resid_pre_at_end` of many prompts, in their order, float32 or the model's own dtype, from the store where it is known; or
+    what `of` makes of each batch.
 
-    `n_pads` None: batches of like length with no more padding than they need, masked. A number: every prompt gets exactly
-    that many, so batches hold prompts of one length.
+    `pads` None: batches of like length with no more padding than they need, masked. Otherwise (how many, masked): every prompt
+    gets exactly that many, so batches hold prompts of one length.
     """
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-    batches: list[list[int]] = []
+    batches: list[list[list[int]]] = []
     for i in order:
-        if batches and len(batches[-1]) < batch_size and (n_pads is None or len(ids[batches[-1][0]]) == len(ids[i])):
-            batches[-1].append(i)
+        room = batches and len(batches[-1]) < study.params.activations.batch_size
+        if room and (pads is None or len(batches[-1][0]) == len(ids[i])):
+            batches[-1].append(list(ids[i]))
         else:
-            batches.append([i])
-    rows = torch.cat([of(resid_pre_at_end(lm, [ids[i] for i in b], n_positions, n_pads or 0, masked)) for b in batches])
+            batches.append([list(ids[i])])
+    n_pads, masked = pads or (0, True)
+    shared = {**study.lm.identity, "pad": study.lm.pad_id, "n_positions": n_positions, "n_pads": n_pads, "masked": masked}
+
+    def compute(batch: list[list[int]]) -> bytes:
+        return save({"resid_pre": resid_pre_at_end(study.lm, batch, n_positions, n_pads, masked)})
+
+    jobs = [(key("resid_pre at the end", (resid_pre_at_end,), **shared, ids=batch), batch) for batch in batches]
+    rows = torch.cat([of(load(value)["resid_pre"]) for value in study.store.run(jobs, compute, label)])
     return rows[torch.tensor(order).argsort()]
 
 

@@ -183,6 +183,11 @@ class Select(Section):
 class Orthogonalize(Section):
     include_embedding: bool
     format: Literal["safetensors", "lora", "gguf-f16", "gguf-bf16"]
+    variant: Literal["plain", "row_norms", "column_norms", "harmless_kept"] = "plain"
+
+    def contradictions(self) -> Iterator[str]:
+        if self.format == "lora" and self.variant.endswith("_norms"):
+            yield f"variant {self.variant} changes matrices at full rank, which an adapter cannot hold: set format to safetensors"
 
 
 class Evaluate(Resampled):

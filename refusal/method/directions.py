@@ -75,6 +75,16 @@ def select_directions(tensors: Mapping[str, Tensor], method: str, pairing: str) 
     return selected
 
 
+def harmless_kept(unit: Float[Tensor, "*n d_model"], safe_mean: Float[Tensor, "*n d_model"]) -> Float[Tensor, "*n d_model"]:
+    """Directions without their component along the mean of the safe prompts, at length one: an ablation then leaves it in.
+
+    Source: J. Lai, "Projected Abliteration", 2025 (https://huggingface.co/blog/grimjim/projected-abliteration).
+    """
+    v, m = unit.double(), safe_mean.double()
+    left = v - (v * m).sum(-1, keepdim=True) / m.square().sum(-1, keepdim=True) * m
+    return left / left.norm(dim=-1, keepdim=True)
+
+
 def random_unit(d_model: int, n: int, seed: int) -> Float[Tensor, "n d_model"]:
     """`n` directions drawn evenly from the unit sphere: the control for ablating any direction at all."""
     drawn = torch.randn(n, d_model, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))

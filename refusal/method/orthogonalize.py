@@ -34,6 +34,7 @@ from refusal.lm.architecture import Architecture, architecture_of
 from refusal.lm.checkpoint import DTYPES, INDEX, SINGLE, Entry, Shard, data_of, header_bytes, read_json, read_shards, real_file
 from refusal.lm.gguf_writer import FORMATS, check_writable, write_gguf
 from refusal.method.interventions import Intervention
+from refusal.method.norms import Norms, change_of
 
 _COPIED = (".json", ".jinja", ".txt", ".model", ".tiktoken")  # never pickles; other safetensors hold unedited weights
 _SYNC = 1 << 26  # bytes written between two calls of fsync
@@ -46,12 +47,14 @@ class Edit:
     `<target's name>.gguf` of the same weights in it (`refusal.lm.gguf_writer.FORMATS`).
 
     intervention: the basis to take out and alpha (0 copies the source's tensors byte for byte); its sites play no role.
+    norms: what of each matrix keeps its length (`refusal.method.norms`); of biases `columns` alone does.
     """
 
     target: Path  # replaced if it exists, only once the new one is whole
     intervention: Intervention
     include_embedding: bool = True
     format: Literal["safetensors", "lora", "gguf-f16", "gguf-bf16"] = "safetensors"
+    norms: Norms | None = None
 
     @property
     def embedded(self) -> bool:
@@ -68,7 +71,7 @@ class Report:
     """What an edit did, measured on the tensors as written (of an adapter: as merged), after the cast to the file's dtype.
 
     residuals: |B W'| / |W'| (Frobenius) of each edited tensor: rounding at alpha = 1.
-    deviations: |B W' - (1 - alpha) B W| / |W|, which should be rounding at every alpha.
+    deviations: |B W' - (1 - alpha) B W| / |W|, which should be rounding at every alpha, but where norms of rows are kept.
     """
 
     residuals: dict[str, float] = field(default_factory=dict)
@@ -188,11 +191,14 @@ def _check(source: _Source, edit: Edit) -> Path:
                 f"{architecture.d_model} as config.json's hidden_size says: use an unquantized checkpoint."
             )
     if edit.format == "lora":
-        _check_adapter(target, edited)
+        _check_adapter(edit, edited)
     return target
 
 
-def _check_adapter(target: Path, edited: Sequence[Entry]) -> None:
+def _check_adapter(edit: Edit, edited: Sequence[Entry]) -> None:
+    target = edit.target
+    if edit.norms:
+        raise UserError(f"{target.name}: {edit.norms} that keep their norms are no edit of low rank: write safetensors.")
     if not edited:
         raise UserError(f"{target.name}: alpha is 0, and an adapter of nothing is none: give another alpha.")
     for entry in edited:
@@ -209,15 +215,16 @@ def _edit(edit: Edit, axis: int, shard: Shard, entry: Entry, w: Tensor, report: 
     """
     intervention, wide = edit.intervention, torch.promote_types(w.dtype, torch.float32)
     step = max(1, _BLOCK // w.shape[axis])
-    pieces = w.reshape(-1, *w.shape[-2:]).unbind() if axis == -2 else w.reshape(-1, w.shape[-1]).split(step)
+    norms = None if w.ndim == 1 and edit.norms == "rows" else edit.norms
     squares = torch.zeros(4, dtype=torch.float64)  # of W, W', B W' and B W' - (1 - alpha) B W
-    for piece in pieces:
-        edited = torch.empty_like(piece)
-        before, after = (piece, edited) if axis == -2 else (piece.mT, edited.mT)
+    matrices = w.reshape(-1, *w.shape[-2:]).unbind() if axis == -2 else [w.reshape(-1, w.shape[-1]).mT]
+    size = w.shape[-1] if axis == -2 else step
+    for change, before in ((change_of(intervention, norms, m, step), part) for m in matrices for part in m.split(size, 1)):
+        after = torch.empty_like(before)
         components = torch.empty(intervention.rank, before.shape[-1], dtype=wide)
         blocks = zip(*(t.split(step, -1) for t in (before, after, components)), strict=True)
         for columns, changed, component in blocks:
-            for target, value in zip((changed, component), intervention.edit(columns), strict=True):
+            for target, value in zip((changed, component), change(columns), strict=True):
                 target.copy_(value)
             left = intervention.component(changed)
             # B W is finite only if W is: NaN and infinity survive a product with zero. So W needs no second look.
@@ -227,7 +234,7 @@ def _edit(edit: Edit, axis: int, shard: Shard, entry: Entry, w: Tensor, report: 
                 )
             for i, part in enumerate((columns, changed, left, left - (1 - intervention.alpha) * component)):
                 squares[i] += torch.linalg.vector_norm(part, dtype=wide).double() ** 2
-        yield edited, components
+        yield after if axis == -2 else after.mT, components
     source, written, left_over, deviation = squares.tolist()
     report.residuals[entry.name] = math.sqrt(left_over / (written or 1))
     report.deviations[entry.name] = math.sqrt(deviation / (source or 1))

@@ -1,5 +1,7 @@
 """Positions and padding against plain forwards; fewer prompts against the bootstrap of all."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ from tiny import tiny_lm
 
 from refusal.analysis.sensitivity import by_size, collect, common_suffix, padding, positions, sizes
 from refusal.analysis.separation import bootstrap_unit, contrast
+from refusal.io.store import Store
 from refusal.method.activations import last_token_resid_pre
 from refusal.method.directions import difference_in_means
 
@@ -19,28 +22,44 @@ def lm():
     return tiny_lm()
 
 
+@pytest.fixture
+def study(lm, tmp_path):
+    """What `collect` reads of a study: a model, batches of 2 and a store."""
+    return SimpleNamespace(
+        lm=lm, params=SimpleNamespace(activations=SimpleNamespace(batch_size=2)), store=Store(tmp_path / "store.sqlite")
+    )
+
+
 @torch.no_grad()
 def plain(lm, ids):
     """resid_pre at every position of one prompt, from transformers' own hidden states: [seq, n_layers, d_model]."""
     return torch.stack(lm.model(torch.tensor([ids]), output_hidden_states=True).hidden_states[:-1], dim=2)[0]
 
 
-def test_collect_is_the_plain_forward_at_each_position_whatever_the_masked_padding(lm):
-    for n_pads in (None, 0, 5):
-        rows = collect(lm, IDS, 3, 2, n_pads)
+def test_collect_is_the_plain_forward_at_each_position_whatever_the_masked_padding(lm, study):
+    for pads in (None, (0, True), (5, True)):
+        rows = collect(study, IDS, "test", 3, pads)
         for i, ids in enumerate(IDS):
-            assert torch.allclose(rows[i], plain(lm, ids)[-3:], atol=1e-5), (n_pads, i)
+            assert torch.allclose(rows[i], plain(lm, ids)[-3:], atol=1e-5), (pads, i)
     batches = []
-    of_each = collect(lm, IDS, 3, 2, of=lambda resid_pre: batches.append(len(resid_pre)) or resid_pre[:, -1, 1])
-    assert torch.equal(of_each, collect(lm, IDS, 3, 2)[:, -1, 1]) and sorted(batches) == [1, 2, 2]
+    of_each = collect(study, IDS, "test", 3, of=lambda resid_pre: batches.append(len(resid_pre)) or resid_pre[:, -1, 1])
+    assert torch.equal(of_each, collect(study, IDS, "test", 3)[:, -1, 1]) and sorted(batches) == [1, 2, 2]
 
 
-def test_unmasked_padding_is_a_prompt_that_begins_with_it(lm):
-    rows = collect(lm, IDS, 1, 2, 4, masked=False)
+def test_what_is_stored_is_not_computed_again(study, monkeypatch):
+    rows = collect(study, IDS, "test", 3, (2, False))
+    others = [collect(study, IDS, "test", n, pads) for n, pads in ((2, (2, False)), (3, (3, False)), (3, (2, True)), (3, None))]
+    assert others[0].shape[1] == 2 and not any(torch.equal(rows, other) for other in others)
+    monkeypatch.setattr("refusal.analysis.sensitivity.left_pad", lambda *_: pytest.fail("computed again"))
+    assert torch.equal(rows, collect(study, IDS, "test", 3, (2, False)))
+
+
+def test_unmasked_padding_is_a_prompt_that_begins_with_it(lm, study):
+    rows = collect(study, IDS, "test", 1, (4, False))
     for i, ids in enumerate(IDS):
         assert torch.allclose(rows[i, 0], plain(lm, [0] * 4 + ids)[-1], atol=1e-5)
         assert not torch.allclose(rows[i, 0], plain(lm, ids)[-1], atol=1e-2)
-    without = collect(lm, IDS, 1, 2, 0, masked=False)[:, 0]
+    without = collect(study, IDS, "test", 1, (0, False))[:, 0]
     assert torch.allclose(without, last_token_resid_pre(lm, IDS, "sequential"), atol=1e-5)
 
 

@@ -18,6 +18,7 @@ DEEP = {
     "first token": f"method.first_token:refusal_score method.activations:last_logits {INTERVENTIONS}",
     "harmless KL": f"method.activations:last_logits analysis.harmless_kl:answer_log_probs {INTERVENTIONS}",
     "optimised direction": "method.interventions:Ablation analysis.estimators:_Learned analysis.estimators:_descend",
+    "resid_pre at the end": "lm.architecture:Architecture method.activations:left_pad",
     "training": "organism.grammar:CATEGORIES organism.train:train organism.train:new_model",
     "verdict": "judges.rubrics:LABELS judges.rubrics:_strongreject judges.rubrics:_class judges.rubrics:question",
     "prompts": "",

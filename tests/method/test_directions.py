@@ -14,7 +14,7 @@ from perf.harness import Peak
 from refusal.analysis.separation import contrast, describe
 from refusal.io.errors import UserError
 from refusal.method.activations_file import read_activations
-from refusal.method.directions import as_json, cohens_d, cosine, cross_layer_cosine, difference_in_means, project
+from refusal.method.directions import as_json, cohens_d, cosine, cross_layer_cosine, difference_in_means, harmless_kept, project
 
 
 def test_difference_in_means_is_the_float64_mean():
@@ -38,6 +38,16 @@ def test_a_layer_without_difference_is_undefined(noise):
     directions = difference_in_means(harmful, safe)
     assert directions.defined.tolist() == [False, True, False] and directions.layers == [1]
     assert not directions.unit[0].any() and not directions.unit[2].any() and directions.unit.isfinite().all()
+
+
+def test_what_lies_along_the_safe_mean_is_left_in():
+    unit, mean = gaussian(3, 8, dtype=torch.float64), gaussian(3, 8, seed=1)
+    unit /= unit.norm(dim=-1, keepdim=True)
+    for v, m, kept in zip(unit, mean.double(), harmless_kept(unit, mean), strict=True):
+        left = [float(v[i]) - float(v @ m) / float(m @ m) * float(m[i]) for i in range(8)]
+        length = sum(x * x for x in left) ** 0.5
+        np.testing.assert_allclose(kept, [x / length for x in left], rtol=1e-12)
+        assert abs(float(kept @ m)) < 1e-12 and torch.equal(kept, harmless_kept(v, m))
 
 
 def test_a_small_but_real_difference_is_defined():

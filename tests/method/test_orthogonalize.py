@@ -121,6 +121,65 @@ def test_each_tensor_is_edited_and_measured_to_rounding(tmp_path, model_type, op
             torch.testing.assert_close(w2, exact, rtol=2 * torch.finfo(dtype).eps, atol=1e-6 if limit > 1e-15 else 1e-14)
 
 
+def naive_norms(w: torch.Tensor, b: torch.Tensor, alpha: float, norms: str) -> torch.Tensor:
+    """W [d_model, n] without its share of the columns of b, each row or column as long as before, in float64."""
+    if norms == "columns":
+        return torch.stack([(p := c - alpha * b @ (b.T @ c)) / p.norm() * c.norm() for c in w.T], 1)
+    at_one = torch.stack([row / row.norm() for row in w])
+    left = at_one - alpha * b @ (b.T @ at_one)
+    return torch.stack([row / row.norm() * old.norm() for row, old in zip(left, w, strict=True)])
+
+
+@pytest.mark.parametrize(("model_type", "options"), [("llama", BIASES), ("mixtral", {})], ids=str)
+@pytest.mark.parametrize("norms", ["rows", "columns"])
+def test_norms_that_are_kept(tmp_path, monkeypatch, norms, model_type, options):
+    monkeypatch.setattr("refusal.method.orthogonalize._BLOCK", 96)  # a few columns at once
+    base = tmp_path / "base"
+    tiny_model(model_type, **options).save_pretrained(base, save_original_format=False)  # experts of a layer in one tensor
+    edits = [edit(tmp_path / f"{k}_{alpha}", BASES[k], alpha, norms=norms) for k, alpha in EDITS]
+    architecture, before = architecture_of(json.loads((base / "config.json").read_text())), tensors(base)
+    for (k, alpha), one, report in zip(EDITS, edits, orthogonalize(base, edits), strict=True):
+        b = BASES[k].T
+        for name, after in tensors(one.target).items():
+            source = before[EMBEDDING if name not in before else name]
+            if (axis := architecture.writer_axis(name, include_embedding=True)) is None:
+                assert torch.equal(after, source)
+                continue
+            w, w2 = source.double(), after.double()
+            if axis == -1:
+                w, w2 = (t.reshape(-1, len(b)).T for t in (w, w2))
+            of_bias = source.ndim == 1 and norms == "rows"
+            for old, new in zip(w.reshape(-1, *w.shape[-2:]), w2.reshape(-1, *w.shape[-2:]), strict=True):
+                expected = old - alpha * b @ (b.T @ old) if of_bias else naive_norms(old, b, alpha, norms)
+                torch.testing.assert_close(new, expected, rtol=1e-5, atol=1e-6)
+                dim = 0 if norms == "columns" else 1
+                assert of_bias or torch.allclose(new.norm(dim=dim), old.norm(dim=dim), rtol=1e-6)
+        # Nothing is written into the basis at alpha 1 where columns keep their lengths, and something where rows do.
+        assert (report.max_residual < 1e-6) == (norms == "columns" and alpha == 1)
+
+
+@pytest.mark.parametrize("norms", ["rows", "columns"])
+def test_norms_that_are_kept_break_the_identity(tmp_path, norms):
+    base = save(tmp_path / "base")
+    orthogonalize(base, [edit(tmp_path / "plain"), edit(tmp_path / "kept", norms=norms)])
+    with Intervention("v", V, 1.0, "writes").on(AutoModelForCausalLM.from_pretrained(base).eval()) as model:
+        ablated = model(IDS).logits
+    assert (logits(tmp_path / "plain") - ablated).abs().max() < 1e-5 < 1e-3 < (logits(tmp_path / "kept") - ablated).abs().max()
+    with pytest.raises(UserError, match=f"edit: {norms} that keep their norms are no edit of low rank"):
+        orthogonalize(base, [edit(tmp_path / "edit", norms=norms, format="lora")])
+
+
+def test_a_row_and_a_column_of_zeros_stay_zero(tmp_path):
+    base = save(tmp_path / "base")
+    weights = load_file(base / "model.safetensors")
+    weights[O_PROJ][3], weights[O_PROJ][:, 5] = 0, 0
+    save_file(weights, base / "model.safetensors", {"format": "pt"})
+    for norms in ("rows", "columns"):
+        orthogonalize(base, [edit(tmp_path / norms, norms=norms)])
+    rows, columns = (tensors(tmp_path / norms)[O_PROJ] for norms in ("rows", "columns"))
+    assert not rows[3].any() and not rows[:, 5].any() and not columns[:, 5].any() and columns[3].any()
+
+
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe"])
 def test_experts_are_edited_split_or_fused(tmp_path, model_type, fused):
