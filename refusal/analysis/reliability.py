@@ -56,6 +56,11 @@ def step_up(reliability: float, times: float) -> float:
     return times * reliability / (1 + (times - 1) * reliability)
 
 
+def ceiling(one: float | None, other: float | None) -> float | None:
+    """The cosine that noise leaves two estimates of one direction, of these reliabilities: sqrt(r_a r_b). None where one is."""
+    return math.sqrt(one * other) if one is not None and other is not None else None
+
+
 def true_product(a: Rows, b: Rows) -> float:
     """Unbiased estimate of <d_a, d_b>: that of the estimates, less what their errors share, tr Cov(a, b) / n over common sets.
 
@@ -81,8 +86,18 @@ def n_for_reliability(rows: Rows, reliability: float = RELIABLE) -> float:
     """
     if min(map(len, rows.values())) < 2:
         return math.nan
-    noise, signal = sum(float(x.double().var(0).sum()) for x in rows.values()), true_product(rows, rows)
+    shares = _shared(rows, rows)
+    noise, signal = sum(len(rows[s]) * share for s, share in shares.items()), true_product(rows, rows)
     return noise / signal * reliability / (1 - reliability) if signal > 0 else math.inf
+
+
+def subset_cosine(rows: Rows, sizes: Mapping[str, int]) -> float:
+    """The cosine of this direction with that of all prompts that noise alone leaves, if these were drawn from sets of such sizes.
+
+    Prompts in both share their noise, so that all noise of the larger is shared: the root of |d + e_all|^2 / |d + e|^2.
+    """
+    squared = float(direction(rows).square().sum())
+    return math.sqrt(1 - sum(share * (1 - len(rows[s]) / sizes[s]) for s, share in _shared(rows, rows).items()) / squared)
 
 
 def corrected_cosine(a: Rows, b: Rows) -> tuple[float, float, float]:
@@ -90,50 +105,66 @@ def corrected_cosine(a: Rows, b: Rows) -> tuple[float, float, float]:
 
     <d_a, d_b> / (|d_a| |d_b|), each by `true_product`. Of directions that have no prompts in common that is cos / sqrt(r_a r_b);
     where they have, the noise in common, which raises the cosine, is taken off it first. It may exceed 1, as an estimate of 1
-    must that is not below it on average. NaN where a direction is not told from noise, or a set has fewer than 3 prompts. Prompts
-    are left out one by one, pairs whole, from both directions at once. Coverage by simulation: docs/geometry.md.
+    must that is not below it on average. NaN where a direction is not told from noise, or a set has fewer than 3 prompts; limits
+    that are not finite where one prompt less would do that. Prompts are left out one by one, pairs whole, from both directions at
+    once. Coverage by simulation: docs/geometry.md.
     """
-    sizes, both = {name: len(x) for name, x in (*a.items(), *b.items())}, ((a, b), (a, a), (b, b))
-    whole = torch.tensor([true_product(x, y) if min(sizes.values()) > 2 else math.nan for x, y in both], dtype=torch.float64)
-    if not bool((whole[1:] > 0).all()):
+    sizes = {name: len(x) for name, x in (*a.items(), *b.items())}
+    if min(sizes.values()) < 3:
         return math.nan, math.nan, math.nan
-    cosine, jackknife = float(_ratio(whole)), 0.0
-    for name, n in sizes.items():
-        without = _ratio(torch.stack([_left_out(x, y, name, n) for x, y in both]))
-        jackknife += float((without - without.mean()).square().sum()) * (n - 1) / n
+    (u, p), (v, q) = (_errors(rows, sizes) for rows in (a, b))
+    n = torch.tensor([n for n in sizes.values() for _ in range(n)], dtype=torch.float64)
+    parts = [_products(*four, n, [*sizes.values()]) for four in ((u, v, p, q), (u, u, p, p), (v, v, q, q))]
+    whole, left_out = (torch.stack(some) for some in zip(*parts, strict=True))
+    if bool((whole[1:] <= 0).any()):
+        return math.nan, math.nan, math.nan
+    cosine, without = float(_ratio(whole)), _ratio(left_out).split([*sizes.values()])
+    jackknife = sum(float((x - x.mean()).square().sum()) * (len(x) - 1) / len(x) for x in without)
     # Leaving out counts twice the variance that is quadratic in the errors (Efron and Stein 1981): once is taken off.
-    quadratic = _quadratic_variance(a, b, sizes, whole)
+    scale = (n * (n - 1)).sqrt()[:, None]
+    quadratic = _quadratic_variance(p / scale, q / scale, whole)
     half = float(stdtrit(min(sizes.values()) - 1, 0.975)) * math.sqrt(max(jackknife - quadratic, quadratic))
     return cosine, cosine - half, cosine + half
 
 
-def _ratio(products: Float[Tensor, "3 *prompts"]) -> Float[Tensor, "*prompts"]:
-    """<a, b> / (|a| |b|) from <a, b>, |a|^2 and |b|^2."""
-    return products[0] / (products[1] * products[2]).sqrt()
+def _errors(rows: Rows, sizes: Mapping[str, int]) -> tuple[Float[Tensor, " d_model"], Float[Tensor, "prompts d_model"]]:
+    """The direction, and how far each prompt of all these sets is from its set's mean: 0 in sets that the direction lacks."""
+    u = direction(rows)
+    return u, torch.cat(
+        [_centred(rows[s]) if s in rows else torch.zeros(n, len(u), dtype=torch.float64) for s, n in sizes.items()]
+    )
 
 
-def _left_out(a: Rows, b: Rows, name: str, n: int) -> Float[Tensor, " n"]:
-    """`true_product` without one prompt of a set after another, from the sums of all."""
-    u, v, shared = direction(a), direction(b), _shared(a, b)
-    p, q = (_centred(x[name]) if name in x else torch.zeros(n, len(u), dtype=torch.float64) for x in (a, b))
+def _products(
+    u: Float[Tensor, " d_model"],
+    v: Float[Tensor, " d_model"],
+    p: Float[Tensor, "prompts d_model"],
+    q: Float[Tensor, "prompts d_model"],
+    n: Float[Tensor, " prompts"],
+    sizes: list[int],
+) -> tuple[Float[Tensor, ""], Float[Tensor, " prompts"]]:
+    """`true_product`, and that without each prompt, of directions u and v with errors p and q; n: how many each one's set has."""
     both = (p * q).sum(-1)
-    product = u @ v - (p @ v + q @ u) / (n - 1) + both / (n - 1) ** 2
-    covariance = (shared.pop(name, 0.0) * n * (n - 1) - both * n / (n - 1)) / ((n - 1) * (n - 2))
-    return product - covariance - sum(shared.values())
+    sums = torch.cat([x.sum().expand(len(x)) for x in both.split(sizes)])  # of each one's set
+    shared = (both / (n * (n - 1))).sum()
+    here = sums / (n * (n - 1)), (sums - both * n / (n - 1)) / ((n - 1) * (n - 2))  # of its set with it, and without
+    without = u @ v - (p @ v + q @ u) / (n - 1) + both / (n - 1).square()
+    return u @ v - shared, without - (shared - here[0] + here[1])
 
 
-def _quadratic_variance(a: Rows, b: Rows, sizes: Mapping[str, int], whole: Float[Tensor, "3"]) -> float:
+def _ratio(products: Float[Tensor, "3 *prompts"]) -> Float[Tensor, "*prompts"]:
+    """<a, b> / (|a| |b|) from <a, b>, |a|^2 and |b|^2; not finite where one of these two is not positive."""
+    return products[0] / products[1:].clamp(min=0).sqrt().prod(0)
+
+
+def _quadratic_variance(
+    p: Float[Tensor, "prompts d_model"], q: Float[Tensor, "prompts d_model"], whole: Float[Tensor, "3"]
+) -> float:
     """The variance that products of two prompts' errors give the ratio, which is taken as linear in its three products."""
-
-    def errors(rows: Rows) -> Float[Tensor, "prompts d_model"]:
-        width = len(direction(rows))
-        parts = [_centred(rows[s]) / math.sqrt(n * (n - 1)) if s in rows else torch.zeros(n, width) for s, n in sizes.items()]
-        return torch.cat(parts).float()  # a variance needs no more digits, and the product below takes the time
-
+    p, q = p.float(), q.float()  # a variance needs no more digits, and what follows takes the time
     product, a_square, b_square = whole.tolist()
     scale = 1 / math.sqrt(a_square * b_square)
     half, of_a, of_b = scale / 2, -product * scale / (2 * a_square), -product * scale / (2 * b_square)
-    p, q = errors(a), errors(b)
     of_two = torch.cat([p, q], dim=1) @ torch.cat([of_a * p + half * q, half * p + of_b * q], dim=1).T
     return 2 * float(of_two.fill_diagonal_(0).double().square().sum())
 
@@ -143,7 +174,7 @@ def group_geometry(rows: Rows, groups: Sequence[Hashable], n_resamples: int, see
 
     groups: of the prompts of the first set, at least two; the other sets, which all groups share, keep their mean. The
     participation ratio of k unit vectors' second moment is k^2 / sum of their squared cosines: 1 for a line, k for a right-angled
-    frame. `_null_low`, `_null_median`, `_null_high`: the middle 95 % where the prompts are dealt out to the groups at random.
+    frame. `_null`, `_null_low`, `_null_high`: the median and middle 95 % where the prompts are dealt out to the groups at random.
     """
     (_, first), *others = rows.items()
     fixed = direction(dict(others)) if others else torch.zeros(first.shape[1], dtype=torch.float64)
@@ -163,7 +194,7 @@ def group_geometry(rows: Rows, groups: Sequence[Hashable], n_resamples: int, see
     figures: dict[str, float] = {}
     for name, value, by_chance in zip(("mean_cosine", "participation_ratio"), observed, null, strict=True):
         low, median, high = by_chance.quantile(torch.tensor([0.025, 0.5, 0.975], dtype=torch.float64)).tolist()
-        figures |= {name: float(value), f"{name}_null_low": low, f"{name}_null_median": median, f"{name}_null_high": high}
+        figures |= {name: float(value), f"{name}_null_low": low, f"{name}_null": median, f"{name}_null_high": high}
     return figures
 
 
