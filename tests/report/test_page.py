@@ -263,7 +263,7 @@ def test_cosines_stand_beside_their_noise_ceilings(text):
     assert '<th scope="row">noise ceiling</th><td></td><td></td><td></td><td>–</td><td>0.8500</td>' in row
     assert '<th scope="row">without noise</th><td></td><td></td><td></td><td>–</td><td>0.50 [0.25, 0.75]</td>' in row
     assert row.count("noise ceiling") == row.count("without noise") == 1  # shuffled pairs share all their noise
-    assert "cosine of two halves" in shown and re.search(r"<td>0.6800</td><td>123[45]</td>", shown)
+    assert "cosine of two halves" in shown and "<td>0.6800</td><td>1234.5</td>" in shown
     assert "would be at least 0.810 (the noise ceiling" in shown
     figures = "<td>0.710</td><td>0.865 [0.830, 0.900]</td><td>1.710</td><td>1.865 [1.830, 1.900]</td>"
     assert shown.count(figures) == 7 and "Directions of the 2 categories of harmful prompts" in shown and "(9 to 30)" in shown
