@@ -97,6 +97,8 @@ def test_describe_gives_each_figure_of_each_layer(pairing):
             assert m["effective_rank"][layer] == pytest.approx(1 / (energy**2).sum())
             null = [np.linalg.norm((flip[:, None] * differences).mean(0)) for flip in flips]
             assert m["sign_flip_null_95"][layer] == pytest.approx(np.quantile(null, 0.95))
+    for row in plot_rows({f"sequential-{pairing}": m})["cross_layer_cosine"]:
+        assert row["ceiling"] ** 2 == pytest.approx(m["reliability"][row["layer"]] * m["reliability"][row["other_layer"]])
     assert ("spectrum" in m) is (pairing != "unrelated") and m["cross_layer_cosine"][0] == [None] * 4
     assert all(m[key][0] in (None, [None] * 4) for key in m if isinstance(m[key], list) and key != "layers")
     d = m["separation"]

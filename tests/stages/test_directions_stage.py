@@ -46,8 +46,8 @@ def test_every_direction_is_the_difference_of_its_own_two_sets(tmp_path, monkeyp
     (tmp_path / "data/activations").mkdir(parents=True)
     save_file(sets, tmp_path / "data/activations/sequential.safetensors")
     rows = [
-        {"id": f"p{i}", "split": split, "topic": i, "category": "ab"[i % 2], "harmful": f"h{i}", "safe": f"s{i}"}
-        for split, n in N.items()
+        {"id": f"p{i}", "split": split, "topic": i, "category": "ab"[i % 2] if split == "train" else "c", "harmful": f"h{i}", "safe": f"s{i}"}
+        for split, n in reversed(N.items())
         for i in range(n)
     ]
     for name, of in (("pairs", rows), ("unrelated", [row | {"harmful": None} for row in rows])):
