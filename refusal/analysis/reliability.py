@@ -94,10 +94,11 @@ def n_for_reliability(rows: Rows, reliability: float = RELIABLE) -> float:
 def subset_cosine(rows: Rows, sizes: Mapping[str, int]) -> float:
     """The cosine of this direction with that of all prompts that noise alone leaves, if these were drawn from sets of such sizes.
 
-    Prompts in both share their noise, so that all noise of the larger is shared: the root of |d + e_all|^2 / |d + e|^2.
+    Prompts in both share their noise, so that all noise of the larger is shared: the root of |d + e_all|^2 / |d + e|^2. It is 0
+    where noise has more than the whole length.
     """
-    squared = float(direction(rows).square().sum())
-    return math.sqrt(1 - sum(share * (1 - len(rows[s]) / sizes[s]) for s, share in _shared(rows, rows).items()) / squared)
+    squared, shares = float(direction(rows).square().sum()), _shared(rows, rows)
+    return math.sqrt(max(0.0, 1 - sum(share * (1 - len(rows[s]) / sizes[s]) for s, share in shares.items()) / squared))
 
 
 def corrected_cosine(a: Rows, b: Rows) -> tuple[float, float, float]:

@@ -41,6 +41,7 @@ def test_no_figure_where_there_is_no_direction_no_signal_or_one_prompt():
     around_zero = torch.cat([torch.eye(12), -torch.eye(12)])[:, None] + 1e-3
     sets = {"train.harmful": around_zero, "train.safe": torch.zeros(24, 1, 12)}
     found = describe_noise(of := contrast(sets, "matched", 0), of, 0)
+    assert ceiling_to_all(of, contrast({name: x.repeat(9, 1, 1) for name, x in sets.items()}, "matched", 0)) == [0.0]
     assert found["split_half_cosine"][0] < 0 and {found[name][0] for name in found} == {found["split_half_cosine"][0], None}
     one = {name: x[:1] for name, x in activations().items()}
     of = contrast(one, "matched", 0)
