@@ -16,6 +16,7 @@ def main(params: Params) -> str:
     use_torch(params)
     from safetensors.torch import save_file
 
+    from refusal.analysis.ceilings import categories, ceiling_to_all, ceilings, describe_noise
     from refusal.analysis.separation import contrast, cosine_to_all, describe, harmless_sets, plot_rows
     from refusal.io.progress import progress
     from refusal.method.activations_file import read_activations
@@ -30,29 +31,37 @@ def main(params: Params) -> str:
     swept = f"{s.method}-{resolve_pairing(s.pairing, s.method, names)}"  # before anything that takes time
     behaviour = read_jsonl(BEHAVIOUR)
     kept, left_out = kept_rows(behaviour), not all(row["kept"] for row in behaviour)
+    train = [row for row in pairs if row["split"] == "train"]
+    groups = [train[i]["category"] for i in kept["train.harmful"]]
     files = {str(method): Path(f"data/activations/{method}.safetensors") for method in methods}
     activations = {method: read_activations(path, kept) for method, path in files.items()}
     first = "sequential" if "sequential" in methods else methods[0], "matched" if "matched" in pairings else pairings[0]
-    reference = contrast(activations[first[0]], first[1], d.seed).directions
+    reference = contrast(activations[first[0]], first[1], d.seed)
     metrics: dict[str, Any] = {f"{method}-{pairing}": None for method in methods for pairing in d.pairings}
     directions = {}
     with progress(len(methods) * len(pairings), "directions", "set") as bar:
         for method, sets in activations.items():
             for pairing in pairings:
                 name, of = f"{method}-{pairing}", contrast(sets, pairing, d.seed)
-                metrics[name] = describe(of, sets, topics, reference, d.n_resamples, d.n_sign_flips, d.seed)
+                metrics[name] = describe(of, sets, topics, reference.directions, d.n_resamples, d.n_sign_flips, d.seed)
+                metrics[name] |= describe_noise(of, reference, d.seed)
                 # All activations are read once more only where some prompts are left out.
                 everyone = contrast(read_activations(files[method]), pairing, d.seed) if left_out else of
                 metrics[name]["cosine_to_all"] = cosine_to_all(of, everyone)
+                metrics[name]["cosine_to_all_ceiling"] = ceiling_to_all(of, everyone)
+                if name == swept:
+                    metrics[name]["categories"] = categories(of, groups, d.n_resamples, d.seed)
                 directions[name] = of.directions
                 bar.update()
             # The control: the difference between two sets of prompts of which neither is harmful.
             directions[f"{method}-harmless"] = difference_in_means(*harmless_sets(sets))
+    described = {name: m for name, m in metrics.items() if m is not None}
+    for m in described.values():
+        m["cosine_to_sequential_ceiling"] = ceilings(m["reliability"], described["-".join(first)]["reliability"])
     tensors = {f"{name}.{key}": tensor.contiguous() for name, of in directions.items() for key, tensor in vars(of).items()}
     OUT.parent.mkdir(parents=True, exist_ok=True)
     save_file(tensors, OUT)
     write_json(METRICS, metrics)
-    described = {name: m for name, m in metrics.items() if m is not None}
     for plot, rows in plot_rows(described).items():
         write_text(PLOTS / f"{plot}.csv", csv_text(rows))
     return _headline(described, swept)

@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import pad
 
+from refusal.analysis.reliability import Rows, ceiling
 from refusal.method.activations_file import Activations
 from refusal.method.directions import (
     Directions,
@@ -33,14 +34,24 @@ class Contrast:
     safe: Activations
     directions: Directions
     paired: bool
+    order: Int[Tensor, " n"] | None = None  # of the safe prompts, where they were shuffled
+
+    def rows(self, layer: int) -> Rows:
+        """What each prompt adds to a layer's direction; pairs as they were before they were shuffled, which no mean can tell."""
+        harmful, safe = self.harmful[:, layer].double(), self.safe[:, layer].double()
+        if not self.paired:
+            return {"harmful": harmful, "unrelated": -safe}
+        return {"harmful": harmful - (safe if self.order is None else safe[self.order.argsort()])}
 
 
 def contrast(activations: Mapping[str, Activations], pairing: str, seed: int) -> Contrast:
     """The contrast of one method's train activations under a pairing; `shuffled` permutes the safe prompts."""
     harmful, safe = activations["train.harmful"], activations["train.unrelated" if pairing == "unrelated" else "train.safe"]
+    order = None
     if pairing == "shuffled":
-        safe = safe[torch.randperm(len(safe), generator=torch.Generator().manual_seed(seed))]
-    return Contrast(harmful, safe, difference_in_means(harmful, safe), pairing != "unrelated")
+        order = torch.randperm(len(safe), generator=torch.Generator().manual_seed(seed))
+        safe = safe[order]
+    return Contrast(harmful, safe, difference_in_means(harmful, safe), pairing != "unrelated", order)
 
 
 def halves(activations: Mapping[str, Activations], split: str) -> tuple[Activations, Activations]:
@@ -287,9 +298,13 @@ def plot_rows(metrics: Mapping[str, Mapping[str, Any]]) -> dict[str, list[dict[s
             }
             rows["separation"].append(place | values)
             if (value := m["cosine_to_sequential"][layer]) is not None:
-                rows["cosine_to_sequential"].append(place | {"cosine": value, "bootstrap_low": m["bootstrap_cosine_low"][layer]})
-            cosines = m["cross_layer_cosine"][layer]
-            rows["cross_layer_cosine"] += [place | {"other_layer": other, "cosine": cosines[other]} for other in m["layers"]]
+                beside = {"bootstrap_low": m["bootstrap_cosine_low"][layer], "ceiling": m["cosine_to_sequential_ceiling"][layer]}
+                rows["cosine_to_sequential"].append(place | {"cosine": value} | beside)
+            for other in m["layers"]:
+                beside = {"ceiling": ceiling(m["reliability"][layer], m["reliability"][other])}
+                rows["cross_layer_cosine"].append(
+                    place | {"other_layer": other, "cosine": m["cross_layer_cosine"][layer][other]} | beside
+                )
             shares = m["spectrum"][layer] if "spectrum" in m else []
             rows["spectrum"] += [place | {"component": i, "share": share} for i, share in enumerate(shares, 1)]
     return rows

@@ -157,7 +157,9 @@ def _context(study: Study) -> Metrics:
         "methods": [m for m in METHODS if f"{m}-{pairing}" in d],
         "pairings": [arm.removeprefix(f"{method}-") for arm in d if arm.startswith(f"{method}-")],
         "evaluated_arms": [arm for arm in ARMS if arm in study.evaluate],
-        "imported": [_comparison_row(name, file, study.arm) for name, file in study.imported["files"].items()],
+        "of_categories": _of_categories(d[study.arm]),
+        "corrected": lambda of: [ci(at, "cosine_to_sequential_corrected", 2) for at in _at_layers(of)],
+        "imported": [_comparison_row(name, file, study.arm, d[study.arm]) for name, file in study.imported["files"].items()],
         "paper_runs": published()["paper_runs"],
         "params_text": yaml.safe_dump(study.params, sort_keys=False, default_flow_style=None, width=100, allow_unicode=True),
     }
@@ -173,13 +175,34 @@ def _rendered(study: Study) -> tuple[str, str, str] | None:
     return (before, found, after) if found else ("", text, "")
 
 
-def _comparison_row(name: str, file: Metrics, arm: str) -> list[Any]:
-    """A set of published directions as a row: file, layers, d_model, and where it agrees most and least with ours."""
+def _at_layers(of: Metrics) -> list[Metrics]:
+    """Figures that are lists by layer, layer by layer."""
+    columns = {key: values for key, values in of.items() if isinstance(values, list) and key != "layers"}
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+
+def _of_categories(direction: Metrics) -> list[list[Any]]:
+    """A row a layer: mean cosine of the categories' directions and their participation ratio, each beside random groups'."""
+    rows = _at_layers(direction.get("categories") or {})
+    keys = ("mean_cosine", "participation_ratio")
+    return [
+        [layer, *(cell for key in keys for cell in (num(at[key], 3), ci(at, f"{key}_null")))]
+        for layer, at in enumerate(rows)
+        if layer in direction["layers"]
+    ]
+
+
+def _comparison_row(name: str, file: Metrics, arm: str, direction: Metrics) -> list[Any]:
+    """A set of published directions as a row: file, layers, d_model, and where it agrees most and least with ours.
+
+    Beside the most is what noise of our prompts leaves of a cosine with a direction without noise: the root of the reliability.
+    """
     cosines = [(c, layer) for layer, c in by_layer(file["cosine"].get(arm, ())).items()]
     if not cosines:
-        return [name, file["n_layers"], file["d_model"], "–", "–", "–", file["note"] or "no layer where both are defined"]
+        return [name, file["n_layers"], file["d_model"], "–", "–", "–", "–", file["note"] or "no layer where both are defined"]
     (most, at), (least, _) = max(cosines), min(cosines)
-    return [name, file["n_layers"], file["d_model"], num(most, 4), at, num(least, 4), ""]
+    r = direction.get("reliability", {at: None})[at]  # metrics of an older version have none
+    return [name, file["n_layers"], file["d_model"], num(most, 4), at, num(r and r**0.5, 4), num(least, 4), ""]
 
 
 def one_line(evidence: Any, name: str = "") -> str:

@@ -9,6 +9,7 @@ import torch
 from sklearn.metrics import roc_auc_score
 from synthetic import activations, gaussian, naive_d
 
+from refusal.analysis.ceilings import ceilings, describe_noise
 from refusal.analysis.separation import (
     auroc,
     bootstrap_unit,
@@ -28,7 +29,11 @@ TOPICS = [f"topic {i % 8}" for i in range(24)]
 
 
 def described(sets, pairing="matched", topics=TOPICS):
-    return describe(contrast(sets, pairing, 0), sets, [*topics, *topics], contrast(sets, "matched", 0).directions, 50, 50, 0)
+    of, reference = contrast(sets, pairing, 0), contrast(sets, "matched", 0)
+    m = describe(of, sets, [*topics, *topics], reference.directions, 50, 50, 0) | describe_noise(of, reference, 0)
+    return m | {
+        "cosine_to_sequential_ceiling": ceilings(m["reliability"], describe_noise(reference, reference, 0)["reliability"])
+    }
 
 
 def drawn_rows(n, n_topics, n_resamples, seed):
@@ -92,6 +97,8 @@ def test_describe_gives_each_figure_of_each_layer(pairing):
             assert m["effective_rank"][layer] == pytest.approx(1 / (energy**2).sum())
             null = [np.linalg.norm((flip[:, None] * differences).mean(0)) for flip in flips]
             assert m["sign_flip_null_95"][layer] == pytest.approx(np.quantile(null, 0.95))
+    for row in plot_rows({f"sequential-{pairing}": m})["cross_layer_cosine"]:
+        assert row["ceiling"] ** 2 == pytest.approx(m["reliability"][row["layer"]] * m["reliability"][row["other_layer"]])
     assert ("spectrum" in m) is (pairing != "unrelated") and m["cross_layer_cosine"][0] == [None] * 4
     assert all(m[key][0] in (None, [None] * 4) for key in m if isinstance(m[key], list) and key != "layers")
     d = m["separation"]
@@ -138,14 +145,16 @@ def test_plot_rows_are_the_figures_of_defined_layers():
         "separation_high": [None, 4.0],
         "separation_in_sample": [None, 5.0],
         "cosine_to_sequential": [None, 0.9],
+        "cosine_to_sequential_ceiling": [None, 0.7],
+        "reliability": [None, 0.6],
         "bootstrap_cosine_low": [None, 0.8],
         "cross_layer_cosine": [[None, None], [None, 1.0]],
     }
     place = {"arm": "batched-matched", "method": "batched", "pairing": "matched", "layer": 1}
     assert plot_rows({"batched-matched": m | {"spectrum": [None, [0.7, 0.3]]}}) == {
         "separation": [place | {"separation": 3.0, "low": 2.0, "high": 4.0, "in_sample": 5.0}],
-        "cosine_to_sequential": [place | {"cosine": 0.9, "bootstrap_low": 0.8}],
-        "cross_layer_cosine": [place | {"other_layer": 1, "cosine": 1.0}],
+        "cosine_to_sequential": [place | {"cosine": 0.9, "bootstrap_low": 0.8, "ceiling": 0.7}],
+        "cross_layer_cosine": [place | {"other_layer": 1, "cosine": 1.0, "ceiling": 0.6}],
         "spectrum": [place | {"component": 1, "share": 0.7}, place | {"component": 2, "share": 0.3}],
     }
     without = plot_rows({"batched-unrelated": m | {"cosine_to_sequential": [None, None]}})

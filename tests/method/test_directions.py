@@ -159,7 +159,11 @@ def test_the_stage_writes_every_set_of_directions_under_its_own_name(tmp_path):
     place, methods = Place(tmp_path), ("sequential", "batched")
     place.set("activations", methods=[*methods])
     place.set("directions", n_resamples=5, n_sign_flips=5)
-    pairs = [{"split": split, "topic": f"topic {i % 6}", "safe": "s"} for split, n in (("train", 40), ("val", 24)) for i in range(n)]
+    pairs = [
+        {"split": split, "topic": f"topic {i % 6}", "category": None, "safe": "s"}
+        for split, n in (("train", 40), ("val", 24))
+        for i in range(n)
+    ]
     place.write("data/prompts/pairs.jsonl", "".join(json.dumps(row) + "\n" for row in pairs))
     kept = [{"set": f"train.{part}", "kept": True} for part in ("harmful", "safe", "unrelated") for _ in range(40)]
     place.write("data/behaviour/train.jsonl", "".join(json.dumps(row) + "\n" for row in kept))

@@ -25,6 +25,7 @@ from scipy.stats import norm
 from scipy.stats import t as student
 
 from pipeline.naive_agreement import calibrated, labelled
+from pipeline.naive_geometry import noise, of_all, without_noise
 from pipeline.naive_model import Arm, Ran, document_scores, unit_rows
 from pipeline.naive_rates import (
     COUNTS,
@@ -68,6 +69,9 @@ LEFT_OUT = {
     "science": ["spectrum.*", "zero.*", "monitor.*", "optimised_loss"],
     "reproduction": ["rows.*.note", "weaknesses.*.what", "source.*", "vectors", "published_model"],
 }
+# What the noise of the prompts leaves of a direction, by layer.
+NOISE = ["split_half_cosine", "reliability", "n_for_reliability_90"]
+NOISE += [f"cosine_to_sequential_corrected{of}" for of in ("", "_low", "_high")]
 
 
 @pytest.fixture(scope="module")
@@ -174,6 +178,8 @@ def test_behaviour(ran):
 def test_directions(ran):
     """Of the prompts that are kept, and how far they are from those of all."""
     expected, of = dict[str, Any](), {"matched": ("harmful", "safe"), "unrelated": ("harmful", "unrelated")}
+    reference = noise_rows(ran, "sequential", "matched")
+    first = [rows and noise(rows, 0)["reliability"] for rows in reference]
     for name in (f"{method}-{pairing}" for method in SETTINGS["activations.methods"] for pairing in [*of, "harmless"]):
         method, pairing = name.split("-")
         one, other = (f"train.{part}" for part in of.get(pairing, ("unrelated", "safe")))
@@ -184,8 +190,29 @@ def test_directions(ran):
         if pairing in of:
             expected[name] = {"n_harmful": len(kept[one]), "n_safe": len(kept[other])}
             expected[name]["cosine_to_all"] = [cosine if defined else None for cosine, defined in cosines]
-    written = {name: pick(told, ["n_harmful", "n_safe", "cosine_to_all"]) for name, told in ran.json("directions").items()}
+            rows = noise_rows(ran, method, pairing)
+            told = [noise(own, 0) | without_noise(own, other) if own else None for own, other in zip(rows, reference, strict=True)]
+            for key in NOISE:
+                expected[name][key] = [figures and figures[key] for figures in told]
+            r = expected[name]["reliability"]
+            shares = {"harmful": len(kept[one]) / len(every[one]), "unrelated": len(kept[other]) / len(every[other])}
+            expected[name]["cosine_to_all_ceiling"] = [own and of_all(own, shares) for own in rows]
+            expected[name]["cosine_to_sequential_ceiling"] = [x and y and (x * y) ** 0.5 for x, y in zip(r, first, strict=True)]
+    behaviour = ran.table("data/behaviour/train.jsonl")
+    kept = behaviour[behaviour["set"] == "train.harmful"]["kept"].to_numpy()
+    assert ran.sample("train")["category"][kept].value_counts().min() < 5  # tests/stages has categories that are large enough
+    expected["sequential-matched"]["categories"] = None
+    keys = ["n_harmful", "n_safe", "cosine_to_all", "cosine_to_all_ceiling", "cosine_to_sequential_ceiling", *NOISE, "categories"]
+    written = {name: pick(told, [key for key in keys if key in told]) for name, told in ran.json("directions").items()}
     check("directions", written, expected)
+
+
+def noise_rows(ran: Ran, method: str, pairing: str) -> list[dict[str, np.ndarray] | None]:
+    """By layer what each prompt adds to the direction; None where that is undefined."""
+    sets, defined = ran.activations(method), ran.directions[f"{method}-{pairing}.defined"].tolist()
+    harmful, safe, unrelated = (sets[f"train.{of}"].numpy() for of in ("harmful", "safe", "unrelated"))
+    added = {"harmful": harmful, "unrelated": -unrelated} if pairing == "unrelated" else {"harmful": harmful - safe}
+    return [{name: x[:, i] for name, x in added.items()} if there else None for i, there in enumerate(defined)]
 
 
 def test_judge(ran, judged):

@@ -244,15 +244,45 @@ def test_short_and_long_answers_stand_beside_each_other():
     assert said in without and "<code>long_answers</code> is null" in without and "Short and long answers" not in without
 
 
+NOISE = {"split_half_cosine": 0.68, "reliability": 0.81, "n_for_reliability_90": 1234.5, "cosine_to_sequential_ceiling": 0.85}
+NOISE |= {f"cosine_to_sequential_corrected{of}": x for of, x in (("", 0.5), ("_low", 0.25), ("_high", 0.75))}
+GROUPS = {"mean_cosine": 0.71, "mean_cosine_null": 0.865, "mean_cosine_null_low": 0.83, "mean_cosine_null_high": 0.9}
+GROUPS |= {name.replace("mean_cosine", "participation_ratio"): x + 1 for name, x in GROUPS.items()}
+
+
+def with_noise(of=NOISE, groups=None):
+    """The committed directions with these figures at every layer but the first."""
+    kept = {arm: {key: x for key, x in m.items() if key not in NOISE and key != "categories"} for arm, m in study().directions.items()}
+    by_layer = lambda figures: {key: [None, *[x] * 7] for key, x in figures.items()}  # noqa: E731
+    return {arm: m | by_layer(of) | {"categories": groups and {"n": {IMAGE: 9, "b": 30}} | by_layer(groups)} for arm, m in kept.items()}
+
+
+def test_cosines_stand_beside_their_noise_ceilings(text):
+    shown = html.unescape(made(directions=with_noise(groups=GROUPS)))
+    row = re.search(r"Pairings of .*?</table>", shown, re.S)[0]
+    assert '<th scope="row">noise ceiling</th><td></td><td></td><td></td><td>–</td><td>0.8500</td>' in row
+    assert '<th scope="row">without noise</th><td></td><td></td><td></td><td>–</td><td>0.50 [0.25, 0.75]</td>' in row
+    assert row.count("noise ceiling") == row.count("without noise") == 1  # shuffled pairs share all their noise
+    assert "cosine of two halves" in shown and "<td>0.6800</td><td>1234.5</td>" in shown
+    assert "would be at least 0.810 (the noise ceiling" in shown
+    figures = "<td>0.710</td><td>0.865 [0.830, 0.900]</td><td>1.710</td><td>1.865 [1.830, 1.900]</td>"
+    assert shown.count(figures) == 7 and "Directions of the 2 categories of harmful prompts" in shown and "(9 to 30)" in shown
+    older = made(directions=with_noise(of={}))
+    assert not any(words in older for words in ("noise ceiling</th>", "two halves", "categories of harmful prompts"))
+
+
 def test_published_directions_are_compared_with_ours(text):
     cosine = {"sequential-matched": [None, 0.25, -0.75], "batched-matched": [None, 1.0, 1.0]}
     files = {
         IMAGE: {"n_layers": 3, "d_model": 8, "comparable": True, "note": None, "cosine": cosine},
         "other.pt": {"n_layers": 24, "d_model": 2048, "comparable": False, "note": "ours are [3, 8]", "cosine": {}},
     }
-    shown = made(imported={"files": files, "between": {}, "figures": {}})
-    assert "<td>3</td><td>8</td><td>0.2500</td><td>1</td><td>−0.7500</td><td></td>" in shown and "<img" not in shown
-    assert "<td>24</td><td>2048</td><td>–</td><td>–</td><td>–</td><td>ours are [3, 8]</td>" in shown
+    imported = {"files": files, "between": {}, "figures": {}}
+    shown = made(imported=imported, directions=with_noise())
+    assert "<td>3</td><td>8</td><td>0.2500</td><td>1</td><td>0.9000</td><td>−0.7500</td><td></td>" in shown and "<img" not in shown
+    assert "<td>24</td><td>2048</td><td>–</td><td>–</td><td>–</td><td>–</td><td>ours are [3, 8]</td>" in shown
+    shown = made(imported=imported, directions=with_noise(of={}))
+    assert "<td>0.2500</td><td>1</td><td>–</td><td>−0.7500</td>" in shown
     assert "Published directions in" not in text
 
 

@@ -1,16 +1,18 @@
 """What the directions stage writes, recomputed from the activations that it read."""
 
 import json
+import math
 
 import pytest
 import torch
+from pipeline import naive_geometry as naive
 from place import Place
 from safetensors.torch import load_file, save_file
 
 from refusal.io.params_file import load_params
 from stages.study import load_study
 
-N, SHAPE = {"train": 6, "val": 4}, (3, 8)
+N, SHAPE = {"train": 12, "val": 4}, (3, 8)
 
 
 def differences(sets, kept):
@@ -23,7 +25,13 @@ def differences(sets, kept):
     }
 
 
-@pytest.mark.parametrize("kept", [range(6), (0, 2, 5)], ids=["all", "behaving"])
+def added(sets, pairing, layer, kept):
+    """What each prompt adds."""
+    harmful, safe, unrelated = (sets[f"train.{of}"][[*kept], layer].double().numpy() for of in ("harmful", "safe", "unrelated"))
+    return {"harmful": harmful, "unrelated": -unrelated} if pairing == "unrelated" else {"harmful": harmful - safe}
+
+
+@pytest.mark.parametrize("kept", [range(12), (0, 2, 5)], ids=["all", "behaving"])
 def test_every_direction_is_the_difference_of_its_own_two_sets(tmp_path, monkeypatch, kept):
     place = Place(tmp_path)
     generator = torch.Generator().manual_seed(0)
@@ -38,8 +46,8 @@ def test_every_direction_is_the_difference_of_its_own_two_sets(tmp_path, monkeyp
     (tmp_path / "data/activations").mkdir(parents=True)
     save_file(sets, tmp_path / "data/activations/sequential.safetensors")
     rows = [
-        {"id": f"p{i}", "split": split, "topic": i, "harmful": f"h{i}", "safe": f"s{i}"}
-        for split, n in N.items()
+        {"id": f"p{i}", "split": split, "topic": i, "category": "ab"[i % 2] if split == "train" else "c", "harmful": f"h{i}", "safe": f"s{i}"}
+        for split, n in reversed(N.items())
         for i in range(n)
     ]
     for name, of in (("pairs", rows), ("unrelated", [row | {"harmful": None} for row in rows])):
@@ -53,7 +61,7 @@ def test_every_direction_is_the_difference_of_its_own_two_sets(tmp_path, monkeyp
     place.set("activations", methods=["sequential"])
     place.set("directions", n_sign_flips=10, n_resamples=10)
     assert place.stage("directions").status == 0
-    found, everything = load_file(tmp_path / "models/directions.safetensors"), differences(sets, range(6))
+    found, everything = load_file(tmp_path / "models/directions.safetensors"), differences(sets, range(12))
     expected = differences(sets, kept)
     for pairing, difference in expected.items():
         name = f"sequential-{pairing}"
@@ -65,7 +73,23 @@ def test_every_direction_is_the_difference_of_its_own_two_sets(tmp_path, monkeyp
         m = written[f"sequential-{pairing}"]
         assert m["n_harmful"] == m["n_safe"] == len(kept) and m["n_val"] == 4
         cosines = torch.cosine_similarity(expected[pairing], everything[pairing], dim=-1)
-        assert m["cosine_to_all"] == (None if len(kept) == 6 else pytest.approx(cosines.tolist(), rel=1e-5))
+        assert m["cosine_to_all"] == (None if len(kept) == 12 else pytest.approx(cosines.tolist(), rel=1e-5))
+        of = [added(sets, pairing, layer, kept) for layer in range(3)]
+        figures = [naive.noise(own, 0) for own in of]
+        assert all(m[key] == pytest.approx([at[key] for at in figures], rel=1e-5) for key in figures[0])
+        ceiling = [naive.of_all(own, dict.fromkeys(own, 3 / 12)) for own in of]
+        assert m["cosine_to_all_ceiling"] == (None if len(kept) == 12 else pytest.approx(ceiling, rel=1e-5))
+        other = written["sequential-matched"]["reliability"]
+        both = [r and s and math.sqrt(r * s) for r, s in zip(m["reliability"], other, strict=True)]
+        assert m["cosine_to_sequential_ceiling"] == pytest.approx(both, rel=1e-5)
+    assert "categories" not in written["sequential-unrelated"]
+    groups = written["sequential-matched"]["categories"]
+    if len(kept) == 3:
+        assert groups is None
+    else:
+        assert groups.pop("n") == {"a": 6, "b": 6}
+        figures = [naive.geometry(added(sets, "matched", layer, kept), [*"ab" * 6], 10, 0) for layer in range(3)]
+        assert all(values == pytest.approx([at[key] for at in figures], rel=1e-5) for key, values in groups.items())
     norms = written["sequential-matched"]["norm"]
     assert torch.allclose(torch.tensor(norms), expected["matched"].norm(dim=-1).float(), atol=1e-4)
     # What science fits on by itself are the same prompts, and those of val and test are all there are.
