@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from refusal.analysis.low_rank import Spectrum, common, explained, spectrum
+from refusal.analysis.low_rank import Spectrum, common, energy, explained, spectrum
 from refusal.analysis.rounding import Grid, grid_of, wide
 from refusal.analysis.subspaces import captured
 from refusal.io.errors import UserError
@@ -143,6 +143,10 @@ def compare(base: Weights, edited: Weights) -> Difference:
         for name, source in sources.items():
             pair = _Pair.read(base, edited, source, name)
             one, found = _first_look(name, pair)
+            if not math.isfinite(one.relative):
+                raise UserError(
+                    f"{edited.where}: {name}, here or in {base.where}, has NaN or infinity in it: download both again."
+                )
             tensors.append(one)
             if found is not None and found.low:
                 spectra[name] = found
@@ -201,8 +205,6 @@ class _Pair:
                 f"{edited.where}: {name} is {edited_w.dtype} {list(edited_w.shape)}, and {w.dtype} {list(w.shape)} in "
                 f"{base.where}: give two unquantized checkpoints of one model."
             )
-        if not (w.isfinite().all() and edited_w.isfinite().all()):
-            raise UserError(f"{edited.where}: {name}, here or in {base.where}, has NaN or infinity in it: download both again.")
         return cls(w, edited_w, edited.architecture.writer_axis(name, include_embedding=True))
 
     @property
@@ -217,23 +219,27 @@ class _Pair:
         return self.view(self.w.to(self.dtype)), self.view(self.edited.to(self.dtype))
 
     def step(self, grid: Grid) -> Tensor:
-        """A step of the grid of W' for each value, or one of its dtype at W where that is more: where W' is nearly 0, the sum
-        that made it was rounded at the size of its terms."""
-        of_terms = Grid(self.edited.dtype).step(self.w.to(self.edited.dtype))
-        return self.view(torch.maximum(grid.step(self.edited), of_terms).to(self.dtype))
+        """A step of the grid of W' for each value; of a float's, at W where that is more: where W' is nearly 0, the sum that made
+        it was rounded at the size of its terms."""
+        if grid.block is None:
+            return self.view(grid.step(torch.maximum(self.edited.abs(), self.w.abs()).to(self.dtype)))
+        return self.view(torch.maximum(grid.step(self.edited), Grid(self.edited.dtype).step(self.w)).to(self.dtype))
 
 
 def _first_look(name: str, pair: _Pair) -> tuple[TensorDifference, Spectrum | None]:
     """What can be said of a tensor by itself, and the spectrum of a matrix that writes and differs by more than rounding."""
     match = re.search(r"\.layers\.(\d+)\.", name)
     one = TensorDifference(name, int(match[1]) if match else None, pair.axis is not None, "same")
+    if pair.w.dtype == pair.edited.dtype and torch.equal(pair.w, pair.edited):
+        return one, None
     w, edited = pair.matrices()
     d = w - edited
     if not d.any():
         return one, None
-    grid, size = grid_of(pair.edited), float(torch.linalg.vector_norm(pair.w, dtype=torch.float64))
-    relative = float(torch.linalg.vector_norm(d, dtype=torch.float64)) / (size or 1)
+    grid, relative = grid_of(pair.edited), math.sqrt(energy(d) / (energy(w) or 1))
     one = replace(one, kind="changed", relative=relative, largest=float(d.abs().max()), grid=str(grid))
+    if not math.isfinite(relative):
+        return one, None
     if not grid.holds(pair.w) and bool((d.abs() <= pair.view(grid.error(pair.edited))).all()):
         return replace(one, kind="rounded"), None
     if not one.writer or d.shape[1] == 1:  # a vector is of rank one whatever was done to it
@@ -259,14 +265,16 @@ def _bases(spectra: Mapping[str, Spectrum], layer_of: Mapping[str, int | None]) 
 
 def _second_look(one: TensorDifference, pair: _Pair, v: Float[Tensor, "k d_model"], found: Spectrum | None) -> TensorDifference:
     """alpha by least squares, V^T D = alpha V^T W, and whether D is alpha V V^T W up to rounding, which makes it an edit."""
-    unit, scale = (1.0, 1.0) if found is None else (found.unit, found.scale)
-    w, edited = (matrix / unit for matrix in pair.matrices())
-    d = w - edited * scale
+    w, edited = pair.matrices()
+    if found is not None and found.norms is not None:
+        w, edited = w / found.unit, edited / found.unit * found.scale
+    d = w - edited
+    del edited
     vd, vw = ((v.to(d.dtype) @ matrix).double() for matrix in (d, w))
     of_w, of_both = float((vw**2).sum()), float((vd * vw).sum())
     alpha = of_both / of_w if of_w else 0.0
-    energy = float(torch.linalg.vector_norm(d, dtype=torch.float64)) ** 2
-    left = max(energy - 2 * alpha * of_both + alpha**2 * of_w, 0.0)
-    if left > explained(d, pair.step(grid_of(pair.edited)) / unit * scale):
+    of_d = energy(d)
+    left = max(of_d - 2 * alpha * of_both + alpha**2 * of_w, 0.0)
+    if left > (explained(d, pair.step(grid_of(pair.edited))) if found is None else found.explained):
         return one
-    return replace(one, kind="edited", alpha=alpha, residual=math.sqrt(left / (energy or 1)))
+    return replace(one, kind="edited", alpha=alpha, residual=math.sqrt(left / (of_d or 1)))

@@ -29,14 +29,15 @@ NORMS = {"columns": ((0,), False), "rows": ((1,), False), "rows of length 1": ((
 class Spectrum:
     """Of D = W - W' [d_model, n], norms undone: singular values above `edge`, with their left vectors; the SHOWN greatest.
 
-    left: the energy that these leave, by the most that rounding explains. norms: of NORMS, what was set back. W and W' by `unit`
-    are what the edit was made of, and W' times `scale` has the norms that it left.
+    explained: the energy that rounding may leave; left: what these leave, by that. norms: of NORMS, what was set back. W and W'
+    by `unit` are what the edit was made of, and W' times `scale` has the norms that it left.
     """
 
     vectors: Float[Tensor, "d_model r"]
     values: Float[Tensor, " r"]
     shown: list[float]
     edge: float
+    explained: float
     left: float
     low: bool
     norms: str | None = None
@@ -55,10 +56,14 @@ def spectrum(w: Float[Tensor, "d_model n"], edited: Float[Tensor, "d_model n"], 
     if max(ratios, default=0.0) < 2:
         return plain
     k, undone = ratios.index(max(ratios)) + 1, []
+    if not _norms_kept(w, edited, step, (0, 1), k):  # whichever norms are kept, that of the whole is
+        return plain
     for norms, (axes, by_row) in NORMS.items():
-        of_rows = torch.linalg.vector_norm(w, dim=1, keepdim=True)
-        unit = torch.where(of_rows > 0, of_rows, 1.0) if by_row else torch.ones_like(of_rows)
-        ours, theirs, steps = w / unit, edited / unit, step / unit
+        unit: Tensor | float = 1.0
+        ours, theirs, steps = w, edited, step
+        if by_row:
+            unit = _norm(w, (1,)).clamp(min=torch.finfo(w.dtype).tiny)
+            ours, theirs, steps = w / unit, edited / unit, step / unit
         if _norms_kept(ours, theirs, steps, axes, k):
             scale = _scale(ours, theirs, axes, k)
             found = _against_rounding(ours - theirs * scale, steps * scale)
@@ -77,14 +82,13 @@ def _sketch(d: Tensor) -> tuple[Tensor, Tensor]:
 def _against_rounding(d: Float[Tensor, "d_model n"], step: Float[Tensor, "d_model n"]) -> Spectrum:
     """The singular values that rounding by `step` does not explain. Low: there are a few, and what they leave is rounding."""
     u, s = _sketch(d)
-    squares = step**2
-    edge = math.sqrt(float(squares.sum(1).max())) + math.sqrt(float(squares.sum(0).max()))
+    edge = float(_norm(step, (1,)).max()) + float(_norm(step, (0,)).max())  # of the largest row and column
     edge += _of_sums(d) * float(s[0])
     rank = int((s > edge).sum())
-    energy = float(torch.linalg.vector_norm(d, dtype=torch.float64)) ** 2
-    left = (energy - float((s[:rank].double() ** 2).sum())) / (explained(d, step) or 1)
+    rounding = explained(d, step)
+    left = (energy(d) - float((s[:rank].double() ** 2).sum())) / (rounding or 1)
     low = 0 < rank <= min(MAX_RANK, min(d.shape) // 2) and left <= 1
-    return Spectrum(u[:, :rank].double(), s[:rank].double(), s[:SHOWN].tolist(), edge, left, low)
+    return Spectrum(u[:, :rank].double(), s[:rank].double(), s[:SHOWN].tolist(), edge, rounding, left, low)
 
 
 def _of_sums(d: Tensor) -> float:
@@ -94,17 +98,26 @@ def _of_sums(d: Tensor) -> float:
 
 def explained(d: Tensor, step: Tensor) -> float:
     """The energy that rounding may have left in D."""
-    return float((step**2).sum(dtype=torch.float64)) + _of_sums(d) * float(torch.linalg.vector_norm(d, dtype=torch.float64)) ** 2
+    return energy(step) + _of_sums(d) * energy(d)
+
+
+def energy(matrix: Tensor) -> float:
+    """The sum of squares."""
+    return float((matrix * matrix).sum())
 
 
 def _norms_kept(w: Tensor, edited: Tensor, step: Tensor, axes: tuple[int, ...], k: int) -> bool:
     """Whether norms over `axes` differ by no more than rounding of values by `step`, and of sums in float32, in the mean square;
     and by less than from those of an edit of rank k that set nothing back."""
-    size, theirs, plain = (torch.linalg.vector_norm(m, dim=axes) for m in (w, edited, _projected(w, w - edited, k)))
-    of_sums = torch.finfo(torch.float32).eps * math.sqrt(w.numel() / size.numel())
-    variance = (((step * w) ** 2).sum(axes) / size**2 + (of_sums * size) ** 2).clamp(min=torch.finfo(w.dtype).tiny)
-    kept, not_kept = (float(((norm - theirs) ** 2 / variance).nanmean()) for norm in (size, plain))
-    return kept <= 1 and kept < not_kept
+    ours, theirs = _norm(w, axes), _norm(edited, axes)
+    of_sums = torch.finfo(torch.float32).eps * math.sqrt(w.numel() / ours.numel())
+    variance = (_norm(step * w, axes) / ours) ** 2 + (of_sums * ours) ** 2
+    kept = ((ours - theirs) ** 2 / variance).nanmean()  # where there is nothing, 0 / 0
+    return bool(kept <= 1) and bool(kept < ((_norm(_projected(w, w - edited, k), axes) - theirs) ** 2 / variance).nanmean())
+
+
+def _norm(matrix: Tensor, axes: tuple[int, ...]) -> Tensor:
+    return (matrix * matrix).sum(axes, keepdim=True).sqrt()
 
 
 def _projected(w: Tensor, d: Tensor, k: int) -> Tensor:
@@ -120,7 +133,7 @@ def _scale(w: Tensor, edited: Tensor, axes: tuple[int, ...], k: int) -> Tensor:
     scale = torch.ones_like(w.sum(axes, keepdim=True))
     for _ in range(ROUNDS):
         projected = _projected(w, w - edited * scale, k)
-        before, scale = scale, (edited * projected).sum(axes, keepdim=True) / (edited**2).sum(axes, keepdim=True)
+        before, scale = scale, (edited * projected).sum(axes, keepdim=True) / _norm(edited, axes) ** 2
         scale = scale.nan_to_num(1.0)  # a row or column of zeros
         if bool(((scale - before).abs() <= torch.finfo(w.dtype).eps).all()):
             break

@@ -32,9 +32,9 @@ class Grid:
             size = w.to(wide(w.dtype)).unflatten(-1, (-1, self.block)).abs().amax(-1, keepdim=True)
             return (size / LEVELS).expand(*size.shape[:-1], self.block).flatten(-2)
         info = torch.finfo(self.dtype)
-        exponent = w.to(wide(w.dtype)).abs().clamp_(min=info.smallest_normal).frexp().exponent
-        half = torch.tensor(info.eps / 2, dtype=wide(w.dtype))  # frexp's mantissa is below 1
-        return torch.ldexp(half.expand(exponent.shape), exponent)
+        size = w.to(wide(w.dtype)).abs().clamp(min=info.smallest_normal)
+        bits, exponent = (torch.int32, 0x7F800000) if size.dtype == torch.float32 else (torch.int64, 0x7FF0000000000000)
+        return (size.view(bits) & exponent).view(size.dtype) * info.eps  # the power of 2 below, without the mantissa
 
     def error(self, w: Tensor) -> Tensor:
         """The most that rounding to w's values can have changed each: half a step and, of a block, whose scale may be kept in
@@ -59,4 +59,5 @@ def grid_of(w: Tensor) -> Grid:
     finest = torch.finfo(w.dtype).eps
     candidates = [Grid(w.dtype, block) for block in dict.fromkeys((*BLOCKS, w.shape[-1]))]
     candidates += [Grid(dtype) for dtype in (torch.bfloat16, torch.float16, torch.float32) if torch.finfo(dtype).eps > finest]
-    return next((grid for grid in candidates if grid.holds(w)), Grid(w.dtype))
+    # A few rows tell of nearly all that they are on no such grid.
+    return next((grid for grid in candidates if grid.holds(w[:64]) and grid.holds(w)), Grid(w.dtype))
