@@ -57,7 +57,24 @@ def files(folder: Path) -> dict[str, bytes]:
 def test_every_file_of_the_library_is_installed_and_no_other(folders):
     source, target = folders
     assert files(target / "refusal") == files(source / "refusal")
-    assert sorted(path.name.split("-")[0] for path in target.iterdir()) == ["refusal", "refusal"]  # it and its metadata
+    assert sorted(path.name.split("-")[0] for path in target.iterdir()) == [
+        "bin",
+        "refusal",
+        "refusal",
+    ]  # its command, it, and its metadata
+
+
+def test_the_installed_command_works_in_another_folder(folders, tmp_path):
+    _, target = folders
+    byte_level(tmp_path / "checkpoint", "llama", LLAMA)
+    command, environment = [str(target / "bin/refusal"), "compare", "checkpoint", "checkpoint"], {"PYTHONPATH": str(target)}
+    done = subprocess.run(command, cwd=tmp_path, env=os.environ | environment, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith("identical: "), done.stderr
+    done = subprocess.run([*command[:-1], "none"], cwd=tmp_path, env=os.environ | environment, capture_output=True, text=True)
+    assert (
+        done.returncode == 1
+        and done.stderr == "none: no such folder: give that of a checkpoint, of an adapter, or a .gguf file.\n"
+    )
 
 
 def test_the_installed_library_works_in_another_folder(folders, tmp_path):

@@ -8,7 +8,7 @@ import yaml
 
 ROOT = Path(__file__).parents[1]
 # From the bottom up: a folder imports from those before it and from itself.
-LAYERS = ("io", "stats", "lm", "method", "organism", "judges", "data", "analysis", "report")
+LAYERS = ("io", "stats", "lm", "method", "organism", "judges", "data", "analysis", "report", "__main__")
 
 
 def imported(path: Path) -> set[Path]:

@@ -43,6 +43,7 @@ INSTEAD = [
     (r"(import-url) https://\S+ (data/raw/\S+)", r"\1 {tmp}/labelled.csv \2\nrm \2 \2.dvc data/raw/.gitignore", "a file on this machine"),
     (r"<repository>", "{folder}", "this study stands for one on a server"),
     (r"cd \{folder\}", "cd study", "git clone names the folder after it"),
+    (r"sequential_layer_6_alpha_100", "$(ls models/ablated | head -1)", "the small study chooses another cell"),
     (r"/path/to/folder", "{tmp}/remote", "a remote on this machine"),
     (r"REVISION", COMMIT, "the commit of the hub on loopback"),
     (r"model\.device=cuda", "model.device=cpu", "no GPU is asked of a test"),

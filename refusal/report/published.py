@@ -28,16 +28,17 @@ MOST_LAYERS = 256  # a longer vector is no list of one number a layer
 
 
 def read_vectors(folder: Path) -> tuple[dict[str, Float[Tensor, "n_layers d_model"]], dict[str, Float[Tensor, " n_layers"]]]:
-    """(directions, figures) of every .safetensors, .pt, .npy and control vector (.gguf) below `folder`, by `<file>`,
-    `<file>:<tensor>`, `<file>:position_-1`. Figures are vectors: numbers by layer, or one direction for every layer; `compare`
-    tells which.
+    """(directions, figures) of every .safetensors, .pt, .npy and control vector (.gguf) below `folder`, or of that file, by
+    `<file>`, `<file>:<tensor>`, `<file>:position_-1`. Figures are vectors: numbers by layer, or one direction for every layer;
+    `compare` tells which.
 
     A .pt is read with `weights_only=True`, so nothing in it runs. Raises UserError naming a file that cannot be read so, or
     holds something else.
     """
     directions: dict[str, Tensor] = {}
     figures: dict[str, Tensor] = {}
-    for path in sorted(path for path in folder.rglob("*") if path.suffix in READ and path.is_file()):
+    folder, paths = (folder.parent, [folder]) if folder.is_file() else (folder, sorted(folder.rglob("*")))
+    for path in (path for path in paths if path.suffix in READ and path.is_file()):
         for name, tensor in _tensors(path).items():
             for position, array in _by_position(tensor).items():
                 if array.ndim not in (1, 2) or not array.is_floating_point():

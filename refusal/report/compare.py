@@ -1,0 +1,88 @@
+"""What was done to a checkpoint, or how two models' scores differ, as JSON and as a few lines: what `refusal compare` prints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from statistics import mean
+from typing import Any
+
+from refusal.analysis.edits import Difference
+
+
+def figures(found: Difference, cosines: Mapping[str, Sequence[float | None]]) -> dict[str, Any]:
+    """All that was found, as JSON. Each tensor that differs has an entry; basis, rank and alpha are null without an edit."""
+    edited = found.of("edited")
+    alphas = [one.alpha for one in edited if one.alpha is not None]
+    return {
+        "kind": found.kind,
+        "how": found.how,
+        "rank": found.rank,
+        "shared": found.basis is not None if edited else None,
+        "alpha": {"mean": mean(alphas), "min": min(alphas), "max": max(alphas)} if alphas else None,
+        "norms_set_back": sorted({one.norms for one in edited if one.norms}) if edited else None,
+        "embedding": {"kind": found.embedding, "untied": found.untied},
+        "layers": layers(found),
+        "cosines": {name: list(values) for name, values in cosines.items()},
+        "cosine_by_chance": found.by_chance,
+        "basis": None if found.basis is None else found.basis.tolist(),
+        "by_layer": None
+        if found.by_layer is None
+        else {"embedding" if layer is None else str(layer): basis.tolist() for layer, basis in found.by_layer.items()},
+        "only_in": found.alone,
+        "n_same": len(found.of("same")),
+        "tensors": {one.name: {k: v for k, v in vars(one).items() if k != "name"} for one in found.tensors if one.kind != "same"},
+    }
+
+
+def layers(found: Difference) -> list[dict[str, Any]]:
+    """Of each layer with a changed writer: the mean alpha of its attention and MLP (null where unedited), and the greatest
+    |W - W'| / |W| of both."""
+    rows = []
+    for layer in sorted({one.layer for one in found.tensors if one.layer is not None}):
+        writers = [one for one in found.tensors if one.layer == layer and one.writer]
+        row: dict[str, Any] = {"layer": layer}
+        for name, at in (("attention", True), ("mlp", False)):
+            alphas = [one.alpha for one in writers if (".self_attn." in one.name) == at and one.alpha is not None]
+            row[name] = mean(alphas) if alphas else None
+        rows.append(row | {"relative": max((one.relative for one in writers), default=0.0)})
+    return [row for row in rows if row["relative"] > 0]
+
+
+def text(found: Mapping[str, Any]) -> str:
+    """`figures` in a few lines, and a table by layer."""
+    alpha, n = found["alpha"], len(found["tensors"])
+    lines = [f"{found['kind']}: {found['how']}"]
+    if alpha is not None:
+        space = "the same in all of them" if found["shared"] else "another in each layer"
+        least, greatest = _number(alpha["min"]), _number(alpha["max"])
+        lines.append(f"rank {found['rank']}, {space}; alpha {_number(alpha['mean'])}, in single tensors {least} to {greatest}")
+        lines.append(f"norms set back after the edit: {', '.join(found['norms_set_back']) or 'none'}")
+    untied = ", and the unembedding is a tensor of its own now" if found["embedding"]["untied"] else ""
+    lines.append(f"embedding: {found['embedding']['kind']}{untied}; {n} tensors differ, {found['n_same']} do not")
+    lines += [f"only in {which}: {len(names)} tensors, {names[0]} first" for which, names in found["only_in"].items() if names]
+    names = ["attention", "mlp", "relative"]
+    if found["layers"]:
+        lines.append("layer" + "".join(f"{name:>11}" for name in names))
+    for row in found["layers"]:
+        lines.append(f"{row['layer']:5}" + "".join(f"{_number(row[name]):>11}" for name in names))
+    for name, values in found["cosines"].items():
+        known = {layer: value for layer, value in enumerate(values) if value is not None}
+        best = max(known, key=lambda layer: known[layer], default=None)
+        says = "none to compare" if best is None else f"{_number(known[best])} at layer {best}, the greatest of {len(known)}"
+        lines.append(f"|cosine| with {name}: {says}; by chance {_number(found['cosine_by_chance'])}")
+    return "\n".join(lines) + "\n"
+
+
+def samples_text(table: Mapping[str, Mapping[str, Any]]) -> str:
+    """`compare_samples` as a table."""
+    width = max(map(len, (*table, "task")))
+    lines = [f"{'task':{width}}     n    base  edited  difference (95 %)          gained  lost  p (McNemar)  p (Holm)"]
+    for task, row in table.items():
+        difference = f"{row['difference']:+.4f} [{row['difference_low']:+.4f}, {row['difference_high']:+.4f}]"
+        ends = f"{row['n_gained']:6} {row['n_lost']:5}  {_number(row['p']):>11}  {_number(row['p_holm']):>8}"
+        lines.append(f"{task:{width}} {row['n']:5}  {row['base']:.4f}  {row['edited']:.4f}  {difference:26} {ends}")
+    return "\n".join(lines) + "\n"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}" if abs(value) >= 1e-3 or value == 0 else f"{value:.1e}"
