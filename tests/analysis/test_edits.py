@@ -195,6 +195,22 @@ def test_matrices_larger_than_their_sketch(tmp_path):
         assert one.largest == pytest.approx(float((w - w2).abs().max()), rel=1e-6)
 
 
+def test_a_small_alpha_is_partly_lost_in_bfloat16(tmp_path):
+    """Values that move by less than half a step stay: docs/edits.md states what is left. Not so in float32."""
+    v = torch.nn.functional.normalize(torch.randn(1, 512, generator=torch.Generator().manual_seed(0)).double())
+    sizes = {"hidden_size": 512, "intermediate_size": 512, "num_hidden_layers": 1, "vocab_size": 1024}
+    read = {}
+    for dtype, alphas in ((torch.bfloat16, (0.1, 0.05, 0.01)), (torch.float32, (0.001,))):
+        base = save(tmp_path / str(dtype), dtype=dtype, **sizes)
+        targets = [Edit(tmp_path / f"{alpha}", Intervention("edit", v, alpha)) for alpha in alphas]
+        orthogonalize(base, targets)
+        read |= {alpha: found(base, one.target) for alpha, one in zip(alphas, targets, strict=True)}
+    assert read[0.01].kind == "full rank" and read[0.01].rank is None
+    for alpha, cosine, least in ((0.1, 0.997, 0.095), (0.05, 0.988, 0.04), (0.001, 0.9999, 0.000999)):
+        assert read[alpha].kind == "edit" and read[alpha].rank == 1 and float((read[alpha].basis @ v.T).abs()) > cosine
+        assert all(least < one.alpha < alpha * 1.001 for one in read[alpha].of("edited"))
+
+
 # Told apart
 
 
