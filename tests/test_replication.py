@@ -45,6 +45,8 @@ def quoted() -> list[str]:
         p["science"],
         e["baseline"]["n"],
     )
+    u, c, at = REAL["directions"]["sequential-unrelated"], d["categories"], e["layer"]
+    corrected = interval({f"corrected{end}": u[f"cosine_to_sequential_corrected{end}"][at] for end in ("", "_low", "_high")}, "corrected")
     long = REAL["long_answers"]
     limits, asked, ablated = long["max_new_tokens"], long["arms"]["baseline"], long["arms"]["runtime"]
     tokens, (alpha,) = p["generation"]["max_new_tokens"], p["sweep"]["alphas"]
@@ -80,6 +82,10 @@ def quoted() -> list[str]:
         f"a KL of {interval(e['runtime'], 'kl', '.3f')} nats a token, of random directions {interval(e['random'], 'kl', '.3f')}",
         f"has cosine {s['estimators']['unrelated']['cosine_rank_1']:.2f} with it, the first singular vector "
         f"{s['estimators']['paired_svd']['cosine_rank_1']:.2f}, and both",
+        f"At layer {at} the directions from matched and from unrelated safe prompts have a cosine of {u['cosine_to_sequential'][at]:.2f}, "
+        f"{corrected} without that noise",
+        f"The directions of the {len(c['n'])} categories have a mean cosine of {c['mean_cosine'][at]:.2f}, where random groups of prompts as "
+        f"large have {c['mean_cosine_null'][at]:.2f} [{c['mean_cosine_null_low'][at]:.2f}, {c['mean_cosine_null_high'][at]:.2f}]",
         f"**Replicates: {those(YES)}.**",
         f"**In part: {those(PART)}.**",
         f"**Does not: {those(NO)}.**",
@@ -147,6 +153,10 @@ def test_the_words_between_the_numbers_hold():
         assert estimators[name]["compliance_high"] >= direction["compliance_low"], f"{name} restores compliance too"
     assert e["runtime"]["refusal_safe_high"] < e["baseline"]["refusal_safe_low"], "refusal of safe prompts falls too"
     assert e["harmless"]["compliance_low"] < e["baseline"]["compliance"] < e["harmless"]["compliance_high"], "it leaves compliance"
+    geometry, unrelated = (REAL["directions"][f"sequential-{pairing}"] for pairing in ("matched", "unrelated"))
+    assert unrelated["cosine_to_sequential_corrected_high"][e["layer"]] < 0.9, "two directions"
+    of_groups = {name: values[e["layer"]] for name, values in geometry["categories"].items() if name != "n"}
+    assert 0.5 < of_groups["mean_cosine"] < of_groups["mean_cosine_null_low"], "categories differ, and share most"
     assert REAL["directions"]["batched-matched"]["cosine_to_sequential_min"] > 0.9999, "with a mask nothing is left"
     assert e["layer"] >= len(REAL["directions"]["sequential-matched"]["norm"]) / 2, "the best layer lies late"
     matched, unrelated = (
