@@ -57,10 +57,11 @@ def ceiling_to_all(of: Contrast, everything: Contrast) -> ByLayer | None:
 def categories(of: Contrast, names: Sequence[str | None], n_resamples: int, seed: int) -> dict[str, Any] | None:
     """By layer `group_geometry` of categories of harmful prompts (with their pairs), and `n`, the prompts of each category.
 
-    names: of the harmful prompts. None where any has none, or there are fewer than two, or one has fewer than LEAST prompts.
+    names: of the harmful train prompts. None where the pairing takes some of these, any has none, or there are fewer than two, or
+    one has fewer than LEAST prompts.
     """
     n = Counter(names)
-    if None in n or len(n) < 2 or min(n.values()) < LEAST:
+    if len(names) != len(of.harmful) or None in n or len(n) < 2 or min(n.values()) < LEAST:
         return None
     layers = of.directions.layers
     figures = {i: group_geometry(of.rows(i), names, n_resamples, seed) for i in layers}

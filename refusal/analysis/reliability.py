@@ -106,12 +106,12 @@ def corrected_cosine(a: Rows, b: Rows) -> tuple[float, float, float]:
 
     <d_a, d_b> / (|d_a| |d_b|), each by `true_product`. Of directions that have no prompts in common that is cos / sqrt(r_a r_b);
     where they have, the noise in common, which raises the cosine, is taken off it first. It may exceed 1, as an estimate of 1
-    must that is not below it on average. NaN where a direction is not told from noise, or a set has fewer than 3 prompts; limits
-    that are not finite where one prompt less would do that. Prompts are left out one by one, pairs whole, from both directions at
-    once. Coverage by simulation: docs/geometry.md.
+    must that is not below it on average. NaN where a direction is not told from noise, a set has fewer than 3 prompts, or one of
+    both directions has other prompts in each; limits that are not finite where one prompt less would do that. Prompts are left
+    out one by one, pairs whole, from both directions at once. Coverage by simulation: docs/geometry.md.
     """
     sizes = {name: len(x) for name, x in (*a.items(), *b.items())}
-    if min(sizes.values()) < 3:
+    if min(sizes.values()) < 3 or any(len(a[name]) != len(b[name]) for name in a.keys() & b.keys()):
         return math.nan, math.nan, math.nan
     (u, p), (v, q) = (_errors(rows, sizes) for rows in (a, b))
     n = torch.tensor([n for n in sizes.values() for _ in range(n)], dtype=torch.float64)

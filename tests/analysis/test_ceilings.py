@@ -98,3 +98,13 @@ def test_the_ceiling_is_what_two_samples_of_one_direction_have():
         expected += ceilings(*reliability)
     assert np.mean(found) == pytest.approx(np.mean(expected), abs=0.01)
     assert np.mean(found) == pytest.approx(1 / math.sqrt((1 + 16 / 20) * (1 + 16 / 60)), abs=0.01)  # N = 400 0.2^2 = 16
+
+
+def test_a_pairing_of_some_of_the_prompts_has_its_own_noise_and_nothing_that_needs_all():
+    sets = activations(40)
+    everything = contrast(sets, "matched", 0)
+    half = contrast({name: x[:20] for name, x in sets.items()}, "matched", 0)
+    found = describe_noise(half, everything, 0)
+    assert found["split_half_cosine"] == describe_noise(half, half, 0)["split_half_cosine"]
+    assert found["cosine_to_sequential_corrected"] == [None] * len(half.directions.unit)
+    assert categories(half, [i % 3 for i in range(40)], 20, 0) is None is not categories(half, [i % 3 for i in range(20)], 20, 0)
