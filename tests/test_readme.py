@@ -408,15 +408,15 @@ def real_study() -> list[str]:
         f"compliance with {run['n']} harmful test prompts from {interval(e['baseline'], 'compliance')} to {interval(run, 'compliance')}",
         f"a paired difference of {run['difference']:+.2f} [{run['difference_low']:+.2f}, {run['difference_high']:+.2f}]",
         f"random directions leave it at {interval(e['random'], 'compliance')}",
-        f"Of the {v['n_refused']} test prompts that the model refuses, {one['removed']:.2f} are then answered in full, {one['above_random']:+.2f} "
+        f"Of the {v['n_refused']} test prompts that the model refuses, {one['removed']:.2f} then comply, {one['above_random']:+.2f} "
         f"beyond random directions (lower limit {one['above_random_low']:+.2f}): the verdict is `{v['verdict']}`",
-        "On sets that nothing was chosen on it goes from "
+        "On other people's prompts it goes from "
         + ", ".join(
             f"{of['baseline']['compliance']:.2f} to {of['ablated']['compliance']:.2f} ({words})"
             for words, of in ((words, sets[name]["figures"][0]) for name, words in OTHER_SETS.items())
         ),
         f"in answers of {long['max_new_tokens']['long']} tokens, not {long['max_new_tokens']['short']}, from "
-        f"{asked['long']['compliance']:.2f} to {ablated['long']['compliance']:.2f} (n = {long['n']}), since "
+        f"{asked['long']['compliance']:.2f} to {ablated['long']['compliance']:.2f} (n = {long['n']}); "
         f"{asked['n_loops']} and {ablated['n_loops']} of them end in loops",
         f"At {len(best)} of its {len(d['sequential-matched']['layers'])} layers the direction takes compliance on val to .9 or more",
         f"unrelated safe prompts give a direction that does so too ({interval(unrelated, 'compliance')}, layer {unrelated['layer']})",

@@ -49,6 +49,16 @@ def quoted() -> list[str]:
     corrected = interval({f"corrected{end}": u[f"cosine_to_sequential_corrected{end}"][at] for end in ("", "_low", "_high")}, "corrected")
     long = REAL["long_answers"]
     limits, asked, ablated = long["max_new_tokens"], long["arms"]["baseline"], long["arms"]["runtime"]
+    one, two, of = s["estimators"]["unrelated"], s["estimators"]["paired_svd"], s["arms"]
+    padded = {i: c for i, c in enumerate(REAL["directions"]["batched_unmasked-matched"]["cosine_to_sequential"]) if c is not None}
+    deepest = min(padded, key=lambda i: padded[i])
+    undecided = [
+        f"{name}, empty: {'too few' if row['n_refused'] < FEWEST_REFUSED else f'lower limit below {MEDIATES:g}'}"
+        for name, sets in REAL["generalization"]["sets"].items()
+        for row in sets["figures"]
+        if row["system_prompt"] == "" and not (row["evidence"]["mediates"] and row["n_refused"] >= FEWEST_REFUSED)
+    ]
+    labelled = len((ROOT / "data/labels/qwen2.5-coder-0.5b-instruct.jsonl").read_text(encoding="utf-8").splitlines())
     tokens, (alpha,) = p["generation"]["max_new_tokens"], p["sweep"]["alphas"]
     baseline, cells = REAL["judge"]["baseline"], [c for c in REAL["judge"].values() if c["layer"] is not None]
     works = [c["layer"] for c in cells if c["compliance_low"] > baseline["compliance_high"]]
@@ -67,21 +77,28 @@ def quoted() -> list[str]:
         f"of at least {FEWEST_REFUSED} prompts that the baseline refuses",
         f"with a lower limit of {MEDIATES:g} or more",
         f"a compliance greater by more than {BETTER:g};",
-        f"Of the {refused} prompts that the baseline refuses, {v['difference']['removed']:.2f} are answered in full once the direction is ablated, "
+        f"Of the {refused} prompts that the baseline refuses, {v['difference']['removed']:.2f} comply once the direction is ablated, "
         f"{v['difference']['above_random']:.2f} more than under random directions (lower limit {v['difference']['above_random_low']:.2f}): "
         f"the verdict is `{v['verdict']}`",
         f"from {interval(e['baseline'], 'refusal_safe')} to {interval(e['runtime'], 'refusal_safe')}; under random directions it is "
         f"{interval(e['random'], 'refusal_safe')}",
         f"With {limits['long']} tokens in place of {limits['short']}, on {long['n']} of these prompts, compliance is {interval(asked['long'], 'compliance')} "
         f"untouched and {interval(ablated['long'], 'compliance')} ablated, {interval(asked, 'compliance_difference', '+.2f')} and "
-        f"{interval(ablated, 'compliance_difference', '+.2f')} against the short answers",
+        f"{interval(ablated, 'compliance_difference', '+.2f')} against the short answers; under one random direction it is {interval(long['arms']['random']['long'], 'compliance')}",
         f"{asked['n_loops']} and {ablated['n_loops']} answers end in a loop that the short ones do not show",
         f"The rules read the first {OPENING} words; the stock phrases of a refusal, looked for in the whole text, stand in "
         f"{asked['short']['substring_refusal']:.2f} of the short and {asked['long']['substring_refusal']:.2f} of the long untouched answers, in "
         f"{ablated['short']['substring_refusal']:.2f} and {ablated['long']['substring_refusal']:.2f} of the ablated ones",
         f"a KL of {interval(e['runtime'], 'kl', '.3f')} nats a token, of random directions {interval(e['random'], 'kl', '.3f')}",
-        f"has cosine {s['estimators']['unrelated']['cosine_rank_1']:.2f} with it, the first singular vector "
-        f"{s['estimators']['paired_svd']['cosine_rank_1']:.2f}, and both",
+        f"of layer {one['layer']}, has cosine {one['cosine_rank_1']:.2f} with it, the first singular vector, of layer {two['layer']}, "
+        f"{two['cosine_rank_1']:.2f}, and both restore compliance: {interval(of[one['arm']], 'compliance')} and "
+        f"{interval(of[two['arm']], 'compliance')}",
+        f"of the prompts that the baseline refuses {interval(e['harmless']['behaving'], 'compliance')} then comply, under random directions "
+        f"{interval(e['random']['behaving'], 'compliance')}",
+        f"a gain of 0.5 over the baseline, it would not meet (lower limit {e['runtime']['difference_low']:+.2f};",
+        f"({'; '.join(undecided)})",
+        f"Ours is deepest at layer {deepest}, theirs at layer {found[2].theirs.split()[-1]}",
+        f"labels of {labelled} answers of this model",
         f"At layer {at} the directions from matched and from unrelated safe prompts have a cosine of {u['cosine_to_sequential'][at]:.2f}, "
         f"{corrected} without that noise",
         f"The directions of the {len(c['n'])} categories have a mean cosine of {c['mean_cosine'][at]:.2f}, where random groups of prompts as "
@@ -98,7 +115,7 @@ def quoted() -> list[str]:
         f"{interval(default['runtime'], 'compliance')}, random directions leave it at {interval(default['random'], 'compliance')}",
         f"Of {len(arranged)} organisms whose answer was arranged, {sum(arranged)} were found as arranged",
         f"its ablation restores {planted[0]}, {planted[1]} and {planted[2]} (",
-        f"Answers of {tokens} tokens show",
+        f"Answers of {tokens} tokens hardly show",
         f"{test} test prompts, one-line requests of our own. The model refuses {refused} of them",
         f"Estimators were compared at {len(science['layers'])} layers, chosen on {science['n_val']} val prompts; the gradient took "
         f"{science['optimised']['steps']} steps",
