@@ -83,11 +83,11 @@ def quoted() -> list[str]:
         f"from {interval(e['baseline'], 'refusal_safe')} to {interval(e['runtime'], 'refusal_safe')}; under random directions it is "
         f"{interval(e['random'], 'refusal_safe')}",
         f"With {limits['long']} tokens in place of {limits['short']}, on {long['n']} of these prompts, compliance is {interval(asked['long'], 'compliance')} "
-        f"untouched and {interval(ablated['long'], 'compliance')} ablated, {interval(asked, 'compliance_difference', '+.2f')} and "
+        f"of the baseline and {interval(ablated['long'], 'compliance')} ablated, {interval(asked, 'compliance_difference', '+.2f')} and "
         f"{interval(ablated, 'compliance_difference', '+.2f')} against the short answers; under one random direction it is {interval(long['arms']['random']['long'], 'compliance')}",
         f"{asked['n_loops']} and {ablated['n_loops']} answers end in a loop that the short ones do not show",
         f"The rules read the first {OPENING} words; the stock phrases of a refusal, looked for in the whole text, stand in "
-        f"{asked['short']['substring_refusal']:.2f} of the short and {asked['long']['substring_refusal']:.2f} of the long untouched answers, in "
+        f"{asked['short']['substring_refusal']:.2f} of the short and {asked['long']['substring_refusal']:.2f} of the long answers of the baseline, in "
         f"{ablated['short']['substring_refusal']:.2f} and {ablated['long']['substring_refusal']:.2f} of the ablated ones",
         f"a KL of {interval(e['runtime'], 'kl', '.3f')} nats a token, of random directions {interval(e['random'], 'kl', '.3f')}",
         f"of layer {one['layer']}, has cosine {one['cosine_rank_1']:.2f} with it, the first singular vector, of layer {two['layer']}, "
