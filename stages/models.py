@@ -5,10 +5,9 @@ docs/replication.md, of the study of a real Qwen. `make models`.
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from refusal.io.code import age
 from refusal.io.params import Params
 from stages import read_json, stage, write_text
-from stages.studies import STUDIES, code, made_by, parameters
+from stages.studies import STUDIES, age, made_by, parameters
 
 if TYPE_CHECKING:
     from refusal.report.models import Made
@@ -61,10 +60,10 @@ def study(name: str) -> "Made":
 
 
 def current(name: str) -> bool:
-    """Whether the overlay, params.yaml and the code behind the figures on the page are those that made a study."""
-    known = read_json(STUDIES / name / "study.json")
-    now = {of: value for of, value in code(Path()).items() if of not in NOT_SHOWN}
-    return all(known.get(key) == value for key, value in made_by(name).items()) and not age(known.get("code", {}), now)
+    """Whether the overlay, prompts, parameters and code behind the figures on the page are those that made a study."""
+    now = made_by(name)
+    shown = {of: {stage: v for stage, v in now[of].items() if stage not in NOT_SHOWN} for of in ("parameters", "code")}
+    return not age(read_json(STUDIES / name / "study.json"), now | shown)
 
 
 if __name__ == "__main__":

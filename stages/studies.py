@@ -14,19 +14,21 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from difflib import get_close_matches
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from refusal.io.code import age, code_of_stages
+from refusal.io.code import code_of_stages
 from refusal.io.errors import UserError
 from refusal.io.params import Params
 from refusal.io.params_file import overlaid
-from stages import ROOT, STORE, read_json, stage, write_json, write_text
+from stages import OWN_HARMLESS, RAW, ROOT, STORE, read_json, stage, write_json, write_text
 
 ENVIRONMENT = dict(os.environ)  # before `stage` says what a stage that is not online may do
 STUDIES = Path("studies")
@@ -55,7 +57,7 @@ def main(params: Params, *arguments: str) -> str:
     place = STORE / "studies" / name
     place.mkdir(parents=True, exist_ok=True)
     with alone(name) as lock:
-        made = made_by(name)  # now: the overlay may be edited during the run
+        made = made_by(name)  # now: the overlay and the code may be edited during the run
         mirror(place, adapted(asked, place))
         repro(name, place, lock)
         collect(name, place, made)
@@ -159,7 +161,7 @@ def repro(name: str, place: Path, lock: int) -> None:
             raise UserError(f"{name} stopped as it says above; fix that, and `make study STUDY={name}` goes on")
 
 
-def collect(name: str, place: Path, made: dict[str, str]) -> None:
+def collect(name: str, place: Path, made: dict[str, Any]) -> None:
     """Copy what may be committed, and the page, to where they belong; study.json last, which says what made them."""
     target = STUDIES / name
     for folder in ("metrics", "plots"):
@@ -168,7 +170,7 @@ def collect(name: str, place: Path, made: dict[str, str]) -> None:
     shutil.copyfile(place / "dvc.lock", target / "dvc.lock")
     report_of(name).parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(place / "report/index.html", report_of(name))
-    write_json(target / "study.json", made | {"code": code(place)})
+    write_json(target / "study.json", made)
 
 
 def report_of(name: str) -> Path:
@@ -176,33 +178,38 @@ def report_of(name: str) -> Path:
     return Path("report") / name / "index.html"
 
 
-def made_by(name: str) -> dict[str, str]:
-    """Hashes of a study's overlay and of all its parameters but those that determine no value."""
-    text = json.dumps({key: value for key, value in parameters(name).items() if key != "compute"}, sort_keys=True)
+def made_by(name: str) -> dict[str, Any]:
+    """What makes a study's figures, as hashes: its overlay, the files of prompts and labels that it names, and of each stage the
+    parameters and the code."""
+    stages = yaml.safe_load(Path("dvc.yaml").read_text(encoding="utf-8"))["stages"]
+    values = parameters(name)
+    read = {stage: {key: reduce(getitem, key.split("."), values) for key in of.get("params", [])} for stage, of in stages.items()}
+    modules = {stage: match[1] for stage, of in stages.items() if (match := re.match(r"python -m (stages\.\w+)", of["cmd"]))}
+    named = [value for section in ("prompts", "judge") for value in values[section].values()]
+    files = sorted({str(value) for value in [*named, OWN_HARMLESS] if str(value).startswith(f"{RAW}/") and Path(value).is_file()})
     return {
         "overlay": hashlib.sha256(overlay_of(name).read_bytes()).hexdigest(),
-        "params": hashlib.sha256(text.encode()).hexdigest(),
+        "files": {file: hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in files},
+        "parameters": {stage: hashlib.sha256(json.dumps(of, sort_keys=True).encode()).hexdigest() for stage, of in read.items()},
+        "code": code_of_stages(modules, Path()),
     }
 
 
-def code(root: Path) -> dict[str, str]:
-    """A hash of the code that each stage depends on, in the repository or a workspace, as dvc.yaml declares it."""
-    stages = yaml.safe_load((root / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
-    of_code = ("refusal/", "stages/")
-    return code_of_stages(
-        {name: [dep for dep in declared["deps"] if dep.startswith(of_code)] for name, declared in stages.items()}, root
-    )
+def age(made: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """What is said of figures by what made them and `made_by` now; empty where nothing has changed."""
+    if made.get("overlay") != now["overlay"]:
+        return "overlay has changed since"
+    said = []
+    for of, words in (("files", ""), ("parameters", "parameters of "), ("code", "code of ")):
+        if names := [name for name, value in now[of].items() if made.get(of, {}).get(name) != value]:
+            said.append(f"today's {words}{', '.join(names)}")
+    return f"older than {' and '.join(said)}" if said else ""
 
 
 def state(name: str) -> str:
-    """Whether the committed figures of a study are those of its overlay, of params.yaml and of the code as they are now."""
+    """Whether the committed figures of a study are those of its overlay, prompts, parameters and code as they are now."""
     made = STUDIES / name / "study.json"
-    if not made.is_file():
-        return "not run yet"
-    known, now = read_json(made), made_by(name)
-    changed = "overlay" if known["overlay"] != now["overlay"] else "params.yaml" if known["params"] != now["params"] else None
-    said = [f"{changed} has changed since" if changed else "", age(known["code"], code(Path()))]
-    return "; ".join(filter(None, said)) or "up to date"
+    return (age(read_json(made), made_by(name)) or "up to date") if made.is_file() else "not run yet"
 
 
 if __name__ == "__main__":

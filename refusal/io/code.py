@@ -17,8 +17,13 @@ from importlib.metadata import version
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-PACKAGE = "refusal"
-SHOWS = "refusal.io.progress"  # how far work is, which determines no value
+PACKAGES = ("refusal", "stages")
+SHOWS = ("refusal.io.progress",)  # how far work is, which determines no value
+# What carries the values of a stage and determines none: how parameters are read, files written and values stored.
+PLUMBING = (
+    *(f"refusal.io.{name}" for name in ("errors", "files", "params", "params_file", "progress", "section", "store")),
+    "stages",
+)
 # Of the packages that a computation imports, those whose version may change a value, and the names they are installed by.
 ARITHMETIC = {
     "lm_eval": ("lm-eval",),
@@ -35,33 +40,16 @@ def code_of(*functions: Callable) -> str:
     return _hash(tuple(sorted((f.__module__, f.__qualname__.split(".")[0]) for f in functions)))
 
 
-def code_of_file(file: Path) -> str:
-    """SHA-256 of a whole file: of Python its syntax tree, as above, of anything else its bytes."""
-    if file.suffix != ".py":
-        return hashlib.sha256(file.read_bytes()).hexdigest()
-    tree = _Plain().visit(ast.parse(file.read_text(encoding="utf-8")))
-    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()
-
-
-def code_of_stages(declared: Mapping[str, Sequence[str]], root: Path) -> dict[str, str]:
-    """A hash of the code behind each stage's figures: `code_of_file` over the files and folders below `root` that it declares."""
-
-    def files(of: Path) -> list[Path]:
-        found = [of] if of.is_file() else sorted(of.rglob("*"))
-        return [file for file in found if file.is_file() and file.suffix != ".pyc"]
-
-    known = {file: code_of_file(file) for path in set().union(*declared.values()) for file in files(root / path)}
+def code_of_stages(modules: Mapping[str, str], root: Path) -> dict[str, str]:
+    """A hash of the code behind each stage's figures: of all that its module and what it calls below `root` consist of, without
+    plumbing; the versions of packages are no code of ours."""
+    installed = {name for names in ARITHMETIC.values() for name in names}
     hashes = {}
-    for stage, paths in declared.items():
-        of = {file.relative_to(root).as_posix(): known[file] for path in paths for file in files(root / path)}
-        hashes[stage] = hashlib.sha256(json.dumps(of, sort_keys=True).encode()).hexdigest()
+    for stage, module in modules.items():
+        found = closure(((module, ""),), root, PLUMBING)
+        code = {place: of for place, of in found.items() if place not in installed}
+        hashes[stage] = hashlib.sha256(json.dumps(code, sort_keys=True).encode()).hexdigest()
     return hashes
-
-
-def age(made: Mapping[str, str], now: Mapping[str, str]) -> str:
-    """What a page of figures says of the code that made them, by `code_of_stages` then and now; empty where it is today's."""
-    older = [stage for stage, code in now.items() if made.get(stage) != code]
-    return f"older than today's code of {', '.join(older)}" if older else ""
 
 
 @cache
@@ -69,10 +57,11 @@ def _hash(roots: tuple[tuple[str, str], ...]) -> str:
     return hashlib.sha256(json.dumps(closure(roots), sort_keys=True).encode()).hexdigest()
 
 
-def closure(roots: tuple[tuple[str, str], ...], root: Path = ROOT) -> dict[str, str]:
+def closure(roots: tuple[tuple[str, str], ...], root: Path = ROOT, without: Sequence[str] = SHOWS) -> dict[str, str]:
     """What computes the values of `roots`, (module, name) each: {"module:name": syntax tree, file: SHA-256, package: version}.
 
-    `root` is the folder that holds the package. Raises ValueError for a root that is no definition of the package.
+    The name "" is what a module does when it is run or imported. `root` is the folder that holds the package, `without` are
+    modules that are not followed. Raises ValueError for a root that is no definition of the package.
     """
     modules: dict[str, _Module] = {}
     found: dict[str, str] = {}
@@ -83,15 +72,15 @@ def closure(roots: tuple[tuple[str, str], ...], root: Path = ROOT) -> dict[str, 
             continue
         seen.add(place)
         name, definition = place
-        if name == SHOWS:
+        if name in without:
             continue
         if name not in modules:
             if (path := _path(name, root)) is None:
-                raise ValueError(f"{name} is no module of {PACKAGE}")
+                raise ValueError(f"{name} is no module of {PACKAGES}")
             modules[name] = _module(name, path, root, path.read_text(encoding="utf-8"))
             todo += [(name, "")]  # what a module does when it is imported, beside defining
         module = modules[name]
-        if place in roots and definition not in module.definitions:
+        if place in roots and definition and definition not in module.definitions:
             raise ValueError(f"{name} defines no {definition}")
         tree, references = module.read(definition)
         if tree:
@@ -105,10 +94,10 @@ def closure(roots: tuple[tuple[str, str], ...], root: Path = ROOT) -> dict[str, 
 
 
 def _path(module: str, root: Path) -> Path | None:
-    """The file of a module of the package; None for what is none."""
+    """The file of a module of the packages; None for what is none."""
     base = root.joinpath(*module.split("."))
     files = (base.with_suffix(".py"), base / "__init__.py")
-    return next((file for file in files if module.split(".")[0] == PACKAGE and file.is_file()), None)
+    return next((file for file in files if module.split(".")[0] in PACKAGES and file.is_file()), None)
 
 
 class _Module:

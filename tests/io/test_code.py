@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import refusal.io.code
-from refusal.io.code import ARITHMETIC, ROOT, _bound, age, closure, code_of_file, code_of_stages
+from refusal.io.code import ARITHMETIC, PLUMBING, ROOT, _bound, closure, code_of_stages
 
 # Of each value of the store, some of what it hangs on; of a reply, what no code of ours determines, there is nothing.
 INTERVENTIONS = "method.interventions:Ablation method.interventions:Intervention method.interventions:edited_weights"
@@ -182,26 +182,62 @@ def test_a_root_that_is_none_is_an_error():
         closure((("tests.x", "f"),))
 
 
-def test_a_file_of_code_is_its_syntax_and_any_other_its_bytes(tmp_path):
-    python, text = tmp_path / "a.py", tmp_path / "a.txt"
-    hashes = []
-    for code in ("x = 1\n", '"""A title."""\n\nx = 1  # one\n', "x = 2\n"):
-        python.write_text(code)
-        text.write_text(code)
-        hashes.append((code_of_file(python), code_of_file(text)))
-    assert [len(set(column)) for column in zip(*hashes, strict=True)] == [2, 3] and hashes[0][0] == hashes[1][0]
+STAGE = '''"""A stage."""
+from refusal.io.params import Params
+from stages import stage
+from stages.shared import load
 
 
-def test_a_stage_is_older_where_code_that_it_declares_is(tmp_path):
-    (tmp_path / "lib").mkdir()
-    for name in ("lib/a.py", "lib/b.txt", "stage.py"):
-        (tmp_path / name).write_text("x = 1\n")
-    declared = {"first": ["lib", "stage.py"], "second": ["stage.py"], "third": []}
-    made = code_of_stages(declared, tmp_path)
-    assert age(made, made) == "" and len(set(made.values())) == 3
-    for name, said in (("lib/b.txt", "first"), ("lib/c.py", "first"), ("stage.py", "first, second"), ("none.py", "")):
-        (tmp_path / name).write_text("x = 2\n")
-        assert age(made, code_of_stages(declared, tmp_path)) == (f"older than today's code of {said}" if said else "")
-        (tmp_path / name).write_text("x = 1\n")
-        (tmp_path / "lib/c.py").unlink(missing_ok=True)
-    assert age({}, made) == "older than today's code of first, second, third"
+def main(params: Params) -> str:
+    from refusal.lib.a import f
+
+    return f(load(params))
+
+
+stage(main)
+'''
+
+
+def test_a_stage_s_code_is_what_it_calls_and_no_plumbing(tmp_path):
+    files = {
+        "stages/first.py": STAGE,
+        "stages/second.py": STAGE.replace("f(load(params))", '"done"'),
+        "stages/shared.py": "def load(params):\n    return 1\n",
+        "stages/__init__.py": "def stage(main):\n    main()\n",
+        "refusal/io/params.py": "class Params:\n    pass\n",
+        "refusal/lib/a.py": "import torch\n\ndef f(x):\n    return 'b.txt'\n\ndef g(x):\n    return x\n",
+        "refusal/lib/b.txt": "x\n",
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    modules = {name: f"stages.{name}" for name in ("first", "second")}
+    made = code_of_stages(modules, tmp_path)
+    assert made == code_of_stages(modules, tmp_path) and len(set(made.values())) == 2
+    for name, old, new, older in (
+        ("stages/first.py", "f(load(params))", "-f(load(params))", ["first"]),
+        ("stages/first.py", "stage(main)", "stage(lambda params: main(params))", ["first"]),
+        ("stages/first.py", '"""A stage."""', '"""One stage."""', []),
+        ("stages/shared.py", "return 1", "return 2", ["first"]),
+        ("stages/__init__.py", "main()", "main(1)", []),
+        ("refusal/io/params.py", "pass", "new: int = 1", []),
+        ("refusal/lib/a.py", "def f(x):", "def f(y):", ["first"]),
+        ("refusal/lib/a.py", "return x", "return -x", []),  # which no stage calls
+        ("refusal/lib/b.txt", "x", "y", ["first"]),
+    ):
+        (tmp_path / name).write_text(files[name].replace(old, new))
+        now = code_of_stages(modules, tmp_path)
+        assert [stage for stage in modules if now[stage] != made[stage]] == older, (name, new)
+        (tmp_path / name).write_text(files[name])
+    with pytest.raises(ValueError, match=r"stages.third is no module"):
+        code_of_stages({"third": "stages.third"}, tmp_path)
+
+
+def test_a_stage_hangs_on_the_versions_of_no_package(monkeypatch):
+    modules = {"sweep": "stages.sweep", "report": "stages.report"}
+    before = code_of_stages(modules, ROOT)
+    monkeypatch.setattr("refusal.io.code.version", lambda package: "another")
+    assert code_of_stages(modules, ROOT) == before
+    found = closure((("stages.sweep", ""),), ROOT, PLUMBING)
+    assert {"refusal.method.interventions:Ablation", "stages.sweep:main"} <= found.keys()
+    assert not [place for place in found if place.startswith(("refusal.io.params", "stages:"))]

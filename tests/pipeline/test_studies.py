@@ -127,9 +127,23 @@ def test_figures_older_than_the_code_say_so_by_stage(repository):
     text = module.read_text()
     module.write_text(f"{text}\n# A remark.\n")
     assert "few: up to date\n" in make(repository)
-    module.write_text(f"{text}\nNEW = 1\n")
-    assert "few: older than today's code of published, report\n" in make(repository)
+    module.write_text(f"{text}\n\ndef called_by_no_stage():\n    return 1\n")
+    assert "few: up to date\n" in make(repository)
+    module.write_text(f"{text}\nprint()\n")
+    assert "few: older than today's code of report\n" in make(repository)
     module.write_text(text)
+    harmless = repository / "data/raw/harmless.jsonl"
+    text = harmless.read_text()
+    harmless.write_text(text + text.splitlines()[0] + "\n")
+    assert "few: older than today's data/raw/harmless.jsonl\n" in make(repository)
+    harmless.write_text(text)
+    params = repository / "params.yaml"
+    text = params.read_text()
+    values = yaml.safe_load(text)
+    values["benchmark"]["n_resamples"] += 1
+    params.write_text(yaml.safe_dump(values))
+    assert "few: older than today's parameters of benchmark, report\n" in make(repository)
+    params.write_text(text)
 
 
 def test_another_study_sees_uncommitted_code_and_leaves_the_first_alone(repository):

@@ -68,6 +68,8 @@ HELPS = {
 def place(tmp_path, monkeypatch):
     place = Place(tmp_path)
     shutil.copyfile(ROOT / "dvc.yaml", tmp_path / "dvc.yaml")
+    for package in ("refusal", "stages"):
+        shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "docs").mkdir()
     monkeypatch.chdir(tmp_path)
     return place
@@ -78,8 +80,7 @@ def add(place, name, metrics, **model):
     place.write(f"studies/{name}.yaml", json.dumps(OVERLAY | {"model": OVERLAY["model"] | model}))
     for file, content in metrics.items():
         place.write(f"studies/{name}/metrics/{file}.json", json.dumps(content))
-    known = studies.made_by(name) | {"code": studies.code(place.folder)}
-    place.write(f"studies/{name}/study.json", json.dumps(known))
+    place.write(f"studies/{name}/study.json", json.dumps(studies.made_by(name)))
 
 
 def made(place):
@@ -170,11 +171,17 @@ def test_a_model_that_came_as_a_file_has_the_name_of_its_study(place):
 
 def test_a_study_of_older_code_says_so_where_its_figures_are_on_the_page(place):
     add(place, "some", REFUSES)
-    place.write("refusal/report/new.py", "x = 1\n")
-    assert cells(made(place), "Some-Chat")[-1] == "yes"  # the page shows no figure of the stage `report`
-    code = place.write("refusal/judges/new.py", "x = 1\n")
-    assert cells(made(place), "Some-Chat")[-1] == "no"
-    code.unlink()
+    for file, call, said in (
+        ("report/page.py", "return text", "yes"),  # the page shows no figure of the stage `report`
+        ("judges/verdicts.py", "return figures", "no"),
+    ):
+        module = place.folder / "refusal" / file
+        text = module.read_text()
+        assert call in text
+        module.write_text(text.replace(call, f"print()\n    {call}", 1))
+        assert cells(made(place), "Some-Chat")[-1] == said
+        module.write_text(text)
+    place.set("report", n_examples=3)
     assert cells(made(place), "Some-Chat")[-1] == "yes"
     place.set("science", n_test=None)
     assert cells(made(place), "Some-Chat")[-1] == "no"
