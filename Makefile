@@ -47,7 +47,7 @@ plan: $(READY) ## what a run will take: forward passes, tokens, judge calls, dis
 	python -m stages.plan $(STUDY) $(if $(REAL_MODEL),"$(REAL_MODEL)")
 
 test: $(READY) ## set up and run the tests
-	python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
+	python -m pytest -q -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 compare: restore ## every variant compared on one page: report/variants.html
 	set -o pipefail; dvc exp show --json | python -m refusal.report.variants report/variants.html metrics/evaluate.json

@@ -21,6 +21,15 @@ from browser import browser, opened  # noqa: E402, F401
 from filelock import FileLock  # noqa: E402
 
 
+LONGEST = ("tests/real/", "tests/pipeline/", "tests/test_readme.py", "tests/test_coverage.py", "tests/stages/")
+
+
+def pytest_collection_modifyitems(items):
+    """Files that take minutes first, so that no worker is left with one of them at the end, when the others have nothing."""
+    place = {name: i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: next((place[name] for name in LONGEST if item.nodeid.startswith(name)), len(LONGEST)))
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread():
     torch.set_num_threads(1)
