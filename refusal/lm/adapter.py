@@ -51,8 +51,9 @@ def base_folder(folder: Path) -> Path | None:
 
 @dataclass(frozen=True)
 class Product:
-    """What an adapter adds to one weight, B [d, k] times A [k, n]: to its transpose where it is an `embedding`'s. misfit: what is said where it
-    does not fit."""
+    """What an adapter adds to one weight, B [d, k] times A [k, n]: to its transpose where it is an `embedding`'s.
+
+    misfit: what is said where it does not fit."""
 
     b: Tensor
     a: Tensor
