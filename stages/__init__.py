@@ -12,7 +12,6 @@ import sqlite3
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable, Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -38,6 +37,7 @@ _check_environment()  # before the library is imported, which would fail there w
 
 import psutil  # noqa: E402
 
+from refusal.io.command import in_one_sentence, sentence_of  # noqa: E402
 from refusal.io.errors import UserError  # noqa: E402
 from refusal.io.files import rounded, write_whole  # noqa: E402
 from refusal.io.params import Params  # noqa: E402
@@ -72,7 +72,7 @@ def stage(
     started = time.monotonic()
     if "DVC_STAGE" in os.environ:
         _exit_with_dvc(name)
-    try:
+    with in_one_sentence(name, _sentence):
         params = read()
         _set_environment(params.compute.threads, online(params))
         line = main(params, *sys.argv[1:])
@@ -80,16 +80,6 @@ def stage(
         if "DVC_STAGE" in os.environ and Path.cwd() == ROOT and Path("dvc.lock").is_file():
             # DVC has read it, and writes it again when this stage is over.
             write_whole(LOCK_KEPT, Path("dvc.lock").read_bytes())
-    except KeyboardInterrupt:
-        print(f"{name}: interrupted; what is computed is kept, the same command goes on", file=sys.stderr)
-        sys.exit(130)
-    except Exception as error:
-        sentence = _sentence(error)
-        if sentence is None or os.environ.get("REFUSAL_DEBUG") == "1":
-            traceback.print_exc()
-        internal = f"internal error ({type(error).__name__}): please report it with the lines above and params.yaml"
-        print(f"{name}: {sentence or f'{internal}; what is computed is kept'}", file=sys.stderr)
-        sys.exit(1)
     print(f"{name}: {line} ({time.monotonic() - started:.0f} s)", flush=True)
     gc.freeze()  # else the interpreter looks through all objects once more at its end, for two seconds
 
@@ -132,10 +122,8 @@ def _sentence(error: Exception) -> str | None:
         return f"{STORE}: {error}: is another run using it? Wait for its end, and run `dvc repro` again to go on"
     if isinstance(error, FileNotFoundError) and error.filename is not None:
         return f"{error.filename}: no such file: run `dvc repro`, which makes what is missing, or `dvc pull`, which fetches it"
-    if isinstance(error, OSError):
-        what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-        return f"{what}: fix this and run `dvc repro`; nothing computed is lost"
-    return None
+    said = sentence_of(error)
+    return said and f"{said}: fix this and run `dvc repro`; nothing computed is lost"
 
 
 def _set_environment(threads: int, online: bool) -> None:

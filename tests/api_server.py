@@ -12,10 +12,9 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler
 from typing import Any
 
-from loopback import listening
+from loopback import Handler, listening
 
 NOTE = "\n\n(Your last reply"
 
@@ -79,11 +78,8 @@ def written(reply: Reply, model: str) -> str:
 def serve(reply: Callable[[int, str], str | Reply], port: int = 0):
     lock = threading.Lock()
 
-    class Handler(BaseHTTPRequestHandler):
+    class Answers(Handler):
         protocol_version = "HTTP/1.1"
-
-        def log_message(self, *_: Any) -> None:
-            pass
 
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -125,6 +121,6 @@ def serve(reply: Callable[[int, str], str | Reply], port: int = 0):
                 with lock:
                     server.answered[question] += 1
 
-    with listening(Handler, port) as url:
+    with listening(Answers, port) as url:
         server = Server(url)
         yield server

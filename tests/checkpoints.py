@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import torch
 from tiny import tiny_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -48,3 +49,10 @@ def word_level(folder: Path, template: str | None, pad: str | None = "<pad>", we
         tiny_model("llama", vocab_size=96).save_pretrained(folder)
     else:
         (folder / "config.json").write_text(json.dumps({"model_type": "llama", "max_position_embeddings": 40}))
+
+
+def arm_of(difference: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What models/directions.safetensors holds of these differences [n_layers, d_model], of which layer 0 has none."""
+    difference = difference * (torch.arange(len(difference)) > 0)[:, None]
+    arm = {"difference": difference, "unit": difference / difference.norm(dim=-1, keepdim=True).clamp_min(1e-9)}
+    return arm | {"safe_mean": torch.zeros_like(difference), "defined": torch.arange(len(difference)) > 0}

@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.client import HTTPConnection
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from typing import Any
 
-from loopback import listening
+from loopback import Handler, listening
 
 HOP_BY_HOP = {"connection", "transfer-encoding", "content-length", "keep-alive"}
 
@@ -32,11 +32,8 @@ def faulty_line(port: int, seed: int) -> Iterator[Line]:
     """Before the server that listens on `port`."""
     rng, lock = random.Random(seed), threading.Lock()
 
-    class Handler(BaseHTTPRequestHandler):
+    class Answers(Handler):
         protocol_version = "HTTP/1.1"
-
-        def log_message(self, *_: Any) -> None:
-            pass
 
         def handle_any(self) -> None:
             body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
@@ -74,12 +71,12 @@ def faulty_line(port: int, seed: int) -> Iterator[Line]:
                 self.wfile.write(data[: len(data) // 2])
 
     for method in ("GET", "HEAD", "PUT", "POST", "DELETE"):
-        setattr(Handler, f"do_{method}", Handler.handle_any)
+        setattr(Answers, f"do_{method}", Answers.handle_any)
 
     class Quiet(ThreadingHTTPServer):
         def handle_error(self, *_: Any) -> None:
             pass  # a client that hangs up is what this is for
 
-    with listening(Handler, server=Quiet) as url:
+    with listening(Answers, server=Quiet) as url:
         line = Line(url)
         yield line

@@ -119,11 +119,16 @@ def write(
             writer.add_tensor(name, raw[name][0], raw_dtype=raw[name][1])
         else:
             writer.add_tensor(name, np.ascontiguousarray(w))
+    finish(writer)
+    return path
+
+
+def finish(writer: gguf.GGUFWriter) -> None:
+    """Write what the writer was given."""
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return path
 
 
 def _merges(tokenizer: PreTrainedTokenizerFast) -> list[tuple[str, str]]:

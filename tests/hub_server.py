@@ -4,10 +4,9 @@ import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler
 from urllib.parse import unquote, urlsplit
 
-from loopback import listening
+from loopback import Handler, listening
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -46,7 +45,7 @@ def listed(path: str, content: bytes) -> dict:
 
 @contextmanager
 def serve(hub: Hub) -> Iterator[Hub]:
-    class Handler(BaseHTTPRequestHandler):
+    class Answers(Handler):
         protocol_version = "HTTP/1.1"
 
         def do_HEAD(self) -> None:
@@ -54,9 +53,6 @@ def serve(hub: Hub) -> Iterator[Hub]:
 
         def do_GET(self) -> None:
             self.answer()
-
-        def log_message(self, *_: object) -> None:
-            pass
 
         def fail(self, status: int, code: str) -> None:
             self.send(status, b"", {"X-Error-Code": code})
@@ -106,5 +102,5 @@ def serve(hub: Hub) -> Iterator[Hub]:
                 self.rfile.read(1)  # until the other side is gone
             self.close_connection = True
 
-    with listening(Handler) as hub.url:
+    with listening(Answers) as hub.url:
         yield hub

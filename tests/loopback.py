@@ -6,6 +6,13 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
+class Handler(BaseHTTPRequestHandler):
+    """Answers as its subclass says, and logs nothing."""
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
 @contextmanager
 def listening(
     handler: type[BaseHTTPRequestHandler], port: int = 0, server: type[ThreadingHTTPServer] = ThreadingHTTPServer

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -60,7 +61,7 @@ class Place:
             shutil.copyfile(ROOT / name, folder / name)
         self.set("compute", threads=1)
         for name in ("pairs", "unrelated"):
-            self.write(f"data/prompts/{name}.jsonl", "".join(json.dumps(row) + "\n" for row in PAIRS))
+            self.write_rows(f"data/prompts/{name}.jsonl", PAIRS)
 
     def set(self, section: str, **values: object) -> None:
         params_with(self.folder, {f"{section}.{key}": value for key, value in values.items()})
@@ -70,6 +71,9 @@ class Place:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
         return path
+
+    def write_rows(self, name: str, rows: Iterable[Mapping[str, object]]) -> Path:
+        return self.write(name, "".join(json.dumps(row) + "\n" for row in rows))
 
     def run(self, *command: str, **environment: str) -> Result:
         done = subprocess.run(

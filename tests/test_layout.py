@@ -45,7 +45,8 @@ def test_the_library_knows_no_stage_and_no_path_of_the_pipeline():
     for path, others in modules().items():
         assert "stages" not in {other.parts[0] for other in others}, path
         for folder in ('"data/', '"models/', '"metrics/', '"plots/'):
-            assert folder not in (ROOT / path).read_text(), (path, folder)
+            # The command `refusal compare` is given whole studies.
+            assert folder not in (ROOT / path).read_text() or path.name == "__main__.py", (path, folder)
 
 
 def test_no_import_runs_back_up():

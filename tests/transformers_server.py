@@ -9,8 +9,10 @@ import asyncio
 import json
 import sys
 import types
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from typing import Any
+
+from loopback import Handler
 
 
 class JSONResponse:
@@ -46,10 +48,7 @@ from transformers.cli.serving.utils import GenerationState  # noqa: E402
 def main(checkpoint: str) -> None:
     chat = ChatCompletionHandler(ModelManager(device="cpu", force_model=checkpoint), GenerationState())
 
-    class Handler(BaseHTTPRequestHandler):
-        def log_message(self, *_: Any) -> None:
-            pass
-
+    class Answers(Handler):
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             try:
@@ -64,7 +63,7 @@ def main(checkpoint: str) -> None:
             self.end_headers()
             self.wfile.write(data)
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as http:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Answers) as http:
         print(f"http://127.0.0.1:{http.server_address[1]}", flush=True)
         http.serve_forever()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,34 +60,46 @@ def _read(file: Path) -> Samples:
 
 
 def compare_samples(base: Mapping[str, Samples], edited: Mapping[str, Samples]) -> dict[str, dict[str, Any]]:
-    """Of each task of both: the scores, their paired difference (edited - base) with its 95 % interval, McNemar's exact test and
-    that corrected for the number of tasks (Holm).
+    """Of each task of both: `paired_row`, documents of the same content one cluster, with Holm's correction over the tasks.
 
-    Documents of the same content are one cluster. p is None where scores are not 0 and 1. Raises UserError where no task is
-    shared, or documents differ. Source: `paired_difference`; McNemar 1947, with the binomial distribution.
+    Raises UserError where no task is shared, or documents differ.
     """
     shared = [task for task in base if task in edited]
     if not shared:
         raise UserError(f"no task is in both: the base has {', '.join(base) or 'none'}, the other {', '.join(edited) or 'none'}.")
-    table = {task: _compare(base[task], edited[task]) for task in shared}
-    for task, p in holm({task: row["p"] for task, row in table.items() if row["p"] is not None}).items():
-        table[task]["p_holm"] = p
-    return table
+    for task in shared:
+        ours, theirs = base[task], edited[task]
+        if ours.ids != theirs.ids or ours.documents != theirs.documents:
+            said = f"{theirs.path}: its documents are not those of {ours.path}"
+            raise UserError(f"{said}: score both on the same, with one --limit.")
+    return with_holm({task: paired_row(base[task].scores, edited[task].scores, base[task].documents) for task in shared})
 
 
-def _compare(base: Samples, edited: Samples) -> dict[str, Any]:
+def paired_row(
+    base: Sequence[float], edited: Sequence[float], clusters: Sequence[Hashable], icc: float | None = None
+) -> dict[str, Any]:
+    """Two models' scores within 0 and 1 of the same items: their means, the difference edited - base with its 95 % interval, how
+    many items were gained and lost, and McNemar's exact test, None where scores are not 0 and 1.
+
+    icc: the intraclass correlation where more rates tell of it, else that of these two. Source: `paired_difference`; McNemar
+    1947, "Note on the Sampling Error of the Difference between Correlated Proportions or Percentages", with the binomial
+    distribution.
+    """
     from scipy.stats import binomtest  # a second to import
 
-    if base.ids != edited.ids or base.documents != edited.documents:
-        raise UserError(f"{edited.path}: its documents are not those of {base.path}: score both on the same, with one --limit.")
-    ours, theirs, clusters = edited.scores, base.scores, base.documents
-    icc = max(intraclass_correlations([(theirs, clusters), (ours, clusters)]))
-    difference, low, high = paired_difference(ours, theirs, clusters, icc)
-    gained, lost = (sum(a > b for a, b in zip(*pair, strict=True)) for pair in ((ours, theirs), (theirs, ours)))
-    whole = {*ours, *theirs} <= {0.0, 1.0}
+    icc = max(intraclass_correlations([(base, clusters), (edited, clusters)])) if icc is None else icc
+    difference, low, high = paired_difference(edited, base, clusters, icc)
+    gained, lost = (sum(a > b for a, b in zip(*pair, strict=True)) for pair in ((edited, base), (base, edited)))
+    whole = {*edited, *base} <= {0.0, 1.0}
     p = binomtest(gained, gained + lost, 0.5).pvalue if whole and gained + lost else 1.0 if whole else None
     return {
-        **{"n": len(ours), "n_clusters": len(set(clusters)), "base": sum(theirs) / len(ours), "edited": sum(ours) / len(ours)},
+        **{"n": len(base), "n_clusters": len(set(clusters)), "base": sum(base) / len(base), "edited": sum(edited) / len(base)},
         **{"difference": difference, "difference_low": low, "difference_high": high},
-        **{"n_gained": gained, "n_lost": lost, "p": None if p is None else float(p), "p_holm": None},
+        **{"n_gained": gained, "n_lost": lost, "p": None if p is None else float(p)},
     }
+
+
+def with_holm(table: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The rows with `p_holm`: p corrected for the number of rows that have one."""
+    corrected = holm({name: row["p"] for name, row in table.items() if row["p"] is not None})
+    return {name: row | {"p_holm": corrected.get(name)} for name, row in table.items()}

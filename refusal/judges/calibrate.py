@@ -10,13 +10,13 @@ import argparse
 import csv
 import json
 import re
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
 from pydantic import ValidationError
 
+from refusal.io.command import in_one_sentence
 from refusal.io.endpoint import Endpoint
 from refusal.io.errors import UserError
 from refusal.io.params import Rubric
@@ -135,6 +135,15 @@ def _mapping(labels: str) -> dict[str, str]:
     return mapping
 
 
+def _endpoint(options: argparse.Namespace) -> Endpoint:
+    try:
+        return Endpoint(**{name: getattr(options, name) for name in Endpoint.model_fields})
+    except ValidationError as error:
+        problem = error.errors()[0]
+        option = str(problem["loc"][0]).replace("_", "-")
+        raise UserError(f"--{option}: {problem['msg'].removeprefix('Value error, ')}") from None
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser("python -m refusal.judges.calibrate", description="Agreement of a judge with human labels.")
     parser.add_argument("file", help="CSV with the columns prompt, completion and final_label or label")
@@ -151,19 +160,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--store", type=Path, default=Path(".refusal-store/store.sqlite"), help="where verdicts are kept; default: %(default)s"
     )
     options = parser.parse_args(arguments)
-    try:
+    with in_one_sentence():
         rows = read_labelled(options.file, options.labels)
         judge: Judge = by_rules
         if options.judge == "llm":
-            endpoint = Endpoint(**{name: getattr(options, name) for name in Endpoint.model_fields})
             store, limits = Store(options.store), (options.allow_missing, options.max_tokens)
-            judge = LLMJudge(endpoint, store, *limits, where="calibrate", rubric=options.rubric)
+            judge = LLMJudge(_endpoint(options), store, *limits, where="calibrate", rubric=options.rubric)
         figures = calibrate_with(judge, rows, f"calibrate {options.file}", options.allow_missing)
-    except ValidationError as error:
-        problem = error.errors()[0]
-        sys.exit(f"--{str(problem['loc'][0]).replace('_', '-')}: {problem['msg'].removeprefix('Value error, ')}")
-    except UserError as error:
-        sys.exit(str(error))  # to stderr, with exit status 1
     print(json.dumps(figures, indent=2))
 
 

@@ -6,6 +6,8 @@ with B_o the basis that is taken out; the embedding [vocab, d_model] gets the sa
 
 from __future__ import annotations
 
+from collections.abc import Container
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -47,6 +49,48 @@ def base_folder(folder: Path) -> Path | None:
     return base
 
 
+@dataclass(frozen=True)
+class Product:
+    """What an adapter adds to one weight, B [d, k] times A [k, n]: to its transpose where it is an `embedding`'s.
+
+    misfit: what is said where it does not fit."""
+
+    b: Tensor
+    a: Tensor
+    embedding: bool
+    misfit: str
+
+    def added_to(self, w: Tensor, scale: float = 1.0) -> Tensor:
+        """W + scale B A, in A's dtype. Raises UserError where W is of another shape."""
+        before = w.mT if self.embedding else w
+        if before.shape != (len(self.b), self.a.shape[-1]):
+            raise UserError(self.misfit)
+        after = add_product(before.to(self.a.dtype), self.b if scale == 1 else scale * self.b, self.a)
+        return after.mT if self.embedding else after
+
+
+def read_products(folder: Path, base: Path, names: Container[str]) -> dict[str, Product]:
+    """The products of an adapter by the weight of `base` that each is added to.
+
+    Raises UserError for an adapter that cannot be read, or adds to what is not among the `names` of base's weights.
+    """
+    try:
+        tensors = load_file(folder / WEIGHTS)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{folder / WEIGHTS}: cannot be read ({error}): download it, or run orthogonalize, again.") from None
+    products = {}
+    for key, a in tensors.items():
+        module, _, kind = key.removeprefix(ROOT).partition(".lora_")
+        name, other = f"{module}.weight", key.replace("lora_A", "lora_B").replace("embedding_A", "embedding_B")
+        fix = "give the base that the adapter names, or run orthogonalize again"
+        misfit = f"{folder / WEIGHTS}: {key} does not fit {base}: {fix}."
+        if name not in names or other not in tensors:
+            raise UserError(misfit)
+        if kind in ("A.weight", "embedding_A"):
+            products[name] = Product(tensors[other], a, kind == "embedding_A", misfit)
+    return products
+
+
 @torch.no_grad()
 def merge(model: PreTrainedModel, folder: Path, base: Path) -> None:
     """Put W + B A for W into a model of `base`, computed from the checkpoint's own tensors in float32 at least and cast
@@ -54,25 +98,10 @@ def merge(model: PreTrainedModel, folder: Path, base: Path) -> None:
 
     Raises UserError for an adapter that cannot be read, or is of another model.
     """
-    try:
-        adapter = load_file(folder / WEIGHTS)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{folder / WEIGHTS}: cannot be read ({error}): run orthogonalize again.") from None
     shard_of = {entry.name: shard for shard in read_shards(base) for entry in shard.entries}
-    for key, a in adapter.items():
-        module, _, kind = key.removeprefix(ROOT).partition(".lora_")
-        if kind not in ("A.weight", "embedding_A"):
-            continue
-        name, b = f"{module}.weight", adapter[key.replace("lora_A", "lora_B").replace("embedding_A", "embedding_B")]
-        embedding = kind == "embedding_A"
-        if name not in shard_of:
-            raise UserError(f"{folder / WEIGHTS}: {key} does not fit {base}: run orthogonalize again.")
-        if embedding and model.lm_head.weight is model.get_parameter(name):
+    for name, product in read_products(folder, base, shard_of).items():
+        if product.embedding and model.lm_head.weight is model.get_parameter(name):
             model.lm_head.weight = nn.Parameter(model.lm_head.weight.clone(), requires_grad=False)
             model.config.tie_word_embeddings = False
         before = shard_of[name].tensor(name)
-        w = before.mT if embedding else before
-        if w.shape != (len(b), a.shape[-1]):
-            raise UserError(f"{folder / WEIGHTS}: {key} does not fit {base}: run orthogonalize again.")
-        after = add_product(w.to(a.dtype), b, a).to(before.dtype)
-        model.get_parameter(name).copy_(after.mT if embedding else after)
+        model.get_parameter(name).copy_(product.added_to(before).to(before.dtype))

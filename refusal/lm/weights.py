@@ -9,12 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from refusal.io.errors import UserError
-from refusal.lm.adapter import CONFIG, ROOT, WEIGHTS, add_product
+from refusal.lm.adapter import CONFIG, read_products
 from refusal.lm.architecture import Architecture, architecture_of
 from refusal.lm.checkpoint import read_json, read_shards
 
@@ -67,28 +65,10 @@ def _of_adapter(folder: Path, base: Weights) -> Weights:
         why = f"{unread[0]} is set" if unread else f"r is {rank!r} and lora_alpha {alpha!r}"
         raise UserError(f"{folder / CONFIG}: {why}, and plain LoRA is read: merge the adapter into its base and give that.")
     scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-    try:
-        tensors = load_file(folder / WEIGHTS)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{folder / WEIGHTS}: cannot be read ({error}): download it again.") from None
-    product_of = {}
-    for key, a in tensors.items():
-        module, _, kind = key.removeprefix(ROOT).partition(".lora_")
-        other = key.replace("lora_A", "lora_B").replace("embedding_A", "embedding_B")
-        if f"{module}.weight" not in base.names or other not in tensors:
-            raise UserError(f"{folder / WEIGHTS}: {key} does not fit {base.where}: give the base that the adapter names.")
-        if kind in ("A.weight", "embedding_A"):
-            product_of[f"{module}.weight"] = (scale * tensors[other], a, kind == "embedding_A")
+    products = read_products(folder, base.where, base.names)
 
     def read(name: str) -> Tensor:
         w = base.read(name)
-        if name not in product_of:
-            return w
-        b, a, embedding = product_of[name]
-        before = w.mT if embedding else w
-        if before.shape != (len(b), a.shape[-1]):
-            raise UserError(f"{folder / WEIGHTS}: {name} is of another shape than in {base.where}: give the adapter's base.")
-        after = add_product(before.to(a.dtype), b, a)
-        return after.mT if embedding else after
+        return products[name].added_to(w, scale) if name in products else w
 
     return Weights(folder, base.architecture, base.names, read)

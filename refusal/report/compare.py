@@ -73,15 +73,15 @@ def text(found: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def samples_text(table: Mapping[str, Mapping[str, Any]]) -> str:
-    """`compare_samples` as a table."""
-    width = max(map(len, (*table, "task")))
-    lines = [f"{'task':{width}}     n    base  edited  difference (95 %)          gained  lost  p (McNemar)  p (Holm)"]
-    for task, row in table.items():
+def scores_text(table: Mapping[str, Mapping[str, Any]], title: str, notes: Sequence[str] = ()) -> str:
+    """Rows of `samples.paired_row` by name as a table under `title`, and the notes below it."""
+    width = max(map(len, (*table, title)))
+    lines = [f"{title:{width}}     n    base  edited  difference (95 %)          gained  lost  p (McNemar)  p (Holm)"]
+    for name, row in table.items():
         difference = f"{row['difference']:+.4f} [{row['difference_low']:+.4f}, {row['difference_high']:+.4f}]"
         ends = f"{row['n_gained']:6} {row['n_lost']:5}  {_number(row['p']):>11}  {_number(row['p_holm']):>8}"
-        lines.append(f"{task:{width}} {row['n']:5}  {row['base']:.4f}  {row['edited']:.4f}  {difference:26} {ends}")
-    return "\n".join(lines) + "\n"
+        lines.append(f"{name:{width}} {row['n']:5}  {row['base']:.4f}  {row['edited']:.4f}  {difference:26} {ends}")
+    return "\n".join([*lines, *notes]) + "\n"
 
 
 def _number(value: float | None) -> str:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from refusal.analysis.verdict import NO_REFUSAL
 from refusal.report.study import Metrics
 
 DASH = "–"
@@ -47,8 +48,10 @@ Each row of ours is a study of `studies/`, on its own prompts and under its own 
 prompts, with 95 % intervals ([intervals.md](intervals.md)). The best single direction and the best subspace were chosen on
 val. *Refusals removed* is the share of what the baseline refuses that is then answered in full; *beyond random* is that
 share less the same share of random directions (or subspaces of the same rank), with its lower limit, on which the verdict
-rests ([mediation.md](mediation.md)). *Of today's code*: whether parameters and code, as far as these figures come from them, are
-those that made them; `make study` names all that has changed. A dash: not known.
+rests ([mediation.md](mediation.md)). The verdict `none` with `no_refusal` is of a model that hardly refuses (the upper limit of
+the baseline's refusal is below {no_refusal}): it leaves too little to remove, and says nothing about directions. *Of today's
+code*: whether parameters and code, as far as these figures come from them, are those that made them; `make study` names all
+that has changed. A dash: not known.
 """
 THEIRS = """\
 Rows in italics are the write-up's, not ours. Each is the greatest *mean compliance* (0, 0.5 or 1 a prompt, judged by
@@ -203,7 +206,7 @@ def page(studies: Sequence[Made], organisms: Metrics | None, published: Metrics)
         table(COLUMNS, [cells for cells, _ in rows] + theirs(published)),
         "" if studies else "No study of ours has been run yet.\n",
         "\n".join(f"- {sentence}" for sentence in lacking) + "\n" if lacking else "",
-        READING,
+        READING.format(no_refusal=NO_REFUSAL),
         THEIRS.format(source=published["source"]),
         "## Calibration: organisms\n",
         CALIBRATION,

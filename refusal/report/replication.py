@@ -69,6 +69,9 @@ def arms(m: Mapping[str, Metrics]) -> str:
     return table(columns + more, cells)
 
 
+BEYOND = "of these answered in full, ablated less random (lower limit)"  # shares of the prompts that the baseline refuses
+
+
 def other_sets(generalization: Metrics) -> str:
     """The selected direction on sets that nothing was chosen on, with each system prompt: compliance, and the share of refusals
     removed beyond random directions, with its lower limit."""
@@ -84,7 +87,7 @@ def other_sets(generalization: Metrics) -> str:
                 + [DASH if more["above_random"] is None else f"{more['above_random']:.2f} ({more['above_random_low']:.2f})"]
             )
     columns = ("set", "system prompt", "n", "complies", "ablated", "random direction", "more than the baseline")
-    return table((*columns, "refused", "of these, answered beyond random (lower limit)"), cells)
+    return table((*columns, "the baseline refuses", BEYOND), cells)
 
 
 def statements(m: Mapping[str, Metrics], published: Metrics) -> list[Statement]:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from refusal.io.command import in_one_sentence
 from refusal.io.errors import UserError
 from refusal.report.charts import figure, fill
 from refusal.report.page import ARMS, render
@@ -102,7 +103,5 @@ def main(out: Path, evaluate: str, shown: str) -> str:
 
 
 if __name__ == "__main__":
-    try:
+    with in_one_sentence("variants"):
         print(main(Path(sys.argv[1]), sys.argv[2], sys.stdin.read()))
-    except UserError as error:
-        sys.exit(f"variants: {error}")

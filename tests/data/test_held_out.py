@@ -4,13 +4,12 @@ import csv
 import hashlib
 import io
 import os
-from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import pytest
 import yaml
 from huggingface_hub import constants
-from loopback import listening
+from loopback import Handler, listening
 
 from refusal.data.held_out import held_out, locate
 from refusal.io.errors import UserError
@@ -96,7 +95,7 @@ def server(monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     asked = []
 
-    class Handler(BaseHTTPRequestHandler):
+    class Answers(Handler):
         def do_GET(self) -> None:
             asked.append(self.path)
             content = {"/set.txt": CONTENT, "/other": b"Read a diary\n"}.get(self.path)
@@ -107,10 +106,7 @@ def server(monkeypatch):
             self.end_headers()
             self.wfile.write(content or b"")
 
-        def log_message(self, *_: object) -> None:
-            pass
-
-    with listening(Handler) as url:
+    with listening(Answers) as url:
         yield url, asked
 
 

@@ -149,6 +149,13 @@ def test_a_folder_is_no_file_and_the_command_exits_1(tmp_path):
     assert done.stdout == "" and done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
 
 
+def test_a_bad_option_of_the_endpoint_is_named(tmp_path):
+    (tmp_path / "rows.csv").write_text("prompt,completion,label\np,c,refusal\n")
+    with pytest.raises(SystemExit) as exit:
+        main([str(tmp_path / "rows.csv"), "--judge", "llm", "--max-attempts", "0", "--store", str(tmp_path / "store.sqlite")])
+    assert exit.value.code.startswith("--max-attempts: ") and "\n" not in exit.value.code
+
+
 def test_no_rows_is_an_error():
     with pytest.raises(UserError, match="no labelled rows"):
         calibrate([], parrot)

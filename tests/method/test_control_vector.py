@@ -3,6 +3,7 @@
 import gguf
 import pytest
 import torch
+from gguf_files import finish
 from tiny import tiny_model
 
 from refusal.io.errors import UserError
@@ -71,9 +72,6 @@ def test_what_is_none_is_one_sentence(tmp_path):
         writer = gguf.GGUFWriter(path, architecture)
         for name in names:
             writer.add_tensor(name, VECTORS[0].float().numpy())
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
+        finish(writer)
         with pytest.raises(UserError, match="is no control vector"):
             read_control_vector(path)

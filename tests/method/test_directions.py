@@ -164,9 +164,9 @@ def test_the_stage_writes_every_set_of_directions_under_its_own_name(tmp_path):
         for split, n in (("train", 40), ("val", 24))
         for i in range(n)
     ]
-    place.write("data/prompts/pairs.jsonl", "".join(json.dumps(row) + "\n" for row in pairs))
+    place.write_rows("data/prompts/pairs.jsonl", pairs)
     kept = [{"set": f"train.{part}", "kept": True} for part in ("harmful", "safe", "unrelated") for _ in range(40)]
-    place.write("data/behaviour/train.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
+    place.write_rows("data/behaviour/train.jsonl", kept)
     (tmp_path / "data/activations").mkdir()
     given = {method: activations(seed=seed) for seed, method in enumerate(methods)}
     for method, tensors in given.items():

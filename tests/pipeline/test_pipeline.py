@@ -54,6 +54,32 @@ def test_the_plan_counts_what_runs(study):
     assert "2 a parameter and token" in plan and "GB of disk are free" in plan
 
 
+def test_two_studies_compared_as_typed(study):
+    """With a copy in which baseline and run time changed places: the paired difference is what evaluate found, limits too."""
+    folder, _ = study
+    swapped, arms = folder.parent / "swapped", {"baseline": "runtime", "runtime": "baseline"}
+    for name in ("data/evaluated", "data/prompts"):
+        shutil.copytree(folder / name, swapped / name)
+    path = swapped / "data/evaluated/completions.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    path.unlink()  # a link into the cache
+    path.write_text("".join(json.dumps(row | {"arm": arms.get(row["arm"], row["arm"])}) + "\n" for row in rows))
+    lock = yaml.safe_load((folder / "dvc.lock").read_text())
+    lock["stages"]["evaluate"]["params"]["params.yaml"]["judge"]["kind"] = "llm"
+    (swapped / "dvc.lock").write_text(yaml.safe_dump(lock))
+    found = folder.parent / "found.json"
+    said = run(folder, sys.executable, "-m", "refusal", "compare", ".", str(swapped), "--json", str(found))
+    evaluated, arms = metrics(folder, "evaluate"), json.loads(found.read_text())["arms"]
+    for arm in ("baseline", "orthogonalized", "random"):
+        assert arms[f"{arm} compliance"]["base"] == pytest.approx(evaluated[arm]["compliance"], rel=1e-5)
+        assert arms[f"{arm} refusal_safe"]["base"] == pytest.approx(evaluated[arm]["refusal_safe"], rel=1e-5)
+    for end in ("", "_low", "_high"):
+        expected = evaluated["runtime"][f"difference{end}"]
+        assert arms["baseline compliance"][f"difference{end}"] == pytest.approx(expected, rel=1e-5)
+    assert arms["orthogonalized compliance"]["difference"] == 0 and arms["orthogonalized compliance"]["p"] == 1
+    assert said.splitlines()[0].startswith("arm ") and 'judge.kind differs: "rules" and "llm"' in said.splitlines()
+
+
 def test_the_log_names_every_input_by_the_hash_that_dvc_locks(study):
     folder, _ = study
     locked = yaml.safe_load((folder / "dvc.lock").read_text())["stages"]

@@ -4,7 +4,6 @@ All stages of all studies run in one process, since most of what a small study t
 elsewhere.
 """
 
-import json
 import math
 import os
 import shutil
@@ -52,7 +51,7 @@ def studies(tmp_path_factory):
         params_with(top / name, {"prompts.harmful": f"data/raw/{name}"})  # the one line
         if name == ONE_LAYER:
             params_with(top / name, {"sweep.layers": [2], "select.top": 2})
-        place.write("data/raw/harmless.jsonl", "".join(json.dumps({"prompt": text}) + "\n" for text in OWN))
+        place.write_rows("data/raw/harmless.jsonl", ({"prompt": text} for text in OWN))
         shutil.copyfile(REFERENCE / name, top / name / "data/raw" / name)
         for path in (
             "refusal/report/published.json",

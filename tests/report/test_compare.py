@@ -1,11 +1,15 @@
 """`refusal compare`: the lines, the JSON, and one sentence for bad input."""
 
 import json
+import os
 import shutil
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+from inspect_files import sample, write_log
 from safetensors.torch import load_file, save_file
 from tiny import tiny_direction, tiny_model
 
@@ -114,6 +118,46 @@ def test_samples_of_lm_eval(tmp_path, capsys):
     assert (row["n_gained"], row["n_lost"]) == (1, 7) and row["p"] == pytest.approx(2 * (1 + 8) / 2**8)
     with pytest.raises(SystemExit, match="scores have none"):
         compared(capsys, tmp_path, "base", "edited", "--directions", "x")
+
+
+@pytest.mark.parametrize("suffix", ["json", "eval"])
+def test_logs_of_inspect(tmp_path, suffix):
+    """As typed, in a process of its own; tests/analysis/test_inspect_logs.py holds the figures."""
+    for name, right in (("base", {1, 2, 3, 4, 5, 6, 7, 8}), ("edited", {1, 9})):
+        rows = [sample(i, {"match": "C" if i in right else "I", "graded": {"tone": 0.5}}) for i in range(10)]
+        write_log(tmp_path / f"{name}.{suffix}", rows, status="success" if name == "base" else "cancelled")
+    names = [f"base.{suffix}", f"edited.{suffix}", "--json", "found.json"]
+    command = [sys.executable, "-m", "refusal", "compare", *names]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0 and done.stderr == ""
+    docs = (Path(__file__).parents[2] / "docs/edits.md").read_text()
+    assert done.stdout.replace(f".{suffix}", ".eval") in docs
+    title, first, second, *notes = done.stdout.splitlines()
+    assert title.startswith("scorer ") and first.split()[:5] == ["match", "10", "0.8000", "0.2000", "-0.6000"]
+    assert second.split()[:5] == ["graded/tone", "10", "0.5000", "0.5000", "+0.0000"] and second.split()[-2:] == ["-", "-"]
+    assert notes == [f"edited.{suffix}: its status is cancelled: it is not complete"]
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["scorers"]["match"]["p"] == pytest.approx(2 * (1 + 8) / 2**8) and found["notes"] == notes
+    (tmp_path / f"edited.{suffix}").write_text("{")
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
+    assert done.returncode == 1 and done.stdout == "" and len(done.stderr.splitlines()) == 1
+    assert done.stderr.startswith(f"edited.{suffix}: no log of inspect (")
+
+
+def test_two_of_one_kind(folder, tmp_path, capsys):
+    log = str(write_log(tmp_path / "log.json", [sample(1, {"s": 1})]))
+    (tmp_path / "metrics").mkdir()
+    (tmp_path / "metrics/evaluate.json").write_text("{}")  # as studies/<name>/ holds, without completions
+    for base, edited, said in (
+        (log, str(folder / "base"), r"log.json is a log of inspect, and .*base a checkpoint: give two of one kind"),
+        (str(tmp_path), log, r"is a study, and .*log.json a log of inspect"),
+        (str(tmp_path), str(tmp_path), r"completions.jsonl: no such file: run `dvc repro` there, or give the folder where"),
+    ):
+        with pytest.raises(SystemExit, match=said):
+            main(["compare", base, edited])
+    with pytest.raises(SystemExit, match="scores have none"):
+        main(["compare", log, log, "--directions", "x"])
 
 
 def test_help_needs_no_torch(capsys, monkeypatch):

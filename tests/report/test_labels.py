@@ -2,7 +2,6 @@
 
 import csv
 import http.client
-import json
 import os
 import random
 import re
@@ -168,7 +167,7 @@ def test_the_terminal(tmp_path, capsys):
 def served(tmp_path):
     """Starts the command in a folder with completions; gives the process and the address. Killed at the end."""
     place = Place(tmp_path)
-    place.write("data/evaluated/completions.jsonl", "".join(json.dumps(row) + "\n" for row in ROWS))
+    place.write_rows("data/evaluated/completions.jsonl", ROWS)
     started = []
 
     def start(*arguments: str) -> tuple[subprocess.Popen, str]:

@@ -1,5 +1,6 @@
 """The row of metrics/organisms.json, its picture, and what `make organisms` says of a wrong name."""
 
+import json
 import os
 import re
 import shutil
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from refusal.report.models import KINDS
 from refusal.report.organisms import figures, mean_between_layers, picture
 
 ROOT = Path(__file__).parents[2]
@@ -83,6 +85,29 @@ def test_the_picture_marks_every_layer_of_every_kind_that_refuses():
 
 def test_mean_between_layers():
     assert mean_between_layers(COSINES) == 0.5 and mean_between_layers([[None]]) is None
+
+
+def test_what_mediation_md_says_of_seeds_that_stand_out():
+    """Each sentence made from the committed figures; words that claim something of all seeds hold of all."""
+    organisms = json.loads((ROOT / "metrics/organisms.json").read_text(encoding="utf-8"))
+    text = " ".join((ROOT / "docs/mediation.md").read_text(encoding="utf-8").split())
+    refuse = {name: o for name, o in organisms.items() if not name.startswith("none.")}
+
+    def restores(name, control):
+        row = organisms[name]["random"][control]
+        return f"{row['compliance']:.2f} [{row['compliance_low']:.2f}, {row['compliance_high']:.2f}]"
+
+    (usual,) = {restores(name, "harmless") for name in refuse if name != "single.1"}
+    n = organisms["single.1"]["random"]["harmless"]["n"]
+    assert f"two harmless sets restores {usual} on every seed" in text
+    assert f"it restores {restores('single.1', 'harmless')} ({n} prompts)" in text
+    assert f"on which the verdict rests, restore {restores('single.1', 'random_1')} there" in text
+    assert organisms["single.1"]["single"]["compliance"] <= organisms["single.1"]["random"]["harmless"]["compliance"]
+    distributed = [o for name, o in organisms.items() if name.startswith("distributed.")]
+    verdicts = ", ".join(o["verdict"] + (f" by `{o['by']}`" if o["by"] else "") for o in distributed)
+    assert f"whatever the verdict: {verdicts}." in text and not any(o["difference_mediates"] for o in distributed)
+    assert all(KINDS["distributed"][1](o) for o in distributed)
+    assert "subspace" not in {o["verdict"] for o in organisms.values()}
 
 
 @pytest.mark.parametrize(

@@ -51,13 +51,13 @@ def test_every_direction_is_the_difference_of_its_own_two_sets(tmp_path, monkeyp
         for i in range(n)
     ]
     for name, of in (("pairs", rows), ("unrelated", [row | {"harmful": None} for row in rows])):
-        place.write(f"data/prompts/{name}.jsonl", "".join(json.dumps(row) + "\n" for row in of))
+        place.write_rows(f"data/prompts/{name}.jsonl", of)
     behaviour = [
         {"set": f"train.{part}", "id": f"p{i}", "kept": i in kept}
         for part in ("harmful", "safe", "unrelated")
         for i in range(N["train"])
     ]
-    place.write("data/behaviour/train.jsonl", "".join(json.dumps(row) + "\n" for row in behaviour))
+    place.write_rows("data/behaviour/train.jsonl", behaviour)
     place.set("activations", methods=["sequential"])
     place.set("directions", n_sign_flips=10, n_resamples=10)
     assert place.stage("directions").status == 0

@@ -7,7 +7,7 @@ import sqlite3
 import pandas as pd
 import pytest
 import torch
-from checkpoints import LLAMA, byte_level
+from checkpoints import LLAMA, arm_of, byte_level
 from place import Place
 from safetensors.torch import save_file
 
@@ -24,17 +24,14 @@ def place(tmp_path):
     """A place with a tiny checkpoint, directions of its layers 1 and 2, and a choice made of them."""
     made = Place(tmp_path)
     byte_level(tmp_path / "models/base", "llama", LLAMA)
-    difference = torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
-    difference[0] = 0
-    arm = {"difference": difference, "unit": difference / difference.norm(dim=-1, keepdim=True).clamp_min(1e-9)}
-    arm |= {"safe_mean": torch.zeros(3, 32), "defined": torch.tensor([False, True, True])}
+    arm = arm_of(torch.randn(3, 32, generator=torch.Generator().manual_seed(0)))
     pairings = ("matched", "unrelated", "harmless")
     tensors = {f"sequential-{pairing}.{name}": t.clone() for pairing in pairings for name, t in arm.items()}
     save_file(tensors, tmp_path / "models/directions.safetensors")
     unrelated = [row | {"harmful": None, "safe": f"Name colour {row['id']}."} for row in ROWS]
     kept = [{"set": f"train.{part}", "id": "p0", "kept": True} for part in ("harmful", "safe", "unrelated")]
     for name, rows in (("prompts/pairs", ROWS), ("prompts/unrelated", unrelated), ("behaviour/train", kept)):
-        made.write(f"data/{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        made.write_rows(f"data/{name}.jsonl", rows)
     made.write("metrics/select.json", json.dumps({"rank_1": {"layer": 1, "alpha": 1.0, "name": "sequential_layer_1_alpha_100"}}))
     made.write("data/raw/set.csv", SET)
     made.set("model", id="models/base")

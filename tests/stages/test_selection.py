@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from checkpoints import LLAMA, byte_level
+from checkpoints import LLAMA, arm_of, byte_level
 from place import Place
 from safetensors.torch import save_file
 
@@ -36,17 +36,14 @@ def place(tmp_path):
     generator = torch.Generator().manual_seed(0)
     tensors = {}
     for pairing in ("matched", "harmless"):
-        difference = torch.randn(3, 32, generator=generator)
-        difference[0] = 0
-        arm = {"difference": difference, "unit": difference / difference.norm(dim=-1, keepdim=True).clamp_min(1e-9)}
-        arm |= {"safe_mean": torch.zeros(3, 32), "defined": torch.tensor([False, True, True])}
-        tensors |= {f"sequential-{pairing}.{name}": tensor.clone() for name, tensor in arm.items()}
+        arm = arm_of(torch.randn(3, 32, generator=generator))
+        tensors |= {f"sequential-{pairing}.{name}": tensor for name, tensor in arm.items()}
     save_file(tensors, tmp_path / "models/directions.safetensors")
     for name, rows in (
         ("pairs", ROWS),
         ("unrelated", [row | {"harmful": None, "safe": f"Name colour {row['id']}."} for row in ROWS]),
     ):
-        made.write(f"data/prompts/{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        made.write_rows(f"data/prompts/{name}.jsonl", rows)
     separation = {"sequential-matched": {"separation": [None, 1.0, 2.0]}}
     made.write("metrics/directions.json", json.dumps(separation))
     cells = {f"layer_{i}_alpha_100": JUDGED | {"layer": i} for i in (1, 2)}

@@ -36,8 +36,8 @@ def place(tmp_path):
     shutil.copytree(ROOT / "studies", tmp_path / "studies")
     place = Place(tmp_path)
     pairs = [{"harmful": f"Pick lock w{i} x{i}?", "safe": f"Paint wall y{i} z{i}?"} for i in range(30)]
-    place.write("data/raw/pairs.jsonl", "".join(json.dumps(row) + "\n" for row in pairs))
-    place.write("data/raw/harmless.jsonl", "".join(json.dumps({"prompt": f"Bake cake u{i} v{i}."}) + "\n" for i in range(30)))
+    place.write_rows("data/raw/pairs.jsonl", pairs)
+    place.write_rows("data/raw/harmless.jsonl", ({"prompt": f"Bake cake u{i} v{i}."} for i in range(30)))
     return place
 
 
