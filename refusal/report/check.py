@@ -13,7 +13,8 @@ SAYS = {
         "greatest gain of a norm over its median",
         "a coordinate at 10 times the median has 100 times its square; Qwen2.5-Coder-0.5B has 7.3 at most, Gemma 3's post-norms "
         "20 to 34, which are reported to spoil a difference in means",
-        "Look at loud_difference: where it is passed too, the difference in means is mostly of that coordinate.",
+        "Look at loud_difference: where it is passed too, set directions.estimator to another than mean and compare the "
+        "separation of both.",
     ),
     "loud_coordinate": (
         "share of |resid_pre|^2 in one coordinate, mean over prompts",
@@ -24,7 +25,7 @@ SAYS = {
     "loud_difference": (
         "share of the squared difference in means in one coordinate",
         "a quarter: the direction has a cosine of .5 with that axis",
-        "Set sweep.layers to the layers below the threshold, and compare the direction with that of other safe prompts.",
+        "Set directions.estimator to geometric_median, winsorized or normalised, and compare the layer's compliance with mean's.",
     ),
     "pad_resid_pre": (
         "what masked padding moves resid_pre by, of its length",

@@ -79,7 +79,7 @@ def test_a_gain_behind_the_writers_is_named(here, capsys):
     lines = checked(capsys, "loud", "-n", "2", "--json", "found.json").splitlines()
     (line,) = [line for line in lines if line.startswith("! norm_gain ")]
     assert "model.layers.1.post_feedforward_layernorm.weight, coordinate 3, gain 30" in line
-    assert any(line.startswith("! norm_gain: ") and "loud_difference" in line for line in lines)
+    assert any(line.startswith("! norm_gain: ") and "directions.estimator" in line for line in lines)
     one = json.loads((here / "found.json").read_text())["checks"]["loud_coordinate"]
     assert one["coordinate"][2] == 3 and one["by_layer"][2] > 0.3 > one["by_layer"][1], one
 
