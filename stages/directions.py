@@ -17,12 +17,14 @@ def main(params: Params) -> str:
     from safetensors.torch import save_file
 
     from refusal.analysis.ceilings import categories, ceiling_to_all, ceilings, describe_noise
-    from refusal.analysis.separation import contrast, cosine_to_all, describe, harmless_sets, plot_rows
+    from refusal.analysis.estimated import contrast_by, without_noise_of_means
+    from refusal.analysis.separation import cosine_to_all, describe, harmless_sets, plot_rows
     from refusal.io.progress import progress
     from refusal.method.activations_file import read_activations
-    from refusal.method.directions import difference_in_means
+    from refusal.method.robust_means import estimate
 
     d, methods = params.directions, params.activations.methods
+    of_means = d.estimator == "mean"
     pairs, unrelated = (read_jsonl(Path(f"data/prompts/{name}.jsonl")) for name in ("pairs", "unrelated"))
     paired, safe = is_paired(pairs), safe_rows(pairs, unrelated)
     topics = [row["topic"] for rows in (pairs, safe) for row in rows if row["split"] == "val"]
@@ -36,25 +38,25 @@ def main(params: Params) -> str:
     files = {str(method): Path(f"data/activations/{method}.safetensors") for method in methods}
     activations = {method: read_activations(path, kept) for method, path in files.items()}
     first = "sequential" if "sequential" in methods else methods[0], "matched" if "matched" in pairings else pairings[0]
-    reference = contrast(activations[first[0]], first[1], d.seed)
+    reference = contrast_by(d.estimator, activations[first[0]], first[1], d.seed)
     metrics: dict[str, Any] = {f"{method}-{pairing}": None for method in methods for pairing in d.pairings}
     directions = {}
     with progress(len(methods) * len(pairings), "directions", "set") as bar:
         for method, sets in activations.items():
             for pairing in pairings:
-                name, of = f"{method}-{pairing}", contrast(sets, pairing, d.seed)
+                name, of = f"{method}-{pairing}", contrast_by(d.estimator, sets, pairing, d.seed)
                 metrics[name] = describe(of, sets, topics, reference.directions, d.n_resamples, d.n_sign_flips, d.seed)
-                metrics[name] |= describe_noise(of, reference, d.seed)
+                metrics[name] = without_noise_of_means(metrics[name] | describe_noise(of, reference, d.seed), d.estimator)
                 # All activations are read once more only where some prompts are left out.
-                everyone = contrast(read_activations(files[method]), pairing, d.seed) if left_out else of
+                everyone = contrast_by(d.estimator, read_activations(files[method]), pairing, d.seed) if left_out else of
                 metrics[name]["cosine_to_all"] = cosine_to_all(of, everyone)
-                metrics[name]["cosine_to_all_ceiling"] = ceiling_to_all(of, everyone)
+                metrics[name]["cosine_to_all_ceiling"] = ceiling_to_all(of, everyone) if of_means else None
                 if name == swept:
-                    metrics[name]["categories"] = categories(of, groups, d.n_resamples, d.seed)
+                    metrics[name]["categories"] = categories(of, groups, d.n_resamples, d.seed) if of_means else None
                 directions[name] = of.directions
                 bar.update()
             # The control: the difference between two sets of prompts of which neither is harmful.
-            directions[f"{method}-harmless"] = difference_in_means(*harmless_sets(sets))
+            directions[f"{method}-harmless"] = estimate(*harmless_sets(sets), d.estimator, paired=False)
     described = {name: m for name, m in metrics.items() if m is not None}
     for m in described.values():
         m["cosine_to_sequential_ceiling"] = ceilings(m["reliability"], described["-".join(first)]["reliability"])

@@ -18,12 +18,16 @@ from refusal.io.params_file import load_params
 from stages import OWN_HARMLESS, ROOT, stage
 from stages.studies import parameters
 
+TRAINED = Path("models/base/training.json")
+
 
 def main(params: Params, *study: str) -> str:
     from refusal.report.plan import Step, steps
 
+    tokenizer, size, folder = model_of(params)
+    for line in looked_at(folder):
+        print(line)
     pairs, unrelated = prompts_of(params)
-    tokenizer, size = model_of(params)
     prompts = counted(params, tokenizer, pairs, unrelated)
     found = steps(params, size, prompts)
     passes, tokens = (sum(getattr(step, name) or 0 for step in found) for name in ("passes", "tokens"))
@@ -64,8 +68,21 @@ def prompts_of(params: Params) -> tuple[list[dict], list[dict]]:
     return pairs, unrelated
 
 
-def model_of(params: Params) -> tuple[Any, Any]:
-    """(tokenizer, refusal.report.plan.Size) from configuration and tokenizer alone: parameters are counted on an empty model."""
+def looked_at(folder: Path | None) -> list[str]:
+    """What `refusal check` says of weights alone, of a folder of them."""
+    if folder is None:
+        return ["weights: not here as safetensors, so not looked at; `refusal check` does once `dvc repro model` has run"]
+    from refusal.analysis.check import look_at_weights
+    from refusal.lm.weights import open_weights
+    from refusal.report.check import short
+
+    with open_weights(folder) as weights:
+        return short(look_at_weights(weights))
+
+
+def model_of(params: Params) -> tuple[Any, Any, Path | None]:
+    """(tokenizer, refusal.report.plan.Size, the folder of its weights where it has one here) from configuration and tokenizer
+    alone: parameters are counted on an empty model."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -77,12 +94,13 @@ def model_of(params: Params) -> tuple[Any, Any]:
     from refusal.organism.train import Corpus, new_model, train_tokenizer
     from refusal.report.plan import Size
 
-    missing, m = 0, params.model
+    missing, m, folder = 0, params.model, None
     ready = partial(validate.validate_checkpoint, system_prompt=m.system_prompt, thinking=m.thinking)
     if m.id == "organism":
         o = params.organism
         tokenizer: Any = train_tokenizer(Corpus(o.corpus_seed, ()), o.vocab_size)
         config: Any = new_model(o.model_dump(), tokenizer, o.seed).config
+        folder = TRAINED.parent if TRAINED.is_file() else None
     elif m.file is not None or Path(m.id).is_file():
         from refusal.lm import gguf
 
@@ -103,7 +121,7 @@ def model_of(params: Params) -> tuple[Any, Any]:
             read_shards(folder)
         ready(folder)
         if qwen1.is_qwen1(folder):
-            tokenizer, config = qwen1.peek(folder)
+            (tokenizer, config), folder = qwen1.peek(folder), None
         else:
             tokenizer = load_tokenizer(folder, params.model.thinking)
             config = AutoConfig.from_pretrained(folder, local_files_only=True)
@@ -111,7 +129,7 @@ def model_of(params: Params) -> tuple[Any, Any]:
         model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")  # no kernel is needed to count
     n = sum(p.numel() for p in model.parameters())
     n_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
-    return tokenizer, Size(n, n_bytes, architecture_of(config), missing)
+    return tokenizer, Size(n, n_bytes, architecture_of(config), missing), None if missing else folder
 
 
 def counted(params: Params, tokenizer: Any, pairs: list[dict], unrelated: list[dict]) -> Any:

@@ -124,6 +124,7 @@ class Activations(Section):
 
 
 class Directions(Resampled):
+    estimator: Literal["mean", "geometric_median", "winsorized", "normalised"] = "mean"
     pairings: Distinct[Pairing]
     n_sign_flips: Count
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from place import ROOT
 
+from refusal.analysis import check
 from refusal.data.prompt_files import read_rows
 from refusal.io.store import Store
 from refusal.judges.panel import by_rules
@@ -17,12 +18,14 @@ from refusal.judges.verdicts import difference
 from refusal.lm.gguf import convert
 from refusal.lm.load import load_lm
 from refusal.lm.validate import validate_checkpoint
+from refusal.lm.weights import open_weights
 from refusal.method.activations import last_token_resid_pre
 from refusal.method.directions import cosine, difference_in_means, random_unit
 from refusal.method.generate import Decoding
 from refusal.method.interventions import Intervention
 from refusal.method.orthogonalize import Edit, orthogonalize
 from refusal.method.sweep import complete
+from refusal.report.check import text
 
 FILE = os.environ.get("REFUSAL_REAL")
 pytestmark = [
@@ -101,3 +104,19 @@ def test_one_direction_restores_compliance_and_random_ones_do_not(lm, prompts, d
     orthogonalize(folder, [Edit(tmp_path / "edited", Intervention("edited", v, sites="weights"))])
     edited = texts(load_lm(tmp_path / "edited"), prompts[0], [Intervention("baseline")], tmp_path)
     assert edited["baseline"] == said["writes"]
+
+
+def test_what_could_spoil_a_study_of_it(lm, prompts, folder):
+    """What `refusal check` says, on 12 prompts of each half; the figures of 32 are its own."""
+    with open_weights(folder) as weights:
+        found = check.look_at_weights(weights)
+    ids = [lm.encode(each[::4], check.MAX_NEW_TOKENS) for each in prompts]
+    found |= check.look_at_stream(lm, *ids) | check.look_at_sums(lm, ids[0][:2]) | check.look_at_padding(lm, ids[0][:4])
+    asked = {"harmful": prompts[0][::4], "safe": prompts[1][::4]}
+    found |= check.look_at_refusals(lm, asked, {half: range(12) for half in asked}, n_test=102, exact=False)
+    print("\n" + text(found, "n = 12", {}))
+    # 7.3 in the first layer; two matrices in each of 24 layers; no gap but of rounding.
+    assert found["norm_gain"].value == pytest.approx(7.31, abs=0.01) and len(found["not_edited"].more["writers"]) == 48
+    assert {name for name, one in found.items() if one.passed is False} <= {"refused_test_prompts"}
+    assert found["loud_coordinate"].value > 0.3 > 5 * found["loud_coordinate"].more["share_of_difference"][14]
+    assert found["refusal"].more["refusal"] >= 0.3 and found["paper_tokens"].value >= 0.5

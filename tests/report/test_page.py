@@ -8,6 +8,7 @@ from browser import serious
 from markupsafe import escape
 from small_study import HOSTILE, IMAGE, study
 
+from refusal.analysis.estimated import without_noise_of_means
 from refusal.io.errors import UserError
 from refusal.method.paper_selection import Candidate, choose, metrics
 from refusal.report.page import ci, evenly, num, page, script_json, signed, value
@@ -269,6 +270,17 @@ def test_cosines_stand_beside_their_noise_ceilings(text):
     assert shown.count(figures) == 7 and "Directions of the 2 categories of harmful prompts" in shown and "(9 to 30)" in shown
     older = made(directions=with_noise(of={}))
     assert not any(words in older for words in ("noise ceiling</th>", "two halves", "categories of harmful prompts"))
+
+
+def test_another_estimator_is_named_and_nothing_is_said_of_what_only_means_have(text):
+    mean = html.unescape(made(directions=with_noise()))
+    assert "by <code>winsorized</code>" not in mean and "(2.5th percentile), so what lies" in mean and "the noise ceiling" in mean
+    params = {**study().params, "directions": {**study().params["directions"], "estimator": "winsorized"}}
+    directions = {arm: without_noise_of_means(m, "winsorized") for arm, m in with_noise().items()}
+    shown = html.unescape(made(params=params, directions=directions))
+    assert "by <code>winsorized</code>" in shown and "stands in place of the mean" in shown
+    assert "(2.5th percentile), so what lies" not in shown and "Undefined" not in shown
+    assert "Had all layers one direction" in mean and "Had all layers one direction" not in shown
 
 
 def test_published_directions_are_compared_with_ours(text):

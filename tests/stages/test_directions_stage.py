@@ -3,12 +3,15 @@
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from pipeline import naive_geometry as naive
 from place import Place
 from safetensors.torch import load_file, save_file
+from scipy.optimize import minimize
 
+from refusal.analysis.estimated import OF_MEANS
 from refusal.io.params_file import load_params
 from stages.study import load_study
 
@@ -31,9 +34,9 @@ def added(sets, pairing, layer, kept):
     return {"harmful": harmful, "unrelated": -unrelated} if pairing == "unrelated" else {"harmful": harmful - safe}
 
 
-@pytest.mark.parametrize("kept", [range(12), (0, 2, 5)], ids=["all", "behaving"])
-def test_every_direction_is_the_difference_of_its_own_two_sets(tmp_path, monkeypatch, kept):
-    place = Place(tmp_path)
+def prepared(folder, kept=range(12)):
+    """A folder with activations, prompts and which of them are kept, and the activations."""
+    place = Place(folder)
     generator = torch.Generator().manual_seed(0)
     sets = {
         f"{split}.{part}": torch.randn(n, *SHAPE, generator=generator)
@@ -43,8 +46,8 @@ def test_every_direction_is_the_difference_of_its_own_two_sets(tmp_path, monkeyp
     for i, part in enumerate(("harmful", "safe", "unrelated")):
         for split in N:
             sets[f"{split}.{part}"] += 3 * i
-    (tmp_path / "data/activations").mkdir(parents=True)
-    save_file(sets, tmp_path / "data/activations/sequential.safetensors")
+    (folder / "data/activations").mkdir(parents=True)
+    save_file(sets, folder / "data/activations/sequential.safetensors")
     rows = [
         {"id": f"p{i}", "split": split, "topic": i, "category": "ab"[i % 2] if split == "train" else "c", "harmful": f"h{i}", "safe": f"s{i}"}
         for split, n in reversed(N.items())
@@ -60,6 +63,12 @@ def test_every_direction_is_the_difference_of_its_own_two_sets(tmp_path, monkeyp
     place.write_rows("data/behaviour/train.jsonl", behaviour)
     place.set("activations", methods=["sequential"])
     place.set("directions", n_sign_flips=10, n_resamples=10)
+    return place, sets
+
+
+@pytest.mark.parametrize("kept", [range(12), (0, 2, 5)], ids=["all", "behaving"])
+def test_every_direction_is_the_difference_of_its_own_two_sets(tmp_path, monkeypatch, kept):
+    place, sets = prepared(tmp_path, kept)
     assert place.stage("directions").status == 0
     found, everything = load_file(tmp_path / "models/directions.safetensors"), differences(sets, range(12))
     expected = differences(sets, kept)
@@ -103,3 +112,31 @@ def test_every_direction_is_the_difference_of_its_own_two_sets(tmp_path, monkeyp
     )
     assert [len(study.pairs[split]) for split in ("val", "test")] == [4, 0]
     assert torch.equal(study.directions["unit"], found["sequential-matched.unit"])
+
+
+@pytest.mark.parametrize("kept", [range(12), (0, 2, 5)], ids=["all", "behaving"])
+def test_another_estimator_gives_every_direction_and_no_figure_of_means(tmp_path, kept):
+    place, sets = prepared(tmp_path, kept)
+    place.set("directions", estimator="geometric_median")
+    assert place.stage("directions").status == 0
+    found = load_file(tmp_path / "models/directions.safetensors")
+    centre = {name: geometric_median_of(x[[*kept]]) for name, x in sets.items() if name.startswith("train")}
+    expected = {
+        "matched": centre["train.harmful"] - centre["train.safe"],
+        "shuffled": centre["train.harmful"] - centre["train.safe"],
+        "unrelated": centre["train.harmful"] - centre["train.unrelated"],
+        "harmless": centre["train.unrelated"] - centre["train.safe"],
+    }
+    for pairing, difference in expected.items():
+        assert torch.allclose(found[f"sequential-{pairing}.difference"].double(), difference, atol=1e-4), pairing
+    m = json.loads((tmp_path / "metrics/directions.json").read_text())["sequential-matched"]
+    assert all(m[name] == [None] * 3 for name in OF_MEANS) and m["categories"] is None
+    assert None not in m["separation"] and m["cosine_to_all_ceiling"] is None
+    assert (m["cosine_to_all"] is None) == (len(kept) == 12)
+
+
+def geometric_median_of(x):
+    """By layer, by a general minimiser."""
+    layers = [x[:, i].double().numpy() for i in range(x.shape[1])]
+    found = [minimize(lambda y, p=p: np.linalg.norm(p - y, axis=1).sum(), p.mean(0), options={"gtol": 1e-9}).x for p in layers]
+    return torch.from_numpy(np.stack(found))
