@@ -20,7 +20,6 @@ import torch  # noqa: E402
 from browser import browser, opened  # noqa: E402, F401
 from filelock import FileLock  # noqa: E402
 
-
 LONGEST = ("tests/real/", "tests/pipeline/", "tests/test_readme.py", "tests/test_coverage.py", "tests/stages/")
 
 
