@@ -62,7 +62,7 @@ SETTINGS = {
 }
 SIZES = {"train": (60, 60, 40), "val": (17, 6, 20), "test": (39, 10, 20)}  # of each split: pairs, their topics, unrelated prompts
 HALVES = ["harmful", "harmful_answer", "safe", "safe_answer"]
-STAGES = "behaviour activations directions published selection sweep judge select orthogonalize evaluate agreement long_answers generalization science benchmark report".split()
+STAGES = "behaviour activations directions published selection sweep judge select orthogonalize evaluate agreement long_answers generalization science benchmark edits report".split()
 # What is told of activations (tests/analysis has naive paths for it), of a loss, of the language of prompts, and in words.
 LEFT_OUT = {
     "agreement": ["english_prompts", "labels.differ.*"],
@@ -134,7 +134,7 @@ def judged(ran) -> pd.DataFrame:
 
 def test_every_file_is_recomputed_or_named_here(ran):
     """Those of the stages before and of training have their own tests, and so has what is told of activations."""
-    elsewhere = {"model", "generalization", "orthogonalize", "published", "selection"}
+    elsewhere = {"model", "generalization", "orthogonalize", "published", "selection", "edits", "edits_summary"}
     told = {
         "agreement",
         "behaviour",
