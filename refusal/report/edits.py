@@ -47,7 +47,7 @@ def _cosines(name: str, beside: Metrics) -> Table:
 def _behaviour(study: Study, found: Metrics) -> Table:
     """The base and random directions at run time, as `evaluate` has them, then each checkpoint."""
     e = study.evaluate
-    rows = [_rates(arm, e[arm]) + ["–"] * 3 for arm in ("baseline", "random")]
+    rows = [_rates(*each) + ["–"] * 3 for each in (("baseline", e["baseline"]), ("random directions, run time", e["random"]))]
     for name, m in found.items():
         of, less = m["behaviour"], m["behaviour"]["evidence"]
         removed = f"{signed(less['above_random'])}, {signed(less['above_random_low'])}"
