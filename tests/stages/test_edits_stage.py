@@ -14,11 +14,11 @@ import torch
 import yaml
 from gguf_files import byte_pairs, chat_model
 from hub_server import COMMIT, Hub, serve
+from pipeline.interruption import repeats, watch_repeats
 from place import ROOT, Place
 from safetensors.torch import load_file, save_file
 from tiny import tiny_direction, tiny_model
 
-from pipeline.interruption import repeats, watch_repeats
 from refusal.io.params_file import load_params
 from refusal.method.interventions import Intervention
 from refusal.method.orthogonalize import Edit, orthogonalize
