@@ -58,6 +58,8 @@ class EditedCheckpoint(Section):
             yield f"{self.id} is a checkpoint of this study, which has neither revision nor file: delete them"
         elif self.file is not None and self.revision is None:
             yield "file names one of a hub id at revision; of a file here give the path as id, and no file"
+        if not self.own and OWN.fullmatch(self.name):
+            yield f"{self.id} would be called {self.name}, as a checkpoint of this study is: rename it"
         if self.revision in ("main", "master", ""):
             yield f"revision: {self.revision!r} pins nothing: give a commit hash or a tag of {self.id}"
 

@@ -166,6 +166,7 @@ MISTAKES = [  # the key that is set, its value, what is said
     ("edits.checkpoints", ["rank_4"], r"edits.checkpoints: rank_4 is not made, with select.top 3: raise that, or delete this"),
     ("edits.checkpoints", ["random", "random"], "edits: checkpoints: two are called random"),
     ("edits.checkpoints", ["a/x", "b/x.gguf"], "edits: checkpoints: two are called x: figures could not tell them apart"),
+    ("edits.checkpoints", ["a/rank_1"], "edits.checkpoints.0: a/rank_1 would be called rank_1, as a checkpoint of this study is: rename it"),
     ("edits.checkpoints", [{"id": "rank_1", "revision": "v1"}], "checkpoints.0: rank_1 is a checkpoint of this study, which has neither"),
     ("edits.checkpoints", [{"id": "a/b", "file": "x.gguf"}], "checkpoints.0: file names one of a hub id at revision; of a file here"),
     ("edits.checkpoints", [{"id": "a/b", "revision": "main"}], "checkpoints.0: revision: 'main' pins nothing: give a commit hash or a tag"),
