@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from refusal.analysis.benchmark import TASKS, packaged, tasks_of
 from refusal.analysis.candidates import AT_LEAST, RANKS
 from refusal.analysis.edited_checkpoints import OWN_ARMS
+from refusal.analysis.harmless_kl import BATCH_SIZE, FEW
 from refusal.analysis.long_answers import ARMS
 from refusal.io.params import Params
 from refusal.lm.architecture import Architecture
+from refusal.lm.batching import job_slices
 from refusal.lm.gguf_writer import FORMATS
 from refusal.method.bridge import N_PROMPTS
 from refusal.method.first_token import DIRECTIONS_PER_JOB
@@ -262,15 +264,19 @@ def _benchmark(params: Params, checkpoints: int) -> Step:
 
 def _edits(params: Params, count: _Counts, size: Size) -> list[Step]:
     """Test prompts to each checkpoint that `evaluate` has not asked; KL of each, two passes a text, and the base's cross-entropy
-    once; documents to those that are not the study's own, of which one copy is on the disk at a time, and the hub's all."""
+    once, what all texts of a batch begin with by itself; documents to those that are not the study's own, of which one copy is on
+    the disk at a time, and the hub's all."""
     edited, both = params.edits.checkpoints, ["test.harmful", "test.safe"]
     if not edited:
         return []
     asked, others = [one for one in edited if one.name not in OWN_ARMS], [one for one in edited if not one.own]
-    scored = _benchmark(params, len(others))
+    scored, reads = _benchmark(params, len(others)), 2 + 2 * len(edited)
+    texts, size_of_batch = count.rows(["test.unrelated"], 1, params.evaluate.n_harmless)[0], params.generation.batch_size
+    batches = job_slices(texts, BATCH_SIZE if size_of_batch == "auto" else min(size_of_batch, BATCH_SIZE), FEW)
     passes, tokens = _total(
         count.completed(both, len(asked)),
-        count.read(["test.unrelated"], 2 + 2 * len(edited), count.new, params.evaluate.n_harmless),
+        count.read(["test.unrelated"], reads, count.new, params.evaluate.n_harmless),
+        (reads * len(batches), 0),
     )
     known = not others or scored.passes is not None
     return [
