@@ -95,9 +95,10 @@ def _scores(kind: str, base: Path, edited: Path) -> tuple[dict[str, Any], str]:
 
 
 def _weights(base: Path, edited: Path, directions: Path | None) -> tuple[dict[str, Any], str]:
+    from refusal.analysis.anatomy import figures
     from refusal.analysis.edits import compare
     from refusal.lm.weights import open_weights
-    from refusal.report.compare import figures, text
+    from refusal.report.compare import text
     from refusal.report.published import read_vectors
 
     with open_weights(base) as ours, open_weights(edited, base) as theirs:

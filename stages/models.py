@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 PAGE, ORGANISMS = Path("docs/across-models.md"), Path("metrics/organisms.json")
 REPLICATION, REAL = Path("docs/replication.md"), STUDIES / "qwen2.5-coder-0.5b-instruct"
 METRICS = ("model", "science")
-NOT_SHOWN = ("published", "long_answers", "benchmark", "report")  # stages that no figure of the page comes from
+NOT_SHOWN = ("published", "long_answers", "benchmark", "edits", "report")  # stages that no figure of the page comes from
 
 
 def main(params: Params) -> str:

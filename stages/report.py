@@ -14,7 +14,7 @@ METRICS = {
     for name in "model directions judge agreement select orthogonalize evaluate benchmark science".split()
 } | {
     "imported": Path("metrics/published.json"),
-    **{name: Path(f"metrics/{name}.json") for name in ("selection", "long_answers", "generalization")},
+    **{name: Path(f"metrics/{name}.json") for name in ("selection", "long_answers", "generalization", "edits")},
 }
 PROMPTS = {name: Path(f"data/prompts/{name}.jsonl") for name in ("pairs", "unrelated")}
 COMPLETIONS = {

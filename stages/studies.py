@@ -25,6 +25,7 @@ from typing import Any
 import yaml
 
 from refusal.io.code import code_of_stages
+from refusal.io.edits import OWN
 from refusal.io.errors import UserError
 from refusal.io.params import Params
 from refusal.io.params_file import overlaid
@@ -88,10 +89,21 @@ def adapted(raw: dict[str, Any], place: Path) -> dict[str, Any]:
 
     They are committed, and a file's path is nobody else's business.
     """
-    model = raw["model"]
-    if model["id"] == "organism" or model["revision"] is not None:
-        return raw
-    there = ROOT / model["id"]
+    model, edits = raw["model"], raw["edits"]
+    if model["id"] != "organism" and model["revision"] is None:
+        model = model | {"id": reached(model["id"], place)}
+    checkpoints: list[Any] = []
+    for one in edits["checkpoints"]:
+        named = {"id": one} if isinstance(one, str) else one
+        if named.get("revision") is None and not OWN.fullmatch(named["id"]):
+            named = named | {"id": reached(named["id"], place)}
+        checkpoints.append(named["id"] if isinstance(one, str) else named)
+    return raw | {"model": model, "edits": edits | {"checkpoints": checkpoints}}
+
+
+def reached(path: str, place: Path) -> str:
+    """A file or folder as it is reached from the workspace; an absolute folder, and what is not there, as it is."""
+    there = ROOT / path
     if there.suffix == ".gguf" and there.is_file():
         with there.open("rb") as file:
             link = Path("given", f"{hashlib.file_digest(file, 'sha256').hexdigest()}.gguf")
@@ -101,11 +113,11 @@ def adapted(raw: dict[str, Any], place: Path) -> dict[str, Any]:
             os.link(there.resolve(), place / link)
         except OSError:  # on another disk, or another's file
             shutil.copyfile(there, place / link)
-    elif there.is_dir() and not Path(model["id"]).is_absolute():
+    elif there.is_dir() and not Path(path).is_absolute():
         link = Path(os.path.relpath(there, place))
     else:
-        return raw
-    return raw | {"model": model | {"id": link.as_posix()}}
+        return path
+    return link.as_posix()
 
 
 @contextmanager

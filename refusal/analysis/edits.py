@@ -23,6 +23,7 @@ from refusal.analysis.rounding import Grid, grid_of, wide
 from refusal.analysis.subspaces import captured
 from refusal.io.errors import UserError
 from refusal.io.progress import progress
+from refusal.lm.architecture import same_model
 from refusal.lm.weights import Weights
 
 Kind = Literal["same", "rounded", "edited", "low rank", "full rank", "changed"]
@@ -174,12 +175,7 @@ def compare(base: Weights, edited: Weights) -> Difference:
 def _paired(base: Weights, edited: Weights) -> dict[str, str]:
     """The base's tensor of each of the edited checkpoint's that it can be compared with."""
     ours, theirs = base.architecture, edited.architecture
-    for what in ("model_type", "n_layers", "d_model"):
-        if getattr(ours, what) != getattr(theirs, what):
-            raise UserError(
-                f"{edited.where}: its {what} is {getattr(theirs, what)}, and that of {base.where} is {getattr(ours, what)}: "
-                "give the base that the edit was made of."
-            )
+    same_model(theirs, edited.where, ours, base.where)
     sources = {name: name for name in edited.names if name in base.names}
     untied = ours.unembedding_name
     if ours.tied and untied in edited.names and untied not in base.names and ours.embedding_name in base.names:

@@ -25,9 +25,9 @@ def evaluate(study: Study, edited: Mapping[str, LM]) -> tuple[dict[str, Any], li
     what they control. On test prompts, of which nothing was chosen.
     """
     acting, at_layer = run_time_arms(study)
-    asked = _ask(study, acting, edited)
+    asked = ask_arms(study, acting, edited)
     metrics: dict[str, Any] = {"layer": study.layer, "alpha": study.rank_1["alpha"], "name": study.rank_1["name"]}
-    metrics |= _behaviour(study, asked)
+    metrics |= rates_of_arms(study, asked)
     if "harmless" in metrics:
         ours, harmless = (d["difference"][study.layer].double() for d in (study.directions, study.harmless_difference))
         cosine, ratio = float(ours @ harmless / (ours.norm() * harmless.norm())), float(harmless.norm() / ours.norm())
@@ -48,7 +48,7 @@ def evaluate(study: Study, edited: Mapping[str, LM]) -> tuple[dict[str, Any], li
         for arm, members in names.items()
         for half in HALVES
         for name, one in zip(members, asked[half][arm], strict=True)
-        for row in _rows({"arm": arm, "name": name}, half, one)
+        for row in completion_rows({"arm": arm, "name": name}, half, one)
     ]
     return metrics, rows, sorted(curve, key=lambda row: row["alpha"])
 
@@ -70,7 +70,7 @@ def run_time_arms(study: Study) -> tuple[dict[str, list[Intervention]], list[Int
     return acting, at_layer
 
 
-def _ask(study: Study, acting: Mapping[str, Sequence[Intervention]], edited: Mapping[str, LM]) -> Asked:
+def ask_arms(study: Study, acting: Mapping[str, Sequence[Intervention]], edited: Mapping[str, LM]) -> Asked:
     """Both halves of the test prompts under every intervention and by the edited checkpoints, the safe ones with the addition."""
     addition = Addition(study.directions["difference"][study.layer], study.layer)
     asked: Asked = {}
@@ -85,7 +85,7 @@ def _ask(study: Study, acting: Mapping[str, Sequence[Intervention]], edited: Map
     return asked
 
 
-def _behaviour(study: Study, asked: Asked) -> dict[str, Any]:
+def rates_of_arms(study: Study, asked: Asked) -> dict[str, Any]:
     """Rates of every arm over the completions of all its interventions: of harmful prompts, and answers to and refusal of safe
     ones; less the baseline's; the same of the prompts that behave; and of the organism the share of answers that are word for
     word right."""
@@ -117,7 +117,7 @@ def _of_behaving(arms: Arms, topics: Sequence[Hashable], half: str) -> dict[str,
     return summaries(of, [topics[i] for i in some], allow_missing=True, safe=half == "safe")
 
 
-def _rows(of: Mapping[str, str], half: str, asked: Judgements) -> list[dict[str, Any]]:
+def completion_rows(of: Mapping[str, str], half: str, asked: Judgements) -> list[dict[str, Any]]:
     """What is kept of every completion: `of` (the arm, and its intervention's name), the prompt, the text and the verdict."""
     return [
         {

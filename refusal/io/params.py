@@ -6,12 +6,14 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
 
+from refusal.io.edits import Edits
 from refusal.io.endpoint import Endpoint
 from refusal.io.section import (
     AtMost10000,
     Batch,
     Count,
     Distinct,
+    GgufName,
     Method,
     NonEmpty,
     Pairing,
@@ -68,7 +70,7 @@ class Prompts(Seeded):
 class Model(Section):
     id: PathText
     revision: str | None
-    file: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.+ -]*\.gguf$")] | None = None
+    file: GgufName | None = None
     dtype: Literal["float32", "float16", "bfloat16"]
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")]
     system_prompt: SystemPrompt
@@ -301,6 +303,7 @@ class Params(Section):
     generalization: Generalization
     science: Science
     benchmark: Benchmark
+    edits: Edits
     report: Report
     compute: Compute
 
@@ -329,6 +332,9 @@ class Params(Section):
             )
         if self.long_answers and self.long_answers.n_random > self.sweep.n_random:
             yield f"long_answers.n_random takes the first of the sweep's: at most sweep.n_random ({self.sweep.n_random})"
+        for one in self.edits.checkpoints:
+            if one.own and one.id != "random" and int(one.id.removeprefix("rank_")) > self.select.top:
+                yield f"edits.checkpoints: {one.id} is not made, with select.top {self.select.top}: raise that, or delete this"
         wanted = ["matched", "unrelated"] if self.sweep.pairing == "auto" else [self.sweep.pairing]
         if missing := [pairing for pairing in wanted if pairing not in self.directions.pairings]:
             yield f"sweep.pairing {self.sweep.pairing} needs {missing[0]} among directions.pairings {self.directions.pairings}"

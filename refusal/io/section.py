@@ -38,7 +38,9 @@ Batch = Count | Literal["auto"]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 Share = Annotated[float, Field(gt=0, lt=1)]
 PathText = Annotated[str, AfterValidator(_path)]
-SystemPrompt = Annotated[str, AfterValidator(_text)] | None
+Text = Annotated[str, AfterValidator(_text)]
+SystemPrompt = Text | None
+GgufName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.+ -]*\.gguf$")]
 NonEmpty = Annotated[list[T], Field(min_length=1)]
 Distinct = Annotated[list[T], Field(min_length=1), AfterValidator(_no_duplicates)]
 

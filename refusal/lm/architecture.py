@@ -134,3 +134,13 @@ def architecture_of(config, folder: Path | None = None) -> Architecture:
         tied=bool(config.tie_word_embeddings),
         norm_after_writer=kind in _POST_NORM,
     )
+
+
+def same_model(edited: Architecture, where: Path, ours: Architecture, base: Path) -> None:
+    """Raises UserError where an architecture is another one than the base's."""
+    for what in ("model_type", "n_layers", "d_model"):
+        if getattr(ours, what) != getattr(edited, what):
+            raise UserError(
+                f"{where}: its {what} is {getattr(edited, what)}, and that of {base} is {getattr(ours, what)}: "
+                "give the base that the edit was made of."
+            )

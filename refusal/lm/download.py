@@ -30,6 +30,7 @@ from huggingface_hub.utils.sha import git_hash
 
 from refusal.io.errors import UserError
 from refusal.io.progress import progress
+from refusal.lm.adapter import WEIGHTS
 from refusal.lm.checkpoint import INDEX, SINGLE, real_file, weight_map
 from refusal.lm.validate import SMALL_FILES
 
@@ -96,14 +97,14 @@ def _complete(model_id: str, revision: str, commit: str, folder: Path, target: P
 
 
 def peek(model_id: str, revision: str) -> tuple[Path, str, dict[str, int]]:
-    """The checkpoint's folder with configuration and tokenizer in it, its commit, and its weight files, there or not, in bytes.
+    """The checkpoint's or adapter's folder with its small files in it, its commit, and its weight files, there or not, in bytes.
 
     Raises UserError for a malformed id, an unknown or unpinned revision, a repository without safetensors, one
     that needs a licence or a token, no network, content whose hash is wrong, or offline mode without these files in the cache.
     """
     folder, pinned = _pin(model_id, revision, SMALL_FILES)
     sizes = _files(model_id, pinned, folder)
-    if not {SINGLE, INDEX} & sizes.keys():
+    if not {SINGLE, INDEX, WEIGHTS} & sizes.keys():
         if quantized := sorted(filter_repo_objects(sizes, allow_patterns=["*.gguf"])):
             raise UserError(
                 f"{model_id}@{revision}: holds GGUF files and no safetensors: set model.file to one of them "
@@ -116,7 +117,8 @@ def peek(model_id: str, revision: str) -> tuple[Path, str, dict[str, int]]:
             "offered as refs/pr/<n>)"
         )
     _check_content(folder, filter_repo_objects(sizes, allow_patterns=SMALL_FILES))
-    weights = [SINGLE] if SINGLE in sizes else sorted(set(weight_map(folder).values()))
+    single = next((name for name in (WEIGHTS, SINGLE) if name in sizes), None)
+    weights = [single] if single else sorted(set(weight_map(folder).values()))
     for name in weights:
         if name not in sizes:
             raise UserError(f"{model_id}@{revision}: {INDEX} names {name!r}, which the repository does not hold")

@@ -1,55 +1,13 @@
-"""What was done to a checkpoint, or how two models' scores differ, as JSON and as a few lines: what `refusal compare` prints."""
+"""What was done to a checkpoint, or how two models' scores differ, in a few lines: what `refusal compare` prints."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from statistics import mean
+from collections.abc import Mapping
 from typing import Any
-
-from refusal.analysis.edits import Difference
-
-
-def figures(found: Difference, cosines: Mapping[str, Sequence[float | None]]) -> dict[str, Any]:
-    """All that was found, as JSON. Each tensor that differs has an entry; basis, rank and alpha are null without an edit."""
-    edited = found.of("edited")
-    alphas = [one.alpha for one in edited if one.alpha is not None]
-    return {
-        "kind": found.kind,
-        "how": found.how,
-        "rank": found.rank,
-        "shared": found.basis is not None if edited else None,
-        "alpha": {"mean": mean(alphas), "min": min(alphas), "max": max(alphas)} if alphas else None,
-        "norms_set_back": sorted({one.norms for one in edited if one.norms}) if edited else None,
-        "embedding": {"kind": found.embedding, "untied": found.untied},
-        "layers": layers(found),
-        "cosines": {name: list(values) for name, values in cosines.items()},
-        "cosine_by_chance": found.by_chance,
-        "basis": None if found.basis is None else found.basis.tolist(),
-        "by_layer": None
-        if found.by_layer is None
-        else {"embedding" if layer is None else str(layer): basis.tolist() for layer, basis in found.by_layer.items()},
-        "only_in": found.alone,
-        "n_same": len(found.of("same")),
-        "tensors": {one.name: {k: v for k, v in vars(one).items() if k != "name"} for one in found.tensors if one.kind != "same"},
-    }
-
-
-def layers(found: Difference) -> list[dict[str, Any]]:
-    """Of each layer with a changed writer: the mean alpha of its attention and MLP (null where unedited), and the greatest
-    |W - W'| / |W| of both."""
-    rows = []
-    for layer in sorted({one.layer for one in found.tensors if one.layer is not None}):
-        writers = [one for one in found.tensors if one.layer == layer and one.writer]
-        row: dict[str, Any] = {"layer": layer}
-        for name, at in (("attention", True), ("mlp", False)):
-            alphas = [one.alpha for one in writers if (".self_attn." in one.name) == at and one.alpha is not None]
-            row[name] = mean(alphas) if alphas else None
-        rows.append(row | {"relative": max((one.relative for one in writers), default=0.0)})
-    return [row for row in rows if row["relative"] > 0]
 
 
 def text(found: Mapping[str, Any]) -> str:
-    """`figures` in a few lines, and a table by layer."""
+    """`anatomy.figures` in a few lines, and a table by layer."""
     alpha, n = found["alpha"], len(found["tensors"])
     lines = [f"{found['kind']}: {found['how']}"]
     if alpha is not None:

@@ -13,6 +13,8 @@ from markupsafe import Markup
 from refusal.io.errors import UserError
 from refusal.io.prompts import WITHOUT_PAIRS
 from refusal.report.charts import figure, fill, without
+from refusal.report.edits import edited_checkpoints
+from refusal.report.numbers import ci, num, signed, value
 from refusal.report.reproduction import by_layer, published
 from refusal.report.study import Metrics, Rows, Study
 
@@ -64,36 +66,6 @@ def script_json(data: Any) -> str:
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
     return text
-
-
-def num(x: float | None, digits: int = 2) -> str:
-    """A number with so many decimals, a dash for a missing one; what rounds to nothing has no sign."""
-    if x is None:
-        return "–"
-    text = f"{x:.{digits}f}"
-    return text.replace("-", "−") if float(text) else f"{0:.{digits}f}"
-
-
-def signed(x: float | None, digits: int = 3) -> str:
-    """`num` with its sign."""
-    text = num(x, digits)
-    return text if x is None or x <= 0 or not float(text) else f"+{text}"
-
-
-def ci(m: Metrics, key: str, digits: int = 3) -> str:
-    """`value [low, high]` of a metric that is stored as key, key_low, key_high."""
-    if m.get(key) is None or m.get(f"{key}_low") is None:
-        return num(m.get(key), digits)
-    return f"{num(m[key], digits)} [{num(m[f'{key}_low'], digits)}, {num(m[f'{key}_high'], digits)}]"
-
-
-def value(x: Any) -> str:
-    """A published or measured figure of any kind, as a person writes it."""
-    if x is None:
-        return "–"
-    if isinstance(x, list):
-        return ", ".join(map(value, x)) or "none"
-    return f"{x:.4g}".replace("-", "−") if isinstance(x, float) else str(x)
 
 
 def evenly(items: Sequence[Any], n: int) -> list[Any]:
@@ -160,6 +132,7 @@ def _context(study: Study) -> Metrics:
         "of_categories": _of_categories(d[study.arm]),
         "corrected": lambda of: [ci(at, "cosine_to_sequential_corrected", 2) for at in _at_layers(of)],
         "imported": [_comparison_row(name, file, study.arm, d[study.arm]) for name, file in study.imported["files"].items()],
+        "edited_checkpoints": edited_checkpoints(study),
         "paper_runs": published()["paper_runs"],
         "params_text": yaml.safe_dump(study.params, sort_keys=False, default_flow_style=None, width=100, allow_unicode=True),
     }

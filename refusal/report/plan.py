@@ -10,9 +10,12 @@ from dataclasses import dataclass
 
 from refusal.analysis.benchmark import TASKS, packaged, tasks_of
 from refusal.analysis.candidates import AT_LEAST, RANKS
+from refusal.analysis.edited_checkpoints import OWN_ARMS
+from refusal.analysis.harmless_kl import BATCH_SIZE, FEW
 from refusal.analysis.long_answers import ARMS
 from refusal.io.params import Params
 from refusal.lm.architecture import Architecture
+from refusal.lm.batching import job_slices
 from refusal.lm.gguf_writer import FORMATS
 from refusal.method.bridge import N_PROMPTS
 from refusal.method.first_token import DIRECTIONS_PER_JOB
@@ -143,6 +146,7 @@ def steps(params: Params, size: Size, prompts: Prompts) -> list[Step]:
         *_generalization(params, count, llm),
         Step("science", *science, calls=llm * science_calls),
         _benchmark(params, checkpoints + 1),
+        *_edits(params, count, size),
     ]
 
 
@@ -256,6 +260,35 @@ def _benchmark(params: Params, checkpoints: int) -> Step:
         round(sum(docs * requests * tokens for docs, requests, tokens in sizes) * checkpoints),
         note=f"{sum(docs for docs, _, _ in sizes):,} documents{fetched} x {checkpoints} checkpoints",
     )
+
+
+def _edits(params: Params, count: _Counts, size: Size) -> list[Step]:
+    """Test prompts to each checkpoint that `evaluate` has not asked; KL of each, two passes a text, and the base's cross-entropy
+    once, what all texts of a batch begin with by itself; documents to those that are not the study's own, of which one copy is on
+    the disk at a time, and the hub's all."""
+    edited, both = params.edits.checkpoints, ["test.harmful", "test.safe"]
+    if not edited:
+        return []
+    asked, others = [one for one in edited if one.name not in OWN_ARMS], [one for one in edited if not one.own]
+    scored, reads = _benchmark(params, len(others)), 2 + 2 * len(edited)
+    texts, size_of_batch = count.rows(["test.unrelated"], 1, params.evaluate.n_harmless)[0], params.generation.batch_size
+    batches = job_slices(texts, BATCH_SIZE if size_of_batch == "auto" else min(size_of_batch, BATCH_SIZE), FEW)
+    passes, tokens = _total(
+        count.completed(both, len(asked)),
+        count.read(["test.unrelated"], reads, count.new, params.evaluate.n_harmless),
+        (reads * len(batches), 0),
+    )
+    known = not others or scored.passes is not None
+    return [
+        Step(
+            "edits",
+            passes + (scored.passes or 0) if known else None,
+            tokens + (scored.tokens or 0) if known else None,
+            calls=count.rows(both, len(asked))[0] if params.judge.kind == "llm" else 0,
+            n_bytes=size.n_bytes * (sum(one.revision is not None for one in others) + bool(others)),
+            note=f"{len(edited)} edited checkpoints, {len(others)} of others",
+        )
+    ]
 
 
 def _documents(task: str, limit: int | None) -> tuple[int, float, float] | None:

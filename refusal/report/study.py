@@ -13,8 +13,8 @@ class Study(NamedTuple):
     """The sections of params.yaml, the metrics of every stage (of `directions` what is not null), and the rows behind them.
 
     `imported` is metrics/published.json, published directions compared with ours; `plots` are the rows of plots/<name>.csv;
-    `selection` and `generalization` are None for a study older than these; `long_answers` is None where they were left out, too;
-    `versions` and `hashes` are package: version and path: SHA-256 of every input, as the page prints them.
+    `selection`, `generalization` and `edits` are None for a study older than these; `long_answers` is None where they were left
+    out, too; `versions` and `hashes` are package: version and path: SHA-256 of every input, as the page prints them.
     """
 
     params: Metrics
@@ -39,6 +39,7 @@ class Study(NamedTuple):
     selection: Metrics | None = None
     long_answers: Metrics | None = None
     generalization: Metrics | None = None
+    edits: Metrics | None = None
 
     @property
     def arm(self) -> str:

@@ -17,7 +17,7 @@ from refusal.io.params_file import RENAMED, load_params, overlaid
 RAW = yaml.safe_load(COMMITTED)
 SETTINGS = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 SECTIONS = """prompts model organism generation activations directions ablation sweep endpoint judge select orthogonalize evaluate
-long_answers generalization science benchmark report compute""".split()
+long_answers generalization science benchmark edits report compute""".split()
 SEEDED = ["prompts", "directions", "sweep", "evaluate", "long_answers", "generalization", "science", "benchmark"]
 RESAMPLED = ["directions", "evaluate", "generalization", "science", "benchmark"]
 
@@ -159,6 +159,26 @@ MISTAKES = [  # the key that is set, its value, what is said
     ("benchmark.suite", ["/tmp/evil"], "benchmark.suite: .*names"),
     ("benchmark.suite", ["piqa", "piqa"], "benchmark.suite: .*each once"),
     ("benchmark.suite", [""], "benchmark.suite: .*names"),
+    ("edits.checkpoints", "rank_1", "edits.checkpoints: .*list"),
+    ("edits.checkpoints", [1], "edits.checkpoints: each is rank_1, random, a path, or a mapping with id and revision, and 1 is not"),
+    ("edits.checkpoints", [""], "edits.checkpoints.0.id: is empty"),
+    ("edits.checkpoints", [{"revision": "v1.0"}], "edits.checkpoints.0.id: .*required"),
+    ("edits.checkpoints", ["rank_4"], r"edits.checkpoints: rank_4 is not made, with select.top 3: raise that, or delete this"),
+    ("edits.checkpoints", ["random", "random"], "edits: checkpoints: two are called random"),
+    ("edits.checkpoints", ["a/x", "b/x.gguf"], "edits: checkpoints: two are called x: figures could not tell them apart"),
+    ("edits.checkpoints", ["a/rank_1"], "edits.checkpoints.0: a/rank_1 would be called rank_1, as a checkpoint of this study is: rename it"),
+    ("edits.checkpoints", [{"id": "rank_1", "revision": "v1"}], "checkpoints.0: rank_1 is a checkpoint of this study, which has neither"),
+    ("edits.checkpoints", [{"id": "a/b", "file": "x.gguf"}], "checkpoints.0: file names one of a hub id at revision; of a file here"),
+    ("edits.checkpoints", [{"id": "a/b", "revision": "main"}], "checkpoints.0: revision: 'main' pins nothing: give a commit hash or a tag"),
+    ("edits.checkpoints", [{"id": "a/b", "revision": "v1", "file": "x.bin"}], r"edits.checkpoints.0.file: .*pattern.*'x.bin'"),
+    ("edits.checkpoints", [{"id": "a", "claim": {}}], "edits.checkpoints.0.claim: there is no such key .the nearest is edits.checkpoints.claims"),
+    ("edits.checkpoints", [{"id": "a", "claims": {}}], "checkpoints.0.claims: give refusals, as .n, of., or kl, or both; without either"),
+    ("edits.checkpoints", [{"id": "a", "claims": {"refusals": [5, 4]}}], "claims: refusals is .how many, of how many., and 5 of 4 is no share"),
+    ("edits.checkpoints", [{"id": "a", "claims": {"refusals": [0, 0]}}], "claims: refusals is .*0 of 0 is no share"),
+    ("edits.checkpoints", [{"id": "a", "claims": {"refusals": [3]}}], "claims.refusals: .*at least 2"),
+    ("edits.checkpoints", [{"id": "a", "claims": {"kl": -0.1}}], "claims.kl: .*greater than or equal to 0"),
+    ("edits.checkpoints", [{"id": "a", "claims": {"kl": "low"}}], "claims.kl: .*number"),
+    ("edits.checkpoints", [{"id": "a", "claims": {"kl": 0.1, "source": ""}}], "claims.source: .*at least 1"),
     ("benchmark.limit", 0, "benchmark.limit: .*greater than or equal to 1"),
     ("compute.threads", 10**9, "compute.threads: .*1024"),
 ]
@@ -192,6 +212,8 @@ def test_several_mistakes_are_all_told(tmp_path):
         {"ablation.sites": "writes"},
         {"science.sensitivity": None, "science.padding": None, "science.strength": None},
         {"benchmark.limit": 10, "benchmark.suite": ["piqa", "boolq"]},
+        {"edits.checkpoints": []},
+        {"edits.checkpoints": ["rank_2", "a/folder", {"id": "a/b", "revision": "v1", "claims": {"refusals": [3, 100], "kl": 0}}]},
         {"model.device": "cuda:1", "model.system_prompt": "Be kind."},
     ],
     ids=str,

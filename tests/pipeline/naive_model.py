@@ -165,6 +165,16 @@ class Ran:
         return found
 
 
+    def entropy_difference(self, n: int, arm: Arm) -> dict[str, float]:
+        """Cross-entropy less the baseline's, text by text."""
+        rows = self.sample("test", n, "unrelated")
+        texts = [*zip(rows["safe"], self.answers([*rows["safe"]], Arm()), strict=True)]
+        own, base = (
+            np.array([float(-self.log_probs(*text, one)[range(len(text[1])), text[1]].mean()) for text in texts]) for one in (arm, BASELINE)
+        )
+        return triple("cross_entropy_difference", bootstrap(own - base, rows["topic"].to_numpy(), 200, 0))
+
+
 def some(n_items: int, n: int) -> list[int]:
     """Which of so many items a seed of 0 draws."""
     return sorted(random.Random(0).sample(range(n_items), n))

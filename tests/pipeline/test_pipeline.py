@@ -16,7 +16,7 @@ from pipeline.study import CANARY, changed, commit, metrics, outputs, run, runs,
 from refusal.judges import rules
 
 # Stages that run the model, and whether what they take is known to the pass before they run.
-PASSES = {"model": False, "activations": True, "sweep": False, "evaluate": False}
+PASSES = {"model": False, "activations": True, "sweep": False, "evaluate": False, "edits": False}
 
 
 def numbers(value: object) -> list[float]:
@@ -107,7 +107,7 @@ def test_metrics_hold_no_nan_and_every_cell(study):
         assert (folder / "models/ablated" / found["select"][rank]["name"] / "model.safetensors").is_file()
 
 
-AFTER_SELECT = {"orthogonalize", "evaluate", "agreement", "long_answers", "generalization", "science", "benchmark", "report"}
+AFTER_SELECT = {"orthogonalize", "evaluate", "agreement", "long_answers", "generalization", "science", "benchmark", "edits", "report"}
 
 
 @pytest.mark.parametrize(
@@ -223,6 +223,6 @@ def test_outputs_may_be_links_into_the_cache(finished, tmp_path):
     run(folder, "dvc", "config", "--local", "cache.type", "symlink")
     run(folder, "dvc", "checkout", "--relink")
     assert (folder / "models/base/model.safetensors").is_symlink()
-    stages = "behaviour activations directions sweep judge select orthogonalize evaluate agreement long_answers generalization science benchmark report".split()
+    stages = "behaviour activations directions sweep judge select orthogonalize evaluate agreement long_answers generalization science benchmark edits report".split()
     assert stages_run(run(folder, "dvc", "repro", "--force", "--single-item", *stages)) == [*stages]
     assert outputs(folder) == wanted and (folder / "models/directions.safetensors").is_symlink()

@@ -25,6 +25,7 @@ from scipy.stats import norm
 from scipy.stats import t as student
 
 from pipeline.naive_agreement import calibrated, labelled
+from pipeline.naive_edits import anatomy, differences, removed
 from pipeline.naive_geometry import noise, of_all, without_noise
 from pipeline.naive_model import Arm, Ran, document_scores, unit_rows
 from pipeline.naive_rates import (
@@ -58,11 +59,12 @@ SETTINGS = {
     "long_answers": {"n": 30, "max_new_tokens": 60, "n_random": 2},
     **{"science.padding": None, "science.strength": {"alphas": [0.0, 1.25, 1.75, 2.5], "n": 8}},
     **{"benchmark.suite": ["organism_flags", "organism_sums"], "benchmark.limit": 10},
+    "edits.checkpoints": ["rank_1", "random", {"id": "rank_2", "claims": {"refusals": [30, 100], "kl": 0.5}}],
     **{"judge.calibration": {"sensitivity": [45, 50], "specificity": [38, 40]}},
 }
 SIZES = {"train": (60, 60, 40), "val": (17, 6, 20), "test": (39, 10, 20)}  # of each split: pairs, their topics, unrelated prompts
 HALVES = ["harmful", "harmful_answer", "safe", "safe_answer"]
-STAGES = "behaviour activations directions published selection sweep judge select orthogonalize evaluate agreement long_answers generalization science benchmark report".split()
+STAGES = "behaviour activations directions published selection sweep judge select orthogonalize evaluate agreement long_answers generalization science benchmark edits report".split()
 # What is told of activations (tests/analysis has naive paths for it), of a loss, of the language of prompts, and in words.
 LEFT_OUT = {
     "agreement": ["english_prompts", "labels.differ.*"],
@@ -114,7 +116,7 @@ def check(name: str, actual: Any, expected: Any) -> None:
     left = {key for key in theirs if any(fnmatch(key, pattern) for pattern in LEFT_OUT.get(name, ()))}
     assert theirs.keys() - left == ours.keys(), (name, sorted((theirs.keys() - left) ^ ours.keys())[:9])
     for key, x in ours.items():
-        y, cost = theirs[key], re.search(r"(^|[._])(kl|cross_entropy)(_low|_high)?$", key)
+        y, cost = theirs[key], re.search(r"(^|[._])(kl|cross_entropy)(\.measured)?(_difference)?(_low|_high)?$", key)
         if isinstance(x, str | bool | None) or isinstance(y, str | bool | None):
             assert x == y and isinstance(x, bool) == isinstance(y, bool), (name, key, x, y)
         else:
@@ -141,6 +143,8 @@ def test_every_file_is_recomputed_or_named_here(ran):
         "benchmark",
         "completions",
         "directions",
+        "edits",
+        "edits_summary",
         "evaluate",
         "judge",
         "long_answers",
@@ -243,7 +247,9 @@ def test_select(ran, judged):
     check("select", ran.json("select"), {f"rank_{i}": cell for i, cell in enumerate(top, 1)})
 
 
-def test_evaluate(ran):
+@pytest.fixture(scope="module")
+def evaluated(ran) -> tuple[dict[str, list[Arm]], dict[str, pd.DataFrame]]:
+    """The arms on test prompts, and what became of both halves."""
     unit, layer, alpha, made = ran.unit[ran.layer], ran.layer, ran.alpha, ran.json("orthogonalize")
     other, added = (ran.directions[f"sequential-{pairing}.difference"][layer] for pairing in ("harmless", "matched"))
     arms = {
@@ -255,7 +261,13 @@ def test_evaluate(ran):
         "harmless": [Arm(alpha=alpha, basis=other / other.norm())],
     }
     test, addition = ran.sample("test"), Arm(layer=layer, basis=added, positions="prompt")
-    asked = {"harmful": ran.ask(test, "harmful", arms), "safe": ran.ask(test, "safe", arms | {"addition": [addition]})}
+    return arms, {"harmful": ran.ask(test, "harmful", arms), "safe": ran.ask(test, "safe", arms | {"addition": [addition]})}
+
+
+def test_evaluate(ran, evaluated):
+    (arms, asked), test = evaluated, ran.sample("test")
+    unit, layer, alpha = ran.unit[ran.layer], ran.layer, ran.alpha
+    other, added = (ran.directions[f"sequential-{pairing}.difference"][layer] for pairing in ("harmless", "matched"))
     rows = [
         of.merge(test[["id", "category", half]], on="id").assign(half=half, prompt=lambda t: t[t["half"][0]])
         for half, of in asked.items()
@@ -370,6 +382,47 @@ def test_long_answers(ran):
     cut = asked["short"]["n_tokens"] == limits["short"]
     assert 0 < cut.sum() < len(cut) and (each["label"] != each["label_long"]).any()  # else there is nothing to tell apart
     check("long_answers", ran.json("long_answers"), {"n": section["n"], "max_new_tokens": limits, "arms": expected})
+
+
+def test_edits(ran, evaluated):
+    """By singular vectors of each difference, and the arms of evaluate with one that it has not."""
+    (arms, asked), test, expected, rows = evaluated, ran.sample("test"), dict[str, Any](), []
+    made, n = ran.json("orthogonalize"), SETTINGS["evaluate.n_harmless"]
+    second = {"rank_2": [Arm(folder=f"models/ablated/{made['rank_2']['name']}")]}
+    more = {half: ran.ask(test, half, second) for half in asked}
+    cost = ran.costs(n, arms | second)
+    for name, arm in {"rank_1": "orthogonalized", "random": "random_weights", "rank_2": "rank_2"}.items():
+        of = {half: pd.concat([asked[half], more[half]] if arm == "rank_2" else [asked[half]]) for half in asked}
+        some = {half: behaving(each, half) for half, each in of.items()}
+        told = merged(
+            *(rates(of["harmful"], [*OF_HARMFUL, "refusal_harmful", "exact"]), rates(of["safe"], [*OF_SAFE, "exact_safe"])),
+            *(counts(of["harmful"]), counts(of["safe"], "_safe"), cost),
+        )
+        kept = merged(rates(some["harmful"], OF_HARMFUL), rates(some["safe"], OF_SAFE), counts(some["harmful"]), counts(some["safe"], "_safe"))
+        figures = told[arm] | {"behaving": kept[arm], "n_harmless": n} | differences(of, arm, told)
+        figures |= ran.entropy_difference(n, (arms | second)[arm][0]) | {"evidence": removed(of["harmful"], arm)}
+        found = anatomy(ran, made[name]["name"])
+        score = {key: x for key, x in ran.json("benchmark")[name].items() if key != "name"}  # which test_benchmark recomputes
+        told = dict.fromkeys(("revision", "commit", "claims")) | {"made_by": "orthogonalize", "benchmark": score, "behaviour": figures}
+        expected[name] = told | found
+        for half, each in of.items():
+            answers = each[each["arm"] == arm].merge(test[["id", "category", half]], on="id")
+            rows.append(answers.assign(checkpoint=name, half=half, prompt=answers[half]))
+    figures = expected["rank_2"]["behaviour"]
+    theirs = triple("claimed", (0.3, *wilson(0.3, 100, norm.ppf(0.975)))) | {"claimed_n": 100, "measured_n": figures["n"]}
+    theirs |= {f"measured{end}": figures[f"refusal_harmful{end}"] for end in ("", "_low", "_high")}
+    costs = {"claimed": 0.5, "measured_n": n} | {f"measured{end}": figures[f"kl{end}"] for end in ("", "_low", "_high")}
+    note = "prompts and judge differ, and KL may (of first tokens, say): neither confirms nor refutes the other"
+    expected["rank_2"]["claims"] = {"source": "card", "note": note, "refusals": theirs, "kl": costs}
+    check("edits", ran.json("edits"), {"note": None, "checkpoints": expected})
+    few = {
+        name: {"alpha": of["anatomy"]["alpha"]["mean"], "cosine": max(c for c in of["cosines"]["cosine"] if c is not None)}
+        | pick(of["behaviour"], ["compliance", "answers_safe", "kl"])
+        for name, of in expected.items()
+    }
+    check("edits_summary", ran.json("edits_summary"), {"edits": few})
+    keys = "checkpoint id category half prompt completion label compliance coherence refusal substring".split()
+    assert ran.table("data/edits/completions.jsonl").to_dict("records") == pd.concat(rows)[keys].to_dict("records")
 
 
 def test_exact_answers_where_a_safe_one_is_not_known(ran, tmp_path):

@@ -462,6 +462,47 @@ def test_a_request_would_be_seen(opened, text):
     assert "asked for http://127.0.0.1:9/a.png" in opened(bare).said
 
 
+def test_edited_checkpoints_have_their_anatomy_their_figures_and_what_was_claimed():
+    assert 'id="edits"' not in made() + made(edits={"note": "none", "checkpoints": {}})
+    three = lambda name, x: {name: x, f"{name}_low": x - 0.125, f"{name}_high": x + 0.125}  # noqa: E731
+    names = ("compliance", "compliance_difference", "coherence", "refusal_harmful", "answers_safe", "answers_safe_difference")
+    rates = {key: x for name in (*names, "refusal_safe", "kl", "cross_entropy_difference") for key, x in three(name, 0.5).items()}
+    behaviour = rates | {"n": 90, "evidence": {"n_refused": 77, "above_random": 0.625, "above_random_low": 0.375}}
+    layers = [{"layer": 1, "attention": 0.75, "mlp": None, "relative": 0.0625}]
+    edit = {"kind": "edit", "how": f"how {HOSTILE}", "rank": 1, "shared": True, "alpha": {"mean": 0.75, "min": 0.5, "max": 1.0}}
+    edit |= {"norms_set_back": ["columns"], "embedding": {"kind": "edited", "untied": True}, "layers": layers, "n_tensors": {"same": 3, "edited": 4}}
+    tuned = edit | {"kind": "full rank", "how": "trained", "n_tensors": {"full rank": 7}, "layers": []}
+    tuned |= dict.fromkeys(("rank", "shared", "alpha", "norms_set_back")) | {"embedding": {"kind": "same", "untied": False}}
+    n = len(study().directions["sequential-matched"]["separation"])
+    known = {"cosine": [None] * (n - 2) + [0.5, 0.25], "ceiling": [None] * (n - 2) + [0.9, 0.8], "by_chance": 0.1, "by_chance_95": 0.2}
+    unknown = {"cosine": [None] * n, "ceiling": [None] * n, "by_chance": None, "by_chance_95": None}
+    claims = {"source": IMAGE, "note": "", "refusals": three("claimed", 0.25) | {"claimed_n": 100, "measured_n": 90} | three("measured", 0.5)}
+    claims["kl"] = {"claimed": 0.03, "measured_n": 50} | three("measured", 0.75)
+    of = lambda anatomy, cosines, told: {  # noqa: E731
+        **{"anatomy": anatomy, "cosines": cosines, "behaviour": behaviour, "benchmark": three("difference", -0.25), "claims": told}
+    }
+    text = made(edits={"note": None, "checkpoints": {IMAGE: of(edit, known, claims), "tuned": of(tuned, unknown, None)}})
+    assert "<img" not in text and HOSTILE not in text.partition('<script type="application/json"')[0]
+    section = html.unescape(text[text.index('id="edits"') : text.index('id="one"')])
+    cells = lambda name: [re.findall(r"<td>(.*?)</td>", row) for row in re.findall(rf'<tr><th scope="row">{re.escape(name)}</th>.*?</tr>', section)]  # noqa: E731
+    anatomy, by_layer, alphas, figures, refusals, kl = cells(IMAGE)
+    place = ["0.5000", str(n - 2), "0.9000", "0.2000"]
+    assert anatomy == ["edit", "1", "0.7500, 0.5000 to 1.0000", "columns", "edited, untied", "3 same, 4 edited", *place]
+    assert by_layer[-2:] == ["0.5000", "0.2500"] and cells(f"{IMAGE}, noise ceiling")[0][-2:] == ["0.9000", "0.8000"]
+    assert alphas == ["1", "0.7500", "–", "0.0625"]
+    rate = "0.500 [0.375, 0.625]"
+    costs = ["0.5000 [0.3750, 0.6250]"] * 2
+    assert figures == ["90", *[rate] * 7, *costs, "+0.625, +0.375", "−0.250 [−0.375, −0.125]"]
+    assert refusals == [IMAGE, "refusals of harmful prompts", "0.250 [0.125, 0.375]", "100", "0.5000 [0.3750, 0.6250]", "90"]
+    assert kl == [IMAGE, "KL, nats", "0.030", "–", "0.7500 [0.6250, 0.8750]", "50"]
+    tuned_rows = cells("tuned")
+    assert tuned_rows[0] == ["full rank", "–", "–", "–", "same", "7 full rank", "–", "–", "–", "–"] and tuned_rows[1] == figures
+    assert len(tuned_rows) == 2 and "the base's 77 refusals" in section
+    e = study().evaluate
+    assert cells("baseline")[0][:2] == [str(e["baseline"]["n"]), ci(e["baseline"], "compliance")] and '<a href="#edits">' in text
+    assert "Claimed and measured" not in made(edits={"note": None, "checkpoints": {"tuned": of(tuned, unknown, None)}})
+
+
 def test_other_sets_have_a_row_an_arm_with_intervals_and_no_section_where_none_was_asked():
     assert "Other sets of prompts" not in made() + made(generalization={"sets": {}, "note": "none"})
     arm = {"n": 90, "n_clusters": 8, "n_arms": 1} | {

@@ -77,6 +77,24 @@ def test_long_answers_are_counted_as_if_none_ended_by_itself(n, asked):
     assert not [s for s in steps(without, Size(1000, 4000, architecture_of(tiny_config("llama")), 0), PROMPTS) if s.stage == "long_answers"]
 
 
+def test_edited_checkpoints_are_counted_by_what_nothing_asked_before():
+    """rank_1 and random were asked by evaluate, and all of the study's own scored by benchmark; 8 test prompts, 3 texts with one beginning."""
+    sections = {"model": {"id": "/a/folder"}, "generation": {"max_new_tokens": 7}, "judge": {"kind": "llm"}, "evaluate": {"n_harmless": 3}}
+    sections["benchmark"] = {"suite": ["piqa"], "limit": 10}
+    own = planned(**sections, edits={"checkpoints": ["rank_1", "random", "rank_2"]})["edits"]
+    assert (own.passes, own.tokens, own.calls, own.n_bytes) == (8 * 8 + 2 * 4 * (3 + 1), 8 * 16 + 2 * 4 * 3 * 17, 8, 0)
+    hub = [{"id": "a/b", "revision": "v1"}, {"id": "a/c", "revision": "v1"}]
+    more = planned(**sections, edits={"checkpoints": ["rank_1", "a/folder", *hub]})["edits"]
+    documents, requests, tokens = 10, *STANDARD["piqa"][1:]
+    assert more.passes == 3 * 8 * 8 + 2 * 5 * (3 + 1) + 3 * documents * requests and more.calls == 3 * 8
+    assert more.tokens == pytest.approx(3 * 8 * 16 + 2 * 5 * 3 * 17 + 3 * documents * requests * tokens, abs=1)
+    assert more.n_bytes == 3 * 4000 and more.note == "4 edited checkpoints, 3 of others"
+    sections["benchmark"] = {"suite": ["mmlu"]}
+    assert planned(**sections, edits={"checkpoints": ["a/folder"]})["edits"].passes is None
+    assert planned(**sections, edits={"checkpoints": ["rank_1"]})["edits"].passes == 2 * 2 * (3 + 1)
+    assert "edits" not in planned(**sections, edits={"checkpoints": []})
+
+
 def test_kept_prompts_and_harmless_texts_are_counted():
     found = planned(
         model={"id": "/a/folder"}, prompts={"keep": "behaving"}, evaluate={"n_harmless": 3}, generation={"max_new_tokens": 7},

@@ -250,6 +250,14 @@ MISTAKES: dict[str, tuple[Mistake, str]] = {
         stage("benchmark", "benchmark", {"metrics/orthogonalize.json": "{}"}, suite=["organism_capital"]),
         "params.yaml: benchmark.suite: lm-eval has no task organism_capital; the package ships",
     ),
+    "an edited checkpoint that is nowhere": (
+        stage("edits", "edits", {"metrics/orthogonalize.json": "{}"}, checkpoints=["theirs/edited"]),
+        "params.yaml: edits.checkpoints: theirs/edited is not here: give rank_1, random, the path of a checkpoint's or an adapter's",
+    ),
+    "an edited checkpoint at a branch": (
+        stage("edits", "edits", checkpoints=[{"id": "lab/edited", "revision": "main"}]),
+        "params.yaml: edits.checkpoints.0: revision: 'main' pins nothing: give a commit hash or a tag of lab/edited",
+    ),
     "a stage before its inputs": (stage("select"), "metrics/directions.json: no such file: run `dvc repro`, which makes"),
     "a full disk": (disk_full, "the disk is full: make room .* and run `dvc repro` again to go on"),
     "another python": (

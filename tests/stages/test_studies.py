@@ -99,7 +99,20 @@ def test_a_folder_is_that_of_the_repository(tmp_path, monkeypatch):
         ({"id": "organism", "revision": None}, "organism"),
         ({"id": "owner/name", "revision": "v1.0"}, "owner/name"),
     ):
-        assert studies.adapted({"model": model}, work)["model"]["id"] == wanted
+        raw = {"model": model, "edits": {"checkpoints": []}}
+        assert studies.adapted(raw, work)["model"]["id"] == wanted
+
+
+def test_edited_checkpoints_are_reached_as_the_model_is(tmp_path, monkeypatch):
+    work = tmp_path / ".refusal-store/studies/mine"
+    work.mkdir(parents=True)
+    monkeypatch.setattr(studies, "ROOT", tmp_path)
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs.gguf").write_bytes(b"GGUF")
+    asked = ["rank_1", "theirs", "theirs.gguf", {"id": "theirs", "claims": {"kl": 0.1}}, {"id": "theirs", "revision": "v1.0"}]
+    found = studies.adapted({"model": {"id": "organism", "revision": None}, "edits": {"checkpoints": asked}}, work)["edits"]["checkpoints"]
+    file, there = f"given/{hashlib.sha256(b'GGUF').hexdigest()}.gguf", "../../../theirs"
+    assert found == ["rank_1", there, file, {"id": there, "claims": {"kl": 0.1}}, asked[-1]] and (work / file).read_bytes() == b"GGUF"
 
 
 def test_a_workspace_has_all_that_the_pipeline_reads_and_no_stage_makes():
