@@ -7,6 +7,7 @@ interrupted run goes on.
 import json
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from refusal.io.errors import UserError
 from refusal.io.params import Params
@@ -50,7 +51,11 @@ def main(params: Params) -> str:
     chosen = split["val"][:N_PAIRS]
     prompts = Prompts(*(lm.encode([row[half] for row in chosen]) for half in ("harmful", "safe")))
     population = recipes(LAYERS)
-    shared = {"base": lm.weights, "prompts": [prompts.harmful, prompts.safe], "train": [row["id"] for row in split["train"]]}
+    shared: dict[str, Any] = {
+        "base": lm.weights,
+        "prompts": [prompts.harmful, prompts.safe],
+        "train": [row["id"] for row in split["train"]],
+    }
     shared |= {"held_out": sorted(held_out), "corpus": params.organism.corpus_seed, "gguf": version("gguf")}
     keyed = [(key("detection", (signals, made), steps=[*recipe.steps], **shared), recipe) for recipe in population]
     jobs = Store(STORE / "store.sqlite").run(

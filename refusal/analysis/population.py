@@ -119,8 +119,8 @@ def made(base: Base, steps: Sequence[Step]) -> Tensors:
     """The weights that these steps make of the base's: float32, but those that were rounded to another float."""
     tensors = base.tensors
     for step in steps:
-        does: Callable[..., Tensors] = {"edit": _edited, "noise": _noisy, "round": _rounded, "train": _trained}[step["do"]]
-        tensors = does(base, tensors, **{name: value for name, value in step.items() if name != "do"})
+        does: dict[str, Callable[..., Tensors]] = {"edit": _edited, "noise": _noisy, "round": _rounded, "train": _trained}
+        tensors = does[step["do"]](base, tensors, **{name: value for name, value in step.items() if name != "do"})
     return tensors
 
 
