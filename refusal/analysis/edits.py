@@ -307,8 +307,9 @@ def _beneath_blocks(
         noise = None if of_base.block is None else pair.view(of_base.step(pair.w).to(pair.dtype))
         return w, w - after, pair.view(grid_of(pair.edited).step(pair.edited).to(pair.dtype)), noise
 
-    basis, p = shared_basis(lambda: (read(i)[1:3] for i in changed), edited.architecture.d_model)
-    fit, found = Fit(basis), {}
+    d_model = edited.architecture.d_model
+    basis, p = shared_basis(lambda: (read(i)[1:3] for i in changed), d_model)
+    fit, found = Fit(basis, d_model / sum(math.prod(base.read(sources[tensors[i].name]).shape) // d_model for i in changed)), {}
     for i in changed if len(basis) else []:
         w, d, step, noise = read(i)
         one = fit.of_tensor(w, d, step, noise)

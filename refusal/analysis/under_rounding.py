@@ -104,9 +104,11 @@ def variance(step: Tensor) -> float:
 
 @dataclass
 class Fit:
-    """What is summed over tensors, given the basis, to say how far it is off and what alpha is."""
+    """What is summed over tensors, given the basis, to say how far it is off and what alpha is. aspect: d_model by the columns of
+    all tensors that the basis was found from."""
 
     basis: Float[Tensor, "k d_model"]
+    aspect: float
     n: int = 0
     n_tensors: int = 0
     pooled: int = 0
@@ -134,7 +136,9 @@ class Fit:
         along = float(((y - alpha * x) ** 2).sum())
         rest = d - alpha * v.mT @ x
         left = float((rest**2).sum())
-        if left > _most(float(rounded.sum()), d.numel()) or along > _most(float((v**2 @ rounded).sum()), x.numel()):
+        # V is off by rounding, and was chosen for having the most of it.
+        most = _most(float((v**2 @ rounded).sum()), x.numel()) * (1 + math.sqrt(self.aspect)) ** 2
+        if left > _most(float(rounded.sum()), d.numel()) or along > most:
             return None
         return alpha, math.sqrt(left)
 
