@@ -14,7 +14,7 @@ from refusal.io.params import Params
 from stages import STORE, stage, use_transformers, write_json
 
 BASE, METRICS = Path("models/base"), Path("metrics/detection.json")
-LAYERS = (4, 5, 6, 7)  # whose directions edits are made of: those that separate best
+LAYERS = (5, 6, 7)  # whose directions edits are made of: those that separate best
 N_PAIRS = 100  # of val, on which the gap is measured
 
 
@@ -22,7 +22,7 @@ def main(params: Params) -> str:
     use_transformers(params)
     import torch
 
-    from refusal.analysis.detection import Prompts, signals, table
+    from refusal.analysis.detection import Prompts, gap, signals, table
     from refusal.analysis.population import Base, made, recipes
     from refusal.io.files import read_jsonl
     from refusal.io.prompts import by_split, is_paired
@@ -50,7 +50,7 @@ def main(params: Params) -> str:
     base = Base(lm, directions, Corpus(params.organism.corpus_seed, held_out))
     chosen = split["val"][:N_PAIRS]
     prompts = Prompts(*(lm.encode([row[half] for row in chosen]) for half in ("harmful", "safe")))
-    population = recipes(LAYERS)
+    population, before = recipes(LAYERS), gap(lm, prompts, directions.unit)
     shared: dict[str, Any] = {
         "base": lm.weights,
         "prompts": [prompts.harmful, prompts.safe],
@@ -59,7 +59,7 @@ def main(params: Params) -> str:
     shared |= {"held_out": sorted(held_out), "corpus": params.organism.corpus_seed, "gguf": version("gguf")}
     keyed = [(key("detection", (signals, made), steps=[*recipe.steps], **shared), recipe) for recipe in population]
     jobs = Store(STORE / "store.sqlite").run(
-        keyed, lambda recipe: json.dumps(signals(base, prompts, recipe)).encode(), "detection", "checkpoint"
+        keyed, lambda recipe: json.dumps(signals(base, prompts, before, recipe)).encode(), "detection", "checkpoint"
     )
     metrics = table(population, [json.loads(one) for one in jobs], params.n_resamples, params.seed)
     write_json(METRICS, metrics | {"n_prompts": len(chosen), "layers": list(LAYERS)})

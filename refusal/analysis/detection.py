@@ -42,13 +42,14 @@ class Prompts:
     safe: list[list[int]]
 
 
-def signals(base: Base, prompts: Prompts, recipe: Recipe) -> dict[str, Any]:
-    """The signals of one checkpoint, what `compare` says, and the share of harmful prompts that it begins to refuse."""
+def signals(base: Base, prompts: Prompts, before: Float[Tensor, " n_layers"], recipe: Recipe) -> dict[str, Any]:
+    """The signals of one checkpoint, what `compare` says, and the share of harmful prompts that it begins to refuse; `before` is
+    the base's `gap`."""
     tensors = made(base, recipe.steps)
     model = deepcopy(base.lm.model)
     model.load_state_dict({name: w.float() for name, w in tensors.items()})
     lm = replace(base.lm, model=model)
-    kept, before = (gap(one, prompts, base.directions.unit) for one in (lm, base.lm))
+    kept = gap(lm, prompts, base.directions.unit)
     defined = base.directions.layers
     found = compare(
         *(

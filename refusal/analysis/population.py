@@ -37,7 +37,7 @@ ROUNDINGS = ("bfloat16", "float16", "8-bit blocks of 32", "8-bit rows", "Q8_0", 
 NORMS: dict[str, Norms] = {"row_norms": "rows", "column_norms": "columns"}
 UNEVEN = (0.3, 1.5)  # alpha of a tensor is drawn evenly from these
 # Of `train`: steps and items a step, learning rates by optimizer, the sorts of items of refusal.organism.corpus.
-N_STEPS, BATCH = 30, 16
+N_STEPS, BATCH = 24, 16
 RATES = {"SGD": (0.01, 0.03, 0.1), "Adam": (1e-4, 3e-4, 1e-3)}
 HARMLESS, JUDGEMENTS = ("safe", "facts", "small_talk"), ("judgement",)
 
