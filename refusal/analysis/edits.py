@@ -309,19 +309,24 @@ def _beneath_blocks(
 
     d_model = edited.architecture.d_model
     basis, p = shared_basis(lambda: (read(i)[1:3] for i in changed), d_model)
-    fit, found = Fit(basis, d_model / sum(math.prod(base.read(sources[tensors[i].name]).shape) // d_model for i in changed)), {}
-    for i in changed if len(basis) else []:
-        w, d, step, noise = read(i)
-        one = fit.of_tensor(w, d, step, noise)
-        if one is not None:
-            fit.add(w, d, step, noise, one[0])
-            fit.pooled += tensors[i].kind != "edited"
-            left = one[1] / (math.sqrt(energy(d)) or 1.0)
-            found[i] = replace(tensors[i], kind="edited", rank=len(basis), alpha=one[0], residual=left)
-    if not found or any(tensors[i].kind == "edited" and i not in found for i in changed):
+    aspect = d_model / sum(math.prod(base.read(sources[tensors[i].name]).shape) // d_model for i in changed)
+    # Of two rounded matrices rounding is not quite independent, and may look like a dimension more: that is no alpha V V^T W.
+    for k in range(len(basis), 0, -1):
+        fit, found = Fit(basis[:k], aspect), {}
+        for i in changed:
+            w, d, step, noise = read(i)
+            one = fit.of_tensor(w, d, step, noise)
+            if one is not None:
+                fit.add(w, d, step, noise, one[0])
+                fit.pooled += tensors[i].kind != "edited"
+                left = one[1] / (math.sqrt(energy(d)) or 1.0)
+                found[i] = replace(tensors[i], kind="edited", rank=k, alpha=one[0], residual=left)
+        if found and all(i in found for i in changed if tensors[i].kind == "edited"):
+            break
+    else:
         return None, None
     for i, tensor in enumerate(tensors):
         if tensor.writer and tensor.kind == "changed":  # a bias
-            found[i] = _second_look(tensor, _Pair.read(base, edited, sources[tensor.name], tensor.name), basis, None)
+            found[i] = _second_look(tensor, _Pair.read(base, edited, sources[tensor.name], tensor.name), fit.basis, None)
     tensors[:] = [found.get(i, tensor) for i, tensor in enumerate(tensors)]
-    return fit.estimate(p), basis
+    return fit.estimate(p), fit.basis

@@ -86,7 +86,7 @@ def shared_basis(
         if vectors is None:
             vectors = torch.linalg.eigh(gram)[1].flip(1).mT
         basis = vectors[: k + 1]
-    return basis[:0], 1.0  # more than a low rank
+    return basis[:MOST], p
 
 
 def _even(z: Float[Tensor, "d_model n"]) -> Float[Tensor, "d_model n"]:
