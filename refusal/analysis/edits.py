@@ -285,7 +285,8 @@ def _second_look(one: TensorDifference, pair: _Pair, v: Float[Tensor, "k d_model
     of_w, of_both = float((vw**2).sum()), float((vd * vw).sum())
     alpha = of_both / of_w if of_w else 0.0
     of_d = energy(d)
-    if found is not None and float(((vd - alpha * vw) ** 2).sum()) > len(v) * found.edge**2:
+    along = float(((vd - alpha * vw) ** 2).sum())
+    if found is not None and along > max(len(v) * found.edge**2, float((vd**2).sum()) / 100):
         return one  # what lies along V is no alpha V^T W, however little it is beside the rounding of all else
     left = max(of_d - 2 * alpha * of_both + alpha**2 * of_w, 0.0)
     if left > (explained(d, pair.step(grid_of(pair.edited))) if found is None else found.explained):
