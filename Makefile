@@ -8,7 +8,7 @@ export VIRTUAL_ENV := $(CURDIR)/.venv
 
 REAL := studies/qwen2.5-coder-0.5b-instruct
 
-.PHONY: help setup pull repro verify portability train refresh plan compare picture models test plots perf cuda slow faults soak organisms full study real label label-check rules lint lock restore
+.PHONY: help setup pull repro verify portability train refresh plan compare picture models test plots perf cuda slow faults soak organisms detection full study real label label-check rules lint lock restore
 
 help: ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -81,6 +81,9 @@ soak: $(READY) ## kill a small study at fifty moments and more: metrics/soak.jso
 organisms: restore ## train and study every kind of organism on three seeds: metrics/organisms.json (two hours on 1 core)
 	dvc repro prompts
 	python -m stages.organisms
+
+detection: pull ## edited, fine-tuned and requantized checkpoints of the organism told apart: metrics/detection.json (five minutes)
+	python -m stages.detection
 
 full: restore ## the science stage on all prompts, beside the study's own: metrics/science_full.json (five minutes)
 	dvc repro select

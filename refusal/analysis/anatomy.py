@@ -26,6 +26,7 @@ def figures(found: Difference, cosines: Mapping[str, Sequence[float | None]]) ->
         "rank": found.rank,
         "shared": found.basis is not None if edited else None,
         "alpha": {"mean": mean(alphas), "min": min(alphas), "max": max(alphas)} if alphas else None,
+        "estimate": None if found.estimate is None else vars(found.estimate),
         "norms_set_back": sorted({one.norms for one in edited if one.norms}) if edited else None,
         "embedding": {"kind": found.embedding, "untied": found.untied},
         "layers": layers(found),

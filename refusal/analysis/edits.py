@@ -21,6 +21,7 @@ from torch import Tensor
 from refusal.analysis.low_rank import Spectrum, common, energy, explained, spectrum
 from refusal.analysis.rounding import Grid, grid_of, wide
 from refusal.analysis.subspaces import captured
+from refusal.analysis.under_rounding import Estimate, Fit, shared_basis
 from refusal.io.errors import UserError
 from refusal.io.progress import progress
 from refusal.lm.architecture import same_model
@@ -70,6 +71,7 @@ class Difference:
     alone: dict[str, list[str]]
     untied: bool
     embedding: Kind
+    estimate: Estimate | None = None
 
     def of(self, *kinds: Kind) -> list[TensorDifference]:
         """The tensors of these kinds."""
@@ -77,10 +79,12 @@ class Difference:
 
     @property
     def kind(self) -> str:
-        """In a word: `identical`, `requantized`, `edit`, `edit and more`, `full rank`, `low rank`, `changed` (no writer is)."""
+        """In a word: `identical`, `requantized`, `edit`, `edit under quantization`, `edit and more`, `full rank`, `low rank`,
+        `changed` (no writer is)."""
         more = self.of("full rank", "low rank", "changed")
         if self.of("edited"):
-            return "edit and more" if more else "edit"
+            pooled = self.estimate is not None and self.estimate.pooled
+            return "edit and more" if more else "edit under quantization" if pooled else "edit"
         found = next((kind for kind in ("full rank", "low rank", "changed") if any(one.kind == kind for one in more)), None)
         return found or ("requantized" if self.of("rounded") else "identical")
 
@@ -96,6 +100,7 @@ class Difference:
             "identical": f"all {n['same']} tensors have the base's values",
             "requantized": f"{n['rounded']} tensors are the base's rounded to {grids}, and {n['same']} are equal",
             "edit": f"{edited}, and all others are the base's{rounded}",
+            "edit under quantization": f"{edited}, seen in all of them together, and all others are the base's{rounded}",
             "edit and more": f"{edited}, and {more} others differ by more than that",
             "full rank": f"{more} tensors differ by more than rounding, {n['full rank']} writers of them by no low rank: further "
             "training, a merge, or a quantization that is not known here",
@@ -139,6 +144,7 @@ def compare(base: Weights, edited: Weights) -> Difference:
     """
     sources = _paired(base, edited)
     spectra: dict[str, Spectrum] = {}
+    estimate: Estimate | None = None
     tensors: list[TensorDifference] = []
     with progress(2 * len(sources), "compare", "tensor") as bar:
         for name, source in sources.items():
@@ -159,6 +165,10 @@ def compare(base: Weights, edited: Weights) -> Difference:
                 pair = _Pair.read(base, edited, sources[one.name], one.name)
                 tensors[i] = _second_look(one, pair, v, spectra.get(one.name))
             bar.update()
+    if not any(one.norms for one in tensors):
+        estimate, basis = _beneath_blocks(base, edited, sources, tensors)
+        if basis is not None:
+            bases, shared = {None: basis}, True
     layers = {one.layer for one in tensors if one.kind == "edited"}
     embedding, unembedding = edited.architecture.embedding_name, edited.architecture.unembedding_name
     kind_of = {one.name: one.kind for one in tensors}
@@ -169,6 +179,7 @@ def compare(base: Weights, edited: Weights) -> Difference:
         {"base": [n for n in base.names if n not in sources.values()], "edited": [n for n in edited.names if n not in sources]},
         sources.get(unembedding) == embedding and kind_of[unembedding] == "same",
         kind_of[embedding],
+        estimate,
     )
 
 
@@ -270,7 +281,51 @@ def _second_look(one: TensorDifference, pair: _Pair, v: Float[Tensor, "k d_model
     of_w, of_both = float((vw**2).sum()), float((vd * vw).sum())
     alpha = of_both / of_w if of_w else 0.0
     of_d = energy(d)
+    along = float(((vd - alpha * vw) ** 2).sum())
+    if found is not None and along > max(len(v) * found.edge**2, float((vd**2).sum()) / 100):
+        return one  # what lies along V is no alpha V^T W, however little it is beside the rounding of all else
     left = max(of_d - 2 * alpha * of_both + alpha**2 * of_w, 0.0)
     if left > (explained(d, pair.step(grid_of(pair.edited))) if found is None else found.explained):
         return one
     return replace(one, kind="edited", alpha=alpha, residual=math.sqrt(left / (of_d or 1)))
+
+
+def _beneath_blocks(
+    base: Weights, edited: Weights, sources: Mapping[str, str], tensors: list[TensorDifference]
+) -> tuple[Estimate | None, Float[Tensor, "k d_model"] | None]:
+    """How well an edit is known whose matrices are all in blocks, and its basis; None without such an edit. What is seen to be
+    edited in all of them together alone is said to be, in place."""
+    changed = [i for i, one in enumerate(tensors) if one.writer and one.singular_values]
+    if not changed or not all("blocks" in str(tensors[i].grid) for i in changed):
+        return None, None
+
+    def read(i: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        pair = _Pair.read(base, edited, sources[tensors[i].name], tensors[i].name)
+        w, after = pair.matrices()
+        of_base = grid_of(pair.w)
+        noise = None if of_base.block is None else pair.view(of_base.step(pair.w).to(pair.dtype))
+        return w, w - after, pair.view(grid_of(pair.edited).step(pair.edited).to(pair.dtype)), noise
+
+    d_model = edited.architecture.d_model
+    basis, p = shared_basis(lambda: (read(i)[1:3] for i in changed), d_model)
+    aspect = d_model / sum(math.prod(base.read(sources[tensors[i].name]).shape) // d_model for i in changed)
+    # Of two rounded matrices rounding is not quite independent, and may look like a dimension more: that is no alpha V V^T W.
+    for k in range(len(basis), 0, -1):
+        fit, found = Fit(basis[:k], aspect), {}
+        for i in changed:
+            w, d, step, noise = read(i)
+            one = fit.of_tensor(w, d, step, noise)
+            if one is not None:
+                fit.add(w, d, step, noise, one[0])
+                fit.pooled += tensors[i].kind != "edited"
+                left = one[1] / (math.sqrt(energy(d)) or 1.0)
+                found[i] = replace(tensors[i], kind="edited", rank=k, alpha=one[0], residual=left)
+        if found and all(i in found for i in changed if tensors[i].kind == "edited"):
+            break
+    else:
+        return None, None
+    for i, tensor in enumerate(tensors):
+        if tensor.writer and tensor.kind == "changed":  # a bias
+            found[i] = _second_look(tensor, _Pair.read(base, edited, sources[tensor.name], tensor.name), fit.basis, None)
+    tensors[:] = [found.get(i, tensor) for i, tensor in enumerate(tensors)]
+    return fit.estimate(p), fit.basis

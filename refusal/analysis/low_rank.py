@@ -74,7 +74,7 @@ def spectrum(w: Float[Tensor, "d_model n"], edited: Float[Tensor, "d_model n"], 
 def _sketch(d: Tensor) -> tuple[Tensor, Tensor]:
     """The greatest singular values of a matrix, largest first, with their left singular vectors."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)  # torch.manual_seed, which seeds all devices, takes longer than the sketch
         u, s, _ = torch.svd_lowrank(d, min(MAX_RANK * 3 // 2, *d.shape), niter=2)
     return u, s
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 
@@ -14,6 +14,11 @@ def text(found: Mapping[str, Any]) -> str:
         space = "the same in all of them" if found["shared"] else "another in each layer"
         least, greatest = _number(alpha["min"]), _number(alpha["max"])
         lines.append(f"rank {found['rank']}, {space}; alpha {_number(alpha['mean'])}, in single tensors {least} to {greatest}")
+        if (known := found["estimate"]) is not None:
+            lines.append(
+                f"as far as rounding to blocks allows (95 %): {_limits(known, 'alpha')}; |cosine| with the true direction"
+                f" {_limits(known, 'cosine')}; p that it is rounding {_number(known['p'])}"
+            )
         lines.append(f"norms set back after the edit: {', '.join(found['norms_set_back']) or 'none'}")
     untied = ", and the unembedding is a tensor of its own now" if found["embedding"]["untied"] else ""
     lines.append(f"embedding: {found['embedding']['kind']}{untied}; {n} tensors differ, {found['n_same']} do not")
@@ -40,6 +45,11 @@ def scores_text(table: Mapping[str, Mapping[str, Any]], title: str, notes: Seque
         ends = f"{row['n_gained']:6} {row['n_lost']:5}  {_number(row['p']):>11}  {_number(row['p_holm']):>8}"
         lines.append(f"{name:{width}} {row['n']:5}  {row['base']:.4f}  {row['edited']:.4f}  {difference:26} {ends}")
     return "\n".join([*lines, *notes]) + "\n"
+
+
+def _limits(known: Mapping[str, Any], name: str) -> str:
+    label = f"{name} " if name == "alpha" else ""
+    return label + f"{known[name]:.5f} [{known[f'{name}_low']:.5f}, {known[f'{name}_high']:.5f}]"
 
 
 def _number(value: float | None) -> str:

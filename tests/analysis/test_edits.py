@@ -356,3 +356,18 @@ def test_what_cannot_be_compared_is_said_in_a_sentence(tmp_path):
     (tmp_path / "lora/adapter_model.safetensors").write_bytes(b"no")
     with pytest.raises(UserError, match=r"adapter_model.safetensors: cannot be read"):
         found(base, tmp_path / "lora")
+
+
+def test_a_dimension_that_is_no_edit_is_none_however_large_the_rounding_beside_it(tmp_path):
+    """In bfloat16 one writer's difference has a singular value above rounding, and it is not along v^T W."""
+    base, generator = save(tmp_path / "base"), torch.Generator().manual_seed(0)
+
+    def change(name: str, w: Tensor, _: int | None) -> Tensor:
+        if name != "model.layers.1.self_attn.o_proj.weight":
+            return w.bfloat16()
+        along = torch.outer(*(torch.nn.functional.normalize(torch.randn(n, generator=generator), dim=0) for n in w.shape))
+        return (w + 0.022 * along).bfloat16()
+
+    difference = found(base, changed(base, change))
+    (one,) = [t for t in difference.tensors if t.name == "model.layers.1.self_attn.o_proj.weight"]
+    assert one.rank == 1 and one.kind == difference.kind == "low rank" and difference.basis is None

@@ -15,6 +15,7 @@ DEEP = {
     "activations": "lm.architecture:_PRE_NORM lm.batching:in_parts method.activations:Prefix",
     "benchmark": "lm.adapter:merge analysis.benchmark:_build_once",
     "completions": f"method.kv_cache:SlotCache method.generate:_Batch method.interventions:Addition {INTERVENTIONS}",
+    "detection": "analysis.edits:compare analysis.population:_trained method.norms:change_of organism.train:backward",
     "first token": f"method.first_token:refusal_score method.activations:last_logits {INTERVENTIONS}",
     "harmless KL": f"method.activations:last_logits analysis.harmless_kl:answer_log_probs {INTERVENTIONS}",
     "optimised direction": "method.interventions:Ablation analysis.estimators:_Learned analysis.estimators:_descend",
