@@ -13,12 +13,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from refusal.analysis import edits
+from refusal.analysis.anatomy import figures
 from refusal.analysis.rounding import grid_of
 from refusal.analysis.under_rounding import Fit, _even, shared_basis, tracy_widom_p
 from refusal.lm.weights import open_weights
 from refusal.method.interventions import Intervention
 from refusal.method.orthogonalize import Edit, orthogonalize
-from refusal.report.compare import figures, text
+from refusal.report.compare import text
 
 REPEATS = 200
 
