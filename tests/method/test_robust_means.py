@@ -5,7 +5,6 @@ import pytest
 import torch
 from scipy.optimize import minimize
 from scipy.stats import t
-from scipy.stats.mstats import winsorize
 from tiny import tiny_direction
 
 from refusal.analysis.estimated import OF_MEANS, contrast_by, without_noise_of_means
@@ -116,12 +115,24 @@ def test_steps_without_end_are_an_error(monkeypatch):
         geometric_median(torch.randn(9, 3, generator=torch.Generator().manual_seed(0)) ** 3)
 
 
-@pytest.mark.parametrize(("n", "share"), [(19, 0.05), (20, 0.05), (307, 0.05), (307, 0.005), (10, 0.3)])
-def test_winsorized_means_are_scipys(n, share):
-    x = torch.randn(n, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(n)) ** 3
-    theirs = np.stack([winsorize(column, limits=(share, share)) for column in x.numpy().T]).mean(1)
-    assert winsorized_mean(x, share).numpy() == pytest.approx(theirs, rel=1e-12)
-    assert (n < 20 and share < 0.1) == np.allclose(theirs, x.mean(0))
+@pytest.mark.parametrize("d", [1, 2, 20, 33])
+def test_winsorizing_cuts_each_prompt_at_its_own_quantile(d):
+    """By sorting: the quantile of d magnitudes lies .95 (d - 1) of the way up, between two of them in proportion."""
+    points = torch.randn(9, d, dtype=torch.float64, generator=torch.Generator().manual_seed(d)) ** 3
+    cut = []
+    for row in points.tolist():
+        ordered, at = sorted(map(abs, row)), 0.95 * (d - 1)
+        low = int(at)
+        most = ordered[low] + (at - low) * (ordered[min(low + 1, d - 1)] - ordered[low])
+        cut.append([max(-most, min(most, value)) for value in row])
+    assert winsorized_mean(points).numpy() == pytest.approx(np.mean(cut, axis=0), rel=1e-12)
+    assert (d == 1) == np.allclose(cut, points)
+
+
+def test_a_coordinate_that_is_loud_in_every_prompt_is_cut_in_every_prompt():
+    x = torch.randn(50, 40, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).clamp(-2, 2)
+    x[:, 3] = 100.0
+    assert float(winsorized_mean(x)[3]) <= 2 and float(geometric_median(x)[3]) == pytest.approx(100)
 
 
 def cosines(noise, n_seeds=60, n=100, d=32):
