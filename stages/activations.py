@@ -1,4 +1,4 @@
-"""activations: last-token `resid_pre` of every layer for train and val prompts, by each method."""
+"""activations: last-token `resid_pre` of every layer, or its mean over the last tokens, for train and val prompts."""
 
 from pathlib import Path
 
@@ -21,10 +21,11 @@ def main(params: Params) -> str:
     sets = {name: lm.encode(prompts) for name, prompts in prompt_sets(pairs, unrelated, ("train", "val")).items()}
     OUT.mkdir(parents=True, exist_ok=True)
     store = Store(STORE / "store.sqlite")
-    for method in params.activations.methods:
-        collect(lm, sets, method, params.activations.batch_size, store, OUT / f"{method}.safetensors")
+    a = params.activations
+    for method in a.methods:
+        collect(lm, sets, method, a.batch_size, store, OUT / f"{method}.safetensors", a.n_positions)
     n, shape = sum(map(len, sets.values())), f"{lm.n_layers} layers, d_model {lm.d_model}"
-    return f"{', '.join(params.activations.methods)}: resid_pre of {n} prompts at {shape}"
+    return f"{', '.join(a.methods)}: resid_pre of {n} prompts at {shape}"
 
 
 stage(main)

@@ -63,9 +63,14 @@ def origins(study: Study) -> ByLayer:
 def monitor(study: Study) -> dict[str, Any]:
     """Projections as a detector of harmful test prompts, by layer: AUROC on all, and on seen and unseen cues where known."""
     test, safe_rows, unit = study.pairs["test"], study.rows("test", "safe"), study.directions["unit"]
+    n_positions = study.params.activations.n_positions
     harmful, safe = (
         collect(
-            study, study.lm.encode([row[side] for row in rows]), f"science: test, {side}", of=lambda at: project(at[:, 0], unit)
+            study,
+            study.lm.encode([row[side] for row in rows]),
+            f"science: test, {side}",
+            n_positions,
+            of=lambda at: project(at.mean(1), unit),
         )
         for side, rows in (("harmful", test), ("safe", safe_rows))
     )
@@ -131,7 +136,7 @@ def positions_and_padding(study: Study, settings: Padding) -> tuple[list[dict[st
 
 def _in_batches(study: Study, ids: list[list[int]], method: str) -> Tensor:
     size, lm = study.params.activations.batch_size, study.lm
-    of = {**lm.identity, "method": method, "pad": lm.pad_id, "prefix": None}
+    of = {**lm.identity, "method": method, "pad": lm.pad_id, "prefix": None, "n_positions": 1}
     batches = [ids[i : i + size] for i in range(0, len(ids), size)]
     jobs = [(key("activations", (last_token_resid_pre,), **of, ids=batch), batch) for batch in batches]
     values = study.store.run(

@@ -123,6 +123,7 @@ class Generation(Section):
 class Activations(Section):
     methods: Distinct[Method]
     batch_size: Count
+    n_positions: Count = 1
 
 
 class Directions(Resampled):

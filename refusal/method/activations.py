@@ -87,16 +87,16 @@ def not_finite(model: PreTrainedModel) -> UserError:
 class Prefix:
     """What all prompts begin with (the head of a chat template), and its keys and values, computed once.
 
-    At least one token of each prompt is left over. A single prompt has no prefix.
+    At least `left` tokens of each prompt are left over. A single prompt has no prefix.
     """
 
-    def __init__(self, model: PreTrainedModel, ids: Sequence[Sequence[int]]):
+    def __init__(self, model: PreTrainedModel, ids: Sequence[Sequence[int]], left: int = 1):
         self.ids: list[int] = []
         if len(ids) > 1:
             prompts = sorted(list(tokens) for tokens in ids)
             first, final = prompts[0], prompts[-1]  # all others lie between them, and begin alike as they do
             shared = next((n for n, (a, b) in enumerate(zip(first, final, strict=False)) if a != b), len(first))
-            self.ids = first[: min(shared, min(map(len, ids)) - 1)]
+            self.ids = first[: min(shared, min(map(len, ids)) - left)]
         self._model = model
 
     @cached_property
@@ -145,37 +145,40 @@ def last_logits(
 
 @torch.inference_mode()
 def last_token_resid_pre(
-    lm: LM, ids: Sequence[Sequence[int]], method: str, prefix: Prefix | None = None
+    lm: LM, ids: Sequence[Sequence[int]], method: str, prefix: Prefix | None = None, n_positions: int = 1
 ) -> Float[Tensor, "batch n_layers d_model"]:
-    """`blocks.{l}.hook_resid_pre` at the last token of each prompt, for every layer l, by `method`, in the model's dtype.
+    """`blocks.{l}.hook_resid_pre` at the last token of each prompt, for every layer l, by `method`, in the model's dtype; or its
+    mean over the last `n_positions` tokens, of which each prompt has as many.
 
     `prefix` is for `batched`: that of a larger set that these prompts are of; by default, their own.
     """
     model, pad_id = lm.model, lm.pad_id
     if method == "sequential":
-        return torch.cat([_in_parts(model, torch.tensor([tokens]), torch.tensor([-1]), None) for tokens in ids])
+        return torch.cat([_in_parts(model, torch.tensor([tokens]), torch.tensor([-1]), None, n_positions) for tokens in ids])
     if method == "batched_unmasked":
-        return _in_parts(model, left_pad(ids, pad_id)[0], torch.full((len(ids),), -1), None)
-    prefix = prefix or Prefix(model, ids)
+        return _in_parts(model, left_pad(ids, pad_id)[0], torch.full((len(ids),), -1), None, n_positions)
+    prefix = prefix or Prefix(model, ids, n_positions)
     skip = len(prefix.ids)
-    if any(list(tokens[:skip]) != prefix.ids or len(tokens) == skip for tokens in ids):
-        raise ValueError("a prompt does not begin with the prefix, or has nothing after it")
+    if any(list(tokens[:skip]) != prefix.ids or len(tokens) < skip + n_positions for tokens in ids):
+        raise ValueError("a prompt does not begin with the prefix, or has too little after it")
     lengths = [len(tokens) - skip for tokens in ids]
     row_of: dict[int, Tensor] = {}
     for batch in batches(lengths, method, len(ids)):
         padded = torch.full((len(batch), max(lengths[i] for i in batch)), pad_id)
         for row, i in enumerate(batch):
             padded[row, : lengths[i]] = torch.tensor(ids[i][skip:])
-        rows = _in_parts(model, padded, torch.tensor([lengths[i] - 1 for i in batch]), prefix)
+        rows = _in_parts(model, padded, torch.tensor([lengths[i] - 1 for i in batch]), prefix, n_positions)
         row_of.update(zip(batch, rows, strict=True))
     return torch.stack([row_of[i] for i in range(len(ids))])
 
 
 def _in_parts(
-    model: PreTrainedModel, ids: Int[Tensor, "batch seq"], last: Int[Tensor, " batch"], prefix: Prefix | None
+    model: PreTrainedModel, ids: Int[Tensor, "batch seq"], last: Int[Tensor, " batch"], prefix: Prefix | None, n_positions: int
 ) -> Float[Tensor, "batch n_layers d_model"]:
     def rows(first: int, end: int) -> Tensor:
-        return _resid_pre(model, ids[first:end], last[first:end], None if prefix is None else prefix.cache(end - first))
+        return _resid_pre(
+            model, ids[first:end], last[first:end], None if prefix is None else prefix.cache(end - first), n_positions
+        )
 
     return torch.cat(in_parts(rows, len(ids), "activations"))
 
@@ -185,15 +188,21 @@ class _Enough(Exception):
 
 
 def _resid_pre(
-    model: PreTrainedModel, ids: Int[Tensor, "batch seq"], last: Int[Tensor, " batch"], cache: DynamicCache | None
+    model: PreTrainedModel,
+    ids: Int[Tensor, "batch seq"],
+    last: Int[Tensor, " batch"],
+    cache: DynamicCache | None,
+    n_positions: int = 1,
 ) -> Float[Tensor, "batch n_layers d_model"]:
-    """Every block's input at position `last` of each row. Keys and values go to `cache`, where there is one."""
+    """Every block's input at position `last` of each row, or its mean over so many positions that end there. Keys and values go
+    to `cache`, where there is one."""
     rows: list[Tensor] = []
+    row, positions = torch.arange(len(last))[:, None], last[:, None] - torch.arange(n_positions)
     blocks = architecture_of(model.config).blocks(model)
 
     def keep(_module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
         hidden = args[0] if args else kwargs["hidden_states"]
-        rows.append(hidden[torch.arange(len(last)), last])
+        rows.append(hidden[row, positions].mean(1))
         if len(rows) == len(blocks):
             raise _Enough
 
@@ -208,17 +217,29 @@ def _resid_pre(
     return torch.stack([row.cpu() for row in rows], dim=1)  # layers may lie on several devices
 
 
-def collect(lm: LM, sets: Mapping[str, Sequence[Sequence[int]]], method: str, batch_size: int, store: Store, path: Path) -> None:
-    """Write last-token `resid_pre` of each set of prompts (token ids) to `path`: {set: [prompt, n_layers, d_model]}.
+def collect(
+    lm: LM,
+    sets: Mapping[str, Sequence[Sequence[int]]],
+    method: str,
+    batch_size: int,
+    store: Store,
+    path: Path,
+    n_positions: int = 1,
+) -> None:
+    """Write last-token `resid_pre` of each set of prompts (token ids), or its mean over the last `n_positions` tokens, to `path`:
+    {set: [prompt, n_layers, d_model]}.
 
     Batches hold prompts of one set; what all prompts of all sets begin with is computed once (`batched`). Raises UserError where
-    an activation is not finite.
+    an activation is not finite, or a prompt has fewer tokens.
     """
-    prefix = Prefix(lm.model, [tokens for prompts in sets.values() for tokens in prompts]) if method == "batched" else None
-    shared = {**lm.identity, "method": method, "pad": lm.pad_id, "prefix": prefix and prefix.ids}
+    everyone = [tokens for prompts in sets.values() for tokens in prompts]
+    if (shortest := min(map(len, everyone), default=n_positions)) < n_positions:
+        raise UserError(f"params.yaml: activations.n_positions: a prompt has {shortest} tokens: set {shortest} or less")
+    prefix = Prefix(lm.model, everyone, n_positions) if method == "batched" else None
+    shared = {**lm.identity, "method": method, "pad": lm.pad_id, "prefix": prefix and prefix.ids, "n_positions": n_positions}
 
     def compute(batch: list[list[int]]) -> bytes:
-        resid_pre = last_token_resid_pre(lm, batch, method, prefix)
+        resid_pre = last_token_resid_pre(lm, batch, method, prefix, n_positions)
         if not resid_pre.isfinite().all():
             raise not_finite(lm.model)
         return save({"resid_pre": resid_pre})

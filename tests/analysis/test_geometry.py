@@ -30,11 +30,11 @@ def study(tmp_path):
     return study
 
 
-def end_of(lm, ids, pads=0):
-    """resid_pre of a prompt's last token, [n_layers, d_model], after so many padding tokens that are attended to."""
+def end_of(lm, ids, pads=0, n=1):
+    """resid_pre of a prompt's last n tokens in the mean, [n_layers, d_model], after so many padding tokens that are attended to."""
     with torch.no_grad():
         hidden = lm.model(torch.tensor([[0] * pads + ids]), output_hidden_states=True).hidden_states[:-1]
-    return torch.stack([layer[0, -1] for layer in hidden]).double().numpy()
+    return torch.stack([layer[0, -n:].mean(0) for layer in hidden]).double().numpy()
 
 
 def test_spectrum_row_is_the_enumeration_of_all_swaps():
@@ -70,10 +70,12 @@ def test_spectra_and_origins_are_those_of_each_layer(study):
         assert [origin["harmful_mean"], origin["safe_mean"]] == pytest.approx([harmful.mean(), safe.mean()])
 
 
-def test_the_monitor_is_scikit_learns_area_on_seen_and_unseen_cues(study):
+@pytest.mark.parametrize("n_positions", [1, 3])
+def test_the_monitor_is_scikit_learns_area_on_seen_and_unseen_cues(study, n_positions):
+    study.params = given.params(activations={"n_positions": n_positions})
     test, unit = study.pairs["test"], study.directions["unit"].numpy()
     at_end = {
-        side: np.stack([end_of(study.lm, ids) for ids in study.lm.encode([row[side] for row in test])])
+        side: np.stack([end_of(study.lm, ids, n=n_positions) for ids in study.lm.encode([row[side] for row in test])])
         for side in ("harmful", "safe")
     }
     figures = monitor(study)

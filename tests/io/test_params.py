@@ -179,6 +179,7 @@ MISTAKES = [  # the key that is set, its value, what is said
     ("edits.checkpoints", [{"id": "a", "claims": {"kl": -0.1}}], "claims.kl: .*greater than or equal to 0"),
     ("edits.checkpoints", [{"id": "a", "claims": {"kl": "low"}}], "claims.kl: .*number"),
     ("edits.checkpoints", [{"id": "a", "claims": {"kl": 0.1, "source": ""}}], "claims.source: .*at least 1"),
+    ("activations.n_positions", 0, "activations.n_positions: .*greater than or equal to 1"),
     ("benchmark.limit", 0, "benchmark.limit: .*greater than or equal to 1"),
     ("compute.threads", 10**9, "compute.threads: .*1024"),
 ]

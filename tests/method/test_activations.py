@@ -4,7 +4,8 @@ where rows go, what is stored, what memory holds."""
 import copy
 import gc
 import itertools
-from contextlib import contextmanager
+import re
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save
 from tiny import tiny_lm, tiny_prompts
 
+from refusal.io.errors import UserError
 from refusal.io.prompts import prompt_sets
 from refusal.io.store import Store
 from refusal.lm.architecture import SUPPORTED
@@ -25,11 +27,11 @@ PROMPTS = [[0 if i % 5 == 2 else token for i, token in enumerate(ids)] for ids i
 ALIKE = [[*range(50, 56), *ids] for ids in PROMPTS]  # six tokens that all begin with
 
 
-def hidden_states(lm, prompts):
-    """[batch, n_layers, d_model]: what transformers says goes into each layer, a prompt at a time."""
+def hidden_states(lm, prompts, n=1):
+    """[batch, n_layers, d_model]: what transformers says goes into each layer, a prompt at a time; the mean of its last n tokens."""
     with torch.no_grad():
         runs = [lm.model(torch.tensor([ids]), output_hidden_states=True).hidden_states for ids in prompts]
-    return torch.stack([torch.stack([layer[0, -1] for layer in run[:-1]]) for run in runs])
+    return torch.stack([torch.stack([sum(layer[0, -k] for k in range(1, n + 1)) / n for layer in run[:-1]]) for run in runs])
 
 
 @pytest.mark.parametrize("model_type", SUPPORTED)
@@ -48,6 +50,33 @@ def test_sequential_and_batched_equal_hidden_states_and_unmasked_does_not(model_
     assert all(apart[i] > 100 * limit for i in range(len(prompts)) if lengths[i] < 4)
     if prompts is ALIKE:  # what they begin with does matter
         assert (hidden_states(lm, PROMPTS) - expected).abs().max() > 1e-2 * expected.abs().max()
+
+
+@pytest.mark.parametrize("n", [1, 2, 6])
+def test_means_over_the_last_tokens(n):
+    """Six tokens are what the shortest prompt has, besides which the batch has a beginning in common."""
+    lm, prompts = tiny_lm(), [[*ALIKE[0][:5], 9], *([*ids, 60, 61, 62] for ids in ALIKE)]
+    expected = hidden_states(lm, prompts, n)
+    for method in METHODS[:2]:
+        assert (last_token_resid_pre(lm, prompts, method, n_positions=n) - expected).abs().max() < 1e-5 * expected.abs().max()
+    of_one_length = [prompts[1], [token + 1 for token in prompts[1]]]  # nothing is padded
+    unmasked = last_token_resid_pre(lm, of_one_length, "batched_unmasked", n_positions=n)
+    assert (unmasked - hidden_states(lm, of_one_length, n)).abs().max() < 1e-5 * expected.abs().max()
+    assert n == 1 or (expected - hidden_states(lm, prompts)).abs().max() > 1e-2 * expected.abs().max()
+
+
+def test_a_prompt_of_fewer_tokens_than_are_averaged_is_named(tmp_path):
+    lm, given = tiny_lm(), {"train.harmful": [[5, 6, 7, 8]], "train.safe": [[5, 6, 7]]}
+    for n, said in ((4, "params.yaml: activations.n_positions: a prompt has 3 tokens: set 3 or less"), (3, None)):
+        with pytest.raises(UserError, match=re.escape(said)) if said else nullcontext():
+            collect(lm, given, "batched", 2, Store(tmp_path / "s.sqlite"), tmp_path / "out.safetensors", n)
+    found = load_file(tmp_path / "out.safetensors")
+    for name, prompts in given.items():
+        torch.testing.assert_close(found[name], hidden_states(lm, prompts, 3), rtol=1e-5, atol=1e-6)
+    # Another number of tokens is another value: the store gives none of the first.
+    collect(lm, given, "batched", 2, Store(tmp_path / "s.sqlite"), tmp_path / "one.safetensors")
+    one = load_file(tmp_path / "one.safetensors")["train.safe"]
+    torch.testing.assert_close(one, hidden_states(lm, [[5, 6, 7]]), rtol=1e-5, atol=1e-6)
 
 
 @pytest.fixture(scope="module")

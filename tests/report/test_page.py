@@ -279,6 +279,9 @@ def test_another_estimator_is_named_and_nothing_is_said_of_what_only_means_have(
     directions = {arm: without_noise_of_means(m, "winsorized") for arm, m in with_noise().items()}
     shown = html.unescape(made(params=params, directions=directions))
     assert "by <code>winsorized</code>" in shown and "stands in place of the mean" in shown
+    params["activations"] = {**params["activations"], "n_positions": 5}
+    averaged = html.unescape(made(params=params, directions=directions))
+    assert "by <code>winsorized</code> of means over the last 5 tokens of a prompt," in averaged and "of means over" not in shown
     assert "(2.5th percentile), so what lies" not in shown and "Undefined" not in shown
     assert "Had all layers one direction" in mean and "Had all layers one direction" not in shown
 
