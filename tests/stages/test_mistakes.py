@@ -258,6 +258,11 @@ MISTAKES: dict[str, tuple[Mistake, str]] = {
         stage("edits", "edits", checkpoints=[{"id": "lab/edited", "revision": "main"}]),
         "params.yaml: edits.checkpoints.0: revision: 'main' pins nothing: give a commit hash or a tag of lab/edited",
     ),
+    "detection without the trained model": (stage("detection"), "models/base/config.json: no such file; run `make pull`"),
+    "detection on another model": (
+        stage("detection", "model", {"models/base/config.json": "{}"}, id="theirs"),
+        "params.yaml: model.id: detection is measured on the organism and its pairs: set organism",
+    ),
     "a stage before its inputs": (stage("select"), "metrics/directions.json: no such file: run `dvc repro`, which makes"),
     "a full disk": (disk_full, "the disk is full: make room .* and run `dvc repro` again to go on"),
     "another python": (
