@@ -105,7 +105,8 @@ def anatomy(params: Params, study: "Study", path: Path) -> tuple[dict[str, Any],
 
     with open_weights(BASE) as base, open_weights(path, BASE) as edited:
         found = compare(base, edited)
-    directions, s = read_json(Path("metrics/directions.json")), params.sweep
+    described = read_json(Path("metrics/directions.json"))
+    directions, s = {arm: m for arm, m in described.items() if m is not None}, params.sweep  # null where prompts are no pairs
     arm = f"{s.method}-{resolve_pairing(s.pairing, s.method, directions)}"
     return figures(found, {}), beside_directions(found, study.directions["unit"], directions[arm]["reliability"])
 

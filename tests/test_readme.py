@@ -113,7 +113,6 @@ INLINE = {
     **dict.fromkeys(("python -m stages.label --terminal", "python -m stages.label --agreement A.csv B.csv"), "tests/report/test_labels.py"),
     "git add --force": "Git's own",
     "make organisms": "two hours; tests/test_science.py and tests/test_organism.py hold what it is made of",
-    "make detection": "five minutes; tests/analysis/test_detection.py holds what it is made of",
     **dict.fromkeys(("make rules", "make label-check"), "tests/judges/test_rules_selection.py"),
     "make perf": "tests/test_perf.py and tests/test_perf_sweep.py hold its parts; whole it takes half an hour",
     "python -m perf extraction": "as make perf",

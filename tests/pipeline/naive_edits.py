@@ -38,7 +38,7 @@ def anatomy(ran: Ran, name: str) -> dict[str, Any]:
     how = "W - W' is alpha V V^T W up to rounding in 17 tensors, and all others are the base's"
     return {
         "anatomy": {
-            **{"kind": "edit", "how": how, "rank": 1, "shared": True, "norms_set_back": []},
+            **{"kind": "edit", "how": how, "rank": 1, "shared": True, "norms_set_back": [], "estimate": None},
             "alpha": {"mean": float(np.mean(each)), "min": min(each), "max": max(each)},
             "embedding": {"kind": "edited", "untied": False},
             "layers": [{"layer": i} | layer for i, layer in sorted(layers.items())],

@@ -93,7 +93,7 @@ def test_a_study_is_killed_resumed_and_committed_beside_the_default_one(reposito
     names = {path.name for path in (repository / "metrics").iterdir()}
     assert names == {path.name for path in (study / "metrics").iterdir()}
     differ = {name for name in names if (study / "metrics" / name).read_bytes() != (repository / "metrics" / name).read_bytes()}
-    assert {"benchmark.json", "science.json"} <= differ <= {"benchmark.json", "science.json", "reproduction.json", "summary.json"}
+    assert {"benchmark.json", "science.json"} <= differ <= {f"{of}.json" for of in "benchmark science edits reproduction summary".split()}
     assert [metrics(folder, "science")["arms"]["rank_1"]["n_val"] for folder in (study, repository)] == [5, 12]
     assert outputs(study)["models/base"] == outputs(repository)["models/base"]
 
@@ -142,7 +142,7 @@ def test_figures_older_than_the_code_say_so_by_stage(repository):
     values = yaml.safe_load(text)
     values["benchmark"]["n_resamples"] += 1
     params.write_text(yaml.safe_dump(values))
-    assert "few: older than today's parameters of benchmark, report\n" in make(repository)
+    assert "few: older than today's parameters of benchmark, edits, report\n" in make(repository)
     params.write_text(text)
 
 
