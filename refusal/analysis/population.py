@@ -106,7 +106,7 @@ def recipes(layers: Sequence[int]) -> list[Recipe]:
             if seed == 0
         ),
         *(Recipe("requantized", False, to, ({"do": "round", "to": to},)) for to in ROUNDINGS),
-        Recipe("untouched", False, "base"),
+        Recipe("baseline", False, "base"),
     ]
 
 

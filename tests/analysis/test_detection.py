@@ -112,7 +112,7 @@ def test_energy_and_concentration_in_closed_form(base):
 
 def test_signals_of_an_edit_and_of_the_base(base):
     before = gap(base.lm, PROMPTS, base.directions.unit)
-    same = signals(base, PROMPTS, before, Recipe("untouched", False, "base"))
+    same = signals(base, PROMPTS, before, Recipe("baseline", False, "base"))
     assert same["says"] == "identical" and same["gap_lost"] == pytest.approx(0, abs=1e-6) and same["compare"] == 0
     edit = {"do": "edit", "layer": 1, "alpha": 1.0}
     found = signals(base, PROMPTS, before, Recipe("plain", True, "c", (edit,)))
@@ -173,7 +173,7 @@ def test_the_population_has_both_classes_of_every_kind_and_no_recipe_twice():
 
 
 def test_the_table_of_a_small_population():
-    population = [Recipe(kind, kind != "untouched", f"{kind} {i}") for kind in ("plain", "noise", "untouched") for i in range(5)]
+    population = [Recipe(kind, kind != "baseline", f"{kind} {i}") for kind in ("plain", "noise", "baseline") for i in range(5)]
     rng = random.Random(0)
     found = [
         {"gap_lost": rng.random() + one.edited, "energy": rng.random(), "concentration": rng.random(), "refuses": 0.5,
@@ -184,7 +184,7 @@ def test_the_table_of_a_small_population():
     assert set(made["signals"]) == set(SIGNALS) and (made["n_edited"], made["n_others"]) == (10, 5)
     assert made["signals"]["gap_lost"]["all"]["auroc"] == 1 and made["signals"]["compare"]["all"]["auroc"] == 0.75
     assert made["signals"]["compare"]["by_kind"]["noise"]["auroc"] == 0.5
-    assert made["signals"]["energy"]["by_kind"]["untouched"] == made["signals"]["energy"]["all"]
+    assert made["signals"]["energy"]["by_kind"]["baseline"] == made["signals"]["energy"]["all"]
     truth = [one.edited for one in population]
     assert made["signals"]["energy"]["all"]["auroc"] == pytest.approx(roc_auc_score(truth, [row["energy"] for row in found]))
     ranks = [np.argsort(np.argsort([row[name] for row in found])) for name in ("gap_lost", "energy")]
