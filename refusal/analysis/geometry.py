@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-from safetensors.torch import load, save
 from torch import Tensor
 
 from refusal.analysis.sensitivity import by_size, collect, common_suffix, padding, positions
@@ -12,8 +11,7 @@ from refusal.analysis.study import Study
 from refusal.analysis.subspaces import captured, paired_svd
 from refusal.io.params import Padding
 from refusal.io.progress import progress
-from refusal.io.store import key
-from refusal.method.activations import last_token_resid_pre
+from refusal.method.activations import stored_resid_pre
 from refusal.method.directions import project
 
 ByLayer = list[dict[str, Any] | None]  # None where the direction is undefined
@@ -135,11 +133,6 @@ def positions_and_padding(study: Study, settings: Padding) -> tuple[list[dict[st
 
 
 def _in_batches(study: Study, ids: list[list[int]], method: str) -> Tensor:
-    size, lm = study.params.activations.batch_size, study.lm
-    of = {**lm.identity, "method": method, "pad": lm.pad_id, "prefix": None, "n_positions": 1}
+    size = study.params.activations.batch_size
     batches = [ids[i : i + size] for i in range(0, len(ids), size)]
-    jobs = [(key("activations", (last_token_resid_pre,), **of, ids=batch), batch) for batch in batches]
-    values = study.store.run(
-        jobs, lambda batch: save({"resid_pre": last_token_resid_pre(lm, batch, method)}), f"science: {method}"
-    )
-    return torch.cat([load(value)["resid_pre"] for value in values])
+    return torch.cat([*stored_resid_pre(study.lm, batches, method, study.store, f"science: {method}")])

@@ -55,7 +55,7 @@ def as_checkpoint(path: Path, base: Path, scratch: Path) -> Iterator[tuple[Path,
 def look(folder: Path, base: Path) -> None:
     """Refuse a checkpoint of another model than `base`'s, by its configuration; an adapter has none. Raises UserError."""
     if not (folder / CONFIG).is_file():
-        same_model(architecture_of(read_json(folder, "config.json"), folder), folder, _architecture(base), base)
+        same_model(_architecture(folder), folder, _architecture(base), base)
 
 
 def with_weights(lm: LM, folder: Path, dtype: str, device: str) -> LM:

@@ -236,6 +236,28 @@ def collect(
     if (shortest := min(map(len, everyone), default=n_positions)) < n_positions:
         raise UserError(f"params.yaml: activations.n_positions: a prompt has {shortest} tokens: set {shortest} or less")
     prefix = Prefix(lm.model, everyone, n_positions) if method == "batched" else None
+    shapes = {name: (len(prompts), lm.n_layers, lm.d_model) for name, prompts in sets.items()}
+    with activations_file(path, shapes, lm.model.dtype) as put:
+        for name, prompts in sets.items():
+            skip = len(prefix.ids) if prefix else 0
+            plan = batches([len(tokens) - skip for tokens in prompts], method, batch_size)
+            chosen = [[list(prompts[i]) for i in batch] for batch in plan]
+            rows = stored_resid_pre(lm, chosen, method, store, f"{method} {name}", prefix, n_positions)
+            for batch, resid_pre in zip(plan, rows, strict=True):
+                put(name, batch, resid_pre)
+
+
+def stored_resid_pre(
+    lm: LM,
+    batches: Sequence[list[list[int]]],
+    method: str,
+    store: Store,
+    label: str,
+    prefix: Prefix | None = None,
+    n_positions: int = 1,
+) -> Iterator[Float[Tensor, "batch n_layers d_model"]]:
+    """`last_token_resid_pre` of each batch of prompts (token ids), from the store where it is known. Raises UserError where an
+    activation is not finite."""
     shared = {**lm.identity, "method": method, "pad": lm.pad_id, "prefix": prefix and prefix.ids, "n_positions": n_positions}
 
     def compute(batch: list[list[int]]) -> bytes:
@@ -244,15 +266,8 @@ def collect(
             raise not_finite(lm.model)
         return save({"resid_pre": resid_pre})
 
-    shapes = {name: (len(prompts), lm.n_layers, lm.d_model) for name, prompts in sets.items()}
-    with activations_file(path, shapes, lm.model.dtype) as put:
-        for name, prompts in sets.items():
-            skip = len(prefix.ids) if prefix else 0
-            plan = batches([len(tokens) - skip for tokens in prompts], method, batch_size)
-            chosen = [[list(prompts[i]) for i in batch] for batch in plan]
-            jobs = [(key("activations", (last_token_resid_pre,), **shared, ids=batch), batch) for batch in chosen]
-            for batch, value in zip(plan, store.run(jobs, compute, f"{method} {name}"), strict=True):
-                put(name, batch, load(value)["resid_pre"])
+    jobs = [(key("activations", (last_token_resid_pre,), **shared, ids=batch), batch) for batch in batches]
+    return (load(value)["resid_pre"] for value in store.run(jobs, compute, label))
 
 
 @contextmanager
