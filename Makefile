@@ -8,7 +8,7 @@ export VIRTUAL_ENV := $(CURDIR)/.venv
 
 REAL := studies/qwen2.5-coder-0.5b-instruct
 
-.PHONY: help setup pull repro verify portability train refresh plan compare picture models test plots perf cuda slow faults soak organisms detection full study real label label-check rules lint lock restore
+.PHONY: help setup pull repro verify portability train refresh plan compare picture models test plots perf cuda slow faults soak organisms detection claims full study real label label-check rules lint lock restore
 
 help: ## what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -84,6 +84,11 @@ organisms: restore ## train and study every kind of organism on three seeds: met
 
 detection: pull ## edited, fine-tuned and requantized checkpoints of the organism told apart: metrics/detection.json (five minutes)
 	python -m stages.detection
+
+claims: restore ## what others say of refusal directions, measured again: docs/claims.md; make claims [CLAIM=pairing] [STUDY=name]
+	dvc repro select
+	python -m stages.claims $(if $(STUDY),--study $(STUDY)) $(or $(CLAIM),pairing selection)
+	python -m stages.claims
 
 full: restore ## the science stage on all prompts, beside the study's own: metrics/science_full.json (five minutes)
 	dvc repro select

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
 
+from refusal.io.claims import Claims
 from refusal.io.edits import Edits
 from refusal.io.endpoint import Endpoint
 from refusal.io.section import (
@@ -305,6 +306,7 @@ class Params(Section):
     science: Science
     benchmark: Benchmark
     edits: Edits
+    claims: Claims
     report: Report
     compute: Compute
 
