@@ -87,7 +87,7 @@ detection: pull ## edited, fine-tuned and requantized checkpoints of the organis
 
 claims: restore ## what others say of refusal directions, measured again: docs/claims.md; make claims [CLAIM=pairing] [STUDY=name]
 	dvc repro select
-	python -m stages.claims $(if $(STUDY),--study $(STUDY)) $(or $(CLAIM),pairing selection)
+	python -m stages.claims $(if $(STUDY),--study $(STUDY)) $(or $(CLAIM),pairing selection harmfulness)
 	python -m stages.claims
 
 full: restore ## the science stage on all prompts, beside the study's own: metrics/science_full.json (five minutes)

@@ -59,8 +59,10 @@ def measure(params: Params, name: str) -> None:
         raise UserError(
             "params.yaml: prompts.keep: claims are measured with all train prompts and with those that behave: set all"
         )
-    study = load_study(params, params.claims)
-    write_json(MEASURED / f"{name}.json", CONTESTS[name](params, study))
+    dtype = params.claims.dtype or params.model.dtype
+    params = params.model_copy(update={"model": params.model.model_copy(update={"dtype": dtype})})
+    figures = CONTESTS[name](params, load_study(params, params.claims))
+    write_json(MEASURED / f"{name}.json", {"dtype": dtype} | figures)
 
 
 def pairing(params: Params, study: Any) -> dict[str, Any]:
@@ -81,7 +83,14 @@ def selection(params: Params, study: Any) -> dict[str, Any]:
     return contest(study, judged, directions[f"{s.method}-{resolve_pairing(s.pairing, s.method, known)}"]["separation"])
 
 
-CONTESTS = {"pairing": pairing, "selection": selection}
+def harmfulness(params: Params, study: Any) -> dict[str, Any]:
+    """Harmfulness and refusal, at two positions."""
+    from refusal.analysis.harmfulness import apart
+
+    return apart(study)
+
+
+CONTESTS = {"pairing": pairing, "selection": selection, "harmfulness": harmfulness}
 
 
 def table() -> str:

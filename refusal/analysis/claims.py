@@ -6,7 +6,7 @@ a claim is not refuted by a wide interval. Predictions stand in the list of clai
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from refusal.io.claims import Claim
@@ -189,7 +189,10 @@ def _measured(name: str, figure: str) -> Callable[[Metrics], Measured | None]:
 
     def of(metrics: Metrics) -> Measured | None:
         found = metrics.get(name)
-        return None if not found or found["figures"].get(figure) is None else measured_of(found["figures"][figure])
+        if not found or found["figures"].get(figure) is None:
+            return None
+        of = measured_of(found["figures"][figure])
+        return replace(of, of=f"{of.of}, {found['dtype']}")
 
     return of
 
@@ -204,5 +207,6 @@ MEASURES: dict[str, Callable[[Metrics], Measured | None]] = {
     **{of.__name__: of for of in (single, weights, other_set, affine, subspace, harmless, padding)},
     **{of.__name__: of for of in (categories, dimensions, substrings, late_refusals)},
     **{f"pairing.{name}": _measured("pairing", name) for name in ("matched", "matched_less_unrelated", "behaviour")},
+    **{f"harmfulness.{name}": _measured("harmfulness", name) for name in ("cosine", "belief")},
     **{f"selection.{name}": _measured("selection", name) for name in ("separation", "val", "bypass", "cosmic")},
 }

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from numpy import ndarray
 from safetensors.torch import load, save
+from scipy.stats import rankdata
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
@@ -26,7 +27,7 @@ from refusal.lm.load import LM
 from refusal.method import first_token
 from refusal.method.interventions import BASELINE, Addition, Intervention, intervene
 from refusal.method.paper_selection import choose
-from refusal.stats import resampled_sums, spearman
+from refusal.stats import resampled_sums
 
 LEAST_ALIKE = 0.1  # of the layers: those in which COSMIC compares
 N_PERMUTATIONS = 10_000
@@ -138,19 +139,25 @@ def _correlation(
 ) -> dict[str, Any]:
     """Spearman's rank correlation over layers of a score with test, and its percentile interval over resampled test prompts."""
     kept = [i for i, score in enumerate(scores) if score is not None]
-    some = [scores[i] for i in kept]
-    value = spearman(some, test[kept])  # type: ignore[arg-type]
-    drawn = [rho for row in resampled if (rho := spearman(some, row[kept])) is not None]  # type: ignore[arg-type]
-    if value is None or not drawn:
+    some = rankdata([scores[i] for i in kept])
+    (value,), drawn = (_with_ranks(some, rankdata(rows[:, kept], axis=1)) for rows in (test[None], resampled))
+    if np.isnan(value) or np.isnan(drawn).all():
         return dict.fromkeys(("correlation", "low", "high"))
-    low, high = np.quantile(drawn, [0.025, 0.975]).tolist()
-    return {"correlation": value, "low": low, "high": high}
+    low, high = np.nanquantile(drawn, [0.025, 0.975]).tolist()
+    return {"correlation": float(value), "low": low, "high": high}
+
+
+def _with_ranks(ranks: Float[ndarray, " layer"], rows: Float[ndarray, "row layer"]) -> Float[ndarray, " row"]:
+    """The correlation of ranks with each row of ranks; NaN where either has one value alone."""
+    a, b = ranks - ranks.mean(), rows - rows.mean(1, keepdims=True)
+    with np.errstate(invalid="ignore"):
+        return b @ a / np.sqrt((a @ a) * (b * b).sum(1))
 
 
 def _null(n_layers: int, seed: int) -> dict[str, float]:
     """The median and middle 95 % of the rank correlation of as many layers put in order by chance."""
-    ranks, rng = np.arange(n_layers), np.random.default_rng(seed)
-    drawn = [np.corrcoef(ranks, rng.permutation(ranks))[0, 1] for _ in range(N_PERMUTATIONS)]
+    order = np.random.default_rng(seed).random((N_PERMUTATIONS, n_layers)).argsort(1)
+    drawn = _with_ranks(np.arange(n_layers), order)
     low, median, high = np.quantile(drawn, [0.025, 0.5, 0.975]).tolist()
     return {"null_low": low, "null": median, "null_high": high}
 

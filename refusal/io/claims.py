@@ -6,7 +6,7 @@ from typing import Annotated, Any
 from pydantic import Field, ValidationError
 
 from refusal.io.errors import UserError
-from refusal.io.section import AtMost10000, Count, Distinct, NonEmpty, Resampled, Section, Text
+from refusal.io.section import AtMost10000, Count, Distinct, Dtype, NonEmpty, Resampled, Section, Text
 
 
 class Claims(Resampled):
@@ -14,6 +14,7 @@ class Claims(Resampled):
     n: Count | None
     n_pairs: NonEmpty[Count]
     n_random: AtMost10000
+    dtype: Dtype | None
 
 
 class Claim(Section):

@@ -14,6 +14,7 @@ from refusal.io.section import (
     Batch,
     Count,
     Distinct,
+    Dtype,
     GgufName,
     Method,
     NonEmpty,
@@ -72,7 +73,7 @@ class Model(Section):
     id: PathText
     revision: str | None
     file: GgufName | None = None
-    dtype: Literal["float32", "float16", "bfloat16"]
+    dtype: Dtype
     device: Annotated[str, Field(pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")]
     system_prompt: SystemPrompt
     thinking: bool | None

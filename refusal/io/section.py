@@ -29,6 +29,7 @@ def _no_duplicates(values: list[T]) -> list[T]:
     return values
 
 
+Dtype = Literal["float32", "float16", "bfloat16"]
 Method = Literal["sequential", "batched", "batched_unmasked"]
 Pairing = Literal["matched", "shuffled", "unrelated"]
 Sites = Literal["resid_pre", "paper", "writes"]

@@ -39,28 +39,34 @@ Direction = tuple[Intervention, Addition]  # its ablation, and the addition of i
 
 
 def refusal_tokens(lm: LM) -> dict[str, int]:
-    """The token of each word that a refusal begins with, as the first of an answer.
+    """The token of each word that the paper takes refusals to begin with; raises UserError as `word_tokens` does."""
+    words = QWEN_WORDS if lm.model.config.model_type.startswith("qwen") else WORDS
+    return word_tokens(lm, words, "select.by: paper", "set select.by to compliance")
+
+
+def word_tokens(lm: LM, words: Sequence[str], asked_by: str, otherwise: str) -> dict[str, int]:
+    """The token of each word as the first of an answer.
 
     Where the template ends in a blank or a line break the word stands alone; else a tokenizer may begin a word with a blank, so
-    that both forms count. A word that is more than one token, or unknown, is left out. Raises UserError where none is left, and
-    for a template that opens a thought, whose first token is none of the answer.
+    that both forms count. A word that is more than one token, or unknown, is left out. Raises UserError, which says what asked
+    for them and what to do otherwise, where none is left, and for a template that opens a thought, whose first token is none of
+    the answer.
     """
     tokenizer = lm.tokenizer
     text = render_chats(tokenizer, ["Hello."], lm.system_prompt)[0]
     if text.rstrip().endswith("<think>"):
         raise UserError(
-            "params.yaml: select.by: paper reads the first token of the answer, and this model's template opens a thought before "
-            "it: set model.thinking to false, or select.by to compliance"
+            f"params.yaml: {asked_by} reads the first token of the answer, and this model's template opens a thought before it: "
+            f"set model.thinking to false, or {otherwise}"
         )
-    words = QWEN_WORDS if lm.model.config.model_type.startswith("qwen") else WORDS
     forms = [form for word in words for form in ((word,) if text[-1:].isspace() else (word, f" {word}"))]
     before, *after = tokenizer([text, *(text + form for form in forms)], add_special_tokens=False)["input_ids"]
     unknown = getattr(tokenizer, "unk_token_id", None)
     tokens = {form: ids[-1] for form, ids in zip(forms, after, strict=True) if ids[:-1] == before and ids[-1] != unknown}
     if not tokens:
         raise UserError(
-            f"{tokenizer.name_or_path}: no token of it is {' or '.join(words)}, which the paper takes refusals to begin with: "
-            "set select.by to compliance in params.yaml"
+            f"{tokenizer.name_or_path}: no token of it is {' or '.join(words)}, which {asked_by} takes an answer to begin with: "
+            f"{otherwise} in params.yaml"
         )
     return tokens
 

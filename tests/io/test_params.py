@@ -17,9 +17,9 @@ from refusal.io.params_file import RENAMED, load_params, overlaid
 RAW = yaml.safe_load(COMMITTED)
 SETTINGS = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 SECTIONS = """prompts model organism generation activations directions ablation sweep endpoint judge select orthogonalize evaluate
-long_answers generalization science benchmark edits report compute""".split()
-SEEDED = ["prompts", "directions", "sweep", "evaluate", "long_answers", "generalization", "science", "benchmark"]
-RESAMPLED = ["directions", "evaluate", "generalization", "science", "benchmark"]
+long_answers generalization science benchmark edits claims report compute""".split()
+SEEDED = ["prompts", "directions", "sweep", "evaluate", "long_answers", "generalization", "science", "benchmark", "claims"]
+RESAMPLED = ["directions", "evaluate", "generalization", "science", "benchmark", "claims"]
 
 
 def refused(file: Path, said: str) -> str:

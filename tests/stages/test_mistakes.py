@@ -51,6 +51,17 @@ def stage(name: str, section: str = "", files: Mapping[str, str] = {}, **values:
     return make
 
 
+def claims(*arguments: str, **of_prompts: object) -> Mistake:
+    """`make claims` with these arguments, beside a study that nobody has run."""
+
+    def make(place: Place) -> Result:
+        place.write("studies/mine.yaml", "")
+        place.set("prompts", **of_prompts)
+        return place.run(sys.executable, "-m", "stages.claims", *arguments)
+
+    return make
+
+
 def checkpoint(template: str | None = "{{ messages }}", weights: bool = False, **values: object) -> Mistake:
     """A folder whose tokenizer and config are right; without `weights` it holds a pickle."""
 
@@ -262,6 +273,16 @@ MISTAKES: dict[str, tuple[Mistake, str]] = {
     "detection on another model": (
         stage("detection", "model", {"models/base/config.json": "{}"}, id="theirs"),
         "params.yaml: model.id: detection is measured on the organism and its pairs: set organism",
+    ),
+    "a claim that is not measured": (claims("pairings"), "there is no pairings to measure: choose among pairing, selection, harm"),
+    "claims before the study": (claims("pairing"), "metrics/select.json: no such file: run `dvc repro`, which makes"),
+    "claims of a study that was not run": (
+        claims("--study", "mine", "pairing"),
+        "studies: mine was not run here as far as select: run `make study STUDY=mine` first",
+    ),
+    "claims of prompts that were chosen": (
+        claims("pairing", keep="behaving"),
+        "params.yaml: prompts.keep: claims are measured with all train prompts and with those that behave: set all",
     ),
     "a stage before its inputs": (stage("select"), "metrics/directions.json: no such file: run `dvc repro`, which makes"),
     "a full disk": (disk_full, "the disk is full: make room .* and run `dvc repro` again to go on"),

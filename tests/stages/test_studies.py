@@ -149,6 +149,35 @@ def test_a_folder_of_copies_reaches_the_workspace_wherever_that_is(tmp_path, mon
     monkeypatch.setitem(studies.ENVIRONMENT, "REAL_SETS", "copies")
     handler = signal.getsignal(signal.SIGTERM)
     with open(os.devnull) as lock:
-        studies.repro("a", tmp_path / "work", lock.fileno())
+        studies.run("a", tmp_path / "work", lock.fileno(), ["dvc", "repro"])
     signal.signal(signal.SIGTERM, handler)
     assert (tmp_path / "work/seen").read_text().splitlines() == [str(tmp_path / "copies")] * 2
+
+
+def test_claims_of_a_study_are_measured_in_its_workspace(tmp_path, monkeypatch):
+    """With the very file that the study was given, and put beside its figures."""
+    from stages import claims
+
+    place = tmp_path / "store/studies/a"
+    (place / "metrics").mkdir(parents=True)
+    (place / "metrics/select.json").touch()
+    (place / "params.yaml").write_text(json.dumps({"model": {"id": "given/1.gguf"}}))
+    (tmp_path / "studies").mkdir()
+    (tmp_path / "studies/a.yaml").touch()
+    monkeypatch.chdir(tmp_path)
+    for module in (claims, studies):
+        monkeypatch.setattr(module, "STORE", tmp_path / "store")
+    monkeypatch.setattr(studies, "parameters", lambda name: {"model": {"id": "theirs"}, "sweep": {}})
+    monkeypatch.setattr(studies, "adapted", lambda raw, place: raw)
+    done = []
+    monkeypatch.setattr(studies, "mirror", lambda place, raw: done.append(raw))
+
+    def run(name, place, lock, module):
+        done.append(module)
+        (place / "metrics/claims").mkdir()
+        (place / "metrics/claims/pairing.json").write_text('{"n": 1}')
+
+    monkeypatch.setattr(studies, "run", run)
+    claims.of_study("a", ["pairing"])
+    assert done == [{"model": {"id": "given/1.gguf"}, "sweep": {}}, ["stages.claims", "pairing"]]
+    assert json.loads((tmp_path / "studies/a/metrics/claims/pairing.json").read_text()) == {"n": 1}
