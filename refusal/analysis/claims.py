@@ -1,8 +1,8 @@
 """What others say of refusal directions, beside the same quantity in a study of ours: replicates, does not, or not decided.
 
 A claim predicts where a quantity lies. Ours, with its 95 % interval, replicates it where the whole interval lies there, and does
-not where the whole interval lies elsewhere, or where the control that should not lie there does so too. All else is not decided:
-a claim is not refuted by a wide interval. Predictions stand in the list of claims, beside what would decide.
+not where the whole interval lies elsewhere, or where the control that should not lie there does so too. All else is not decided,
+and so is what lies within the limits of that control: a claim is not refuted by a wide interval, nor borne out by one. Predictions stand in the list of claims, beside what would decide.
 """
 
 from collections.abc import Callable, Mapping
@@ -34,7 +34,13 @@ def outcome(claim: Claim, measured: Measured | None) -> str:
         return NOT_DECIDED
     _, low, high = measured.ours
     if claim.holds(low) and claim.holds(high):
-        return DOES_NOT if claim.control_outside and claim.holds(measured.theirs[0]) else REPLICATES
+        control, *limits = measured.theirs
+        if not claim.control_outside:
+            return REPLICATES
+        if claim.holds(control):
+            return DOES_NOT
+        within = limits[0] is not None and limits[0] <= measured.ours[0] <= limits[1]
+        return NOT_DECIDED if within else REPLICATES
     below, above = claim.at_least is not None and high < claim.at_least, claim.at_most is not None and low > claim.at_most
     return DOES_NOT if below or above else NOT_DECIDED
 

@@ -34,10 +34,14 @@ def claim(**more) -> Claim:
         ((0.7, 0.6, 0.8), 0.6, {"at_least": 0.5, "control_outside": True}, DOES_NOT),
         ((0.7, 0.6, 0.8), 0.6, {"at_least": 0.5}, REPLICATES),
         ((0.7, 0.6, 0.8), 0.4, {"at_least": 0.5, "control_outside": True}, REPLICATES),
+        ((0.7, 0.6, 0.8), (0.4, 0.1, 0.75), {"at_least": 0.5, "control_outside": True}, NOT_DECIDED),
+        ((0.7, 0.6, 0.8), (0.4, 0.1, 0.69), {"at_least": 0.5, "control_outside": True}, REPLICATES),
+        ((0.3, 0.2, 0.4), (0.9, 0.3, 0.95), {"at_most": 0.5, "control_outside": True}, NOT_DECIDED),
     ],
 )
 def test_the_rule(ours, control, predicted, said):
-    assert outcome(claim(**predicted), Measured(ours, 10, "prompts", "random", (control, None, None))) == said
+    theirs = control if isinstance(control, tuple) else (control, None, None)
+    assert outcome(claim(**predicted), Measured(ours, 10, "prompts", "random", theirs)) == said
 
 
 def test_nothing_measured_decides_nothing():
