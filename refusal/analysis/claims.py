@@ -2,7 +2,8 @@
 
 A claim predicts where a quantity lies. Ours, with its 95 % interval, replicates it where the whole interval lies there, and does
 not where the whole interval lies elsewhere, or where the control that should not lie there does so too. All else is not decided,
-and so is what lies within the limits of that control: a claim is not refuted by a wide interval, nor borne out by one. Predictions stand in the list of claims, beside what would decide.
+and so is what lies within the limits of that control: a claim is not refuted by a wide interval, nor borne out by one.
+Predictions stand in the list of claims, beside what would decide.
 """
 
 from collections.abc import Callable, Mapping

@@ -39,7 +39,7 @@ def split_half_cosine(rows: Rows, n_splits: int, seed: int) -> float:
     if min(map(len, rows.values())) < 2:
         return math.nan
     generator = torch.Generator().manual_seed(seed)
-    one, other = torch.zeros(2, n_splits, len(direction(rows)), dtype=torch.float64)
+    one, other = torch.zeros(2, n_splits, next(iter(rows.values())).shape[1], dtype=torch.float64)
     for x in (x.double() for x in rows.values()):
         n, half = len(x), len(x) // 2
         drawn = torch.rand(n_splits, n, generator=generator).argsort(dim=1)[:, :half]

@@ -12,9 +12,9 @@ HEAD = """\
 
 What others say of refusal directions, and what the same quantity is in each of our studies: the organism, whose truth is known
 ([across-models.md](across-models.md)), and the real models of `studies/`. Each claim predicts where the quantity lies
-(`data/claims.yaml`). It *replicates* where our whole 95 % interval lies there; it *does not
-replicate* where the whole interval lies elsewhere, or where a control that should not lie there does; all else is *not decided
-here*, as is what lies within the limits of such a control. A figure of one small model says nothing of the models that a claim was made of.
+(`data/claims.yaml`). It *replicates* where our whole 95 % interval lies there; it *does not replicate* where the whole interval
+lies elsewhere, or where a control that should not lie there does; all else is *not decided here*, as is what lies within the
+limits of such a control. A figure of one small model says nothing of the models that a claim was made of.
 
 Rates have intervals as in [intervals.md](intervals.md); differences of arms whose pairing the metrics do not keep are taken as of
 unrelated prompts, which is too wide. A figure of categories has the width of its null. Where a study lacks a figure it was not

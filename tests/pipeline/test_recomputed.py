@@ -82,7 +82,7 @@ def ran(tmp_path_factory) -> Ran:
     folder = clone(tmp_path_factory.mktemp("recomputed") / "study")
     run(folder, "make", "-o", "restore", "pull")
     params_with(folder, SETTINGS)
-    for path in [*folder.glob("metrics/*"), *folder.glob("plots/**/*.csv")]:
+    for path in [*folder.glob("metrics/*.json"), *folder.glob("plots/**/*.csv")]:
         if path.name != "model.json":
             path.unlink()
     for i, name in enumerate(("pairs", "unrelated")):
@@ -153,7 +153,7 @@ def test_every_file_is_recomputed_or_named_here(ran):
         "select",
         "summary",
     }
-    assert {path.stem for path in ran.folder.glob("metrics/*")} == told | elsewhere
+    assert {path.stem for path in ran.folder.glob("metrics/*.json")} == told | elsewhere
     plots = {"sweep", "capability", "benchmark", "science/arms", "science/alphas"}
     elsewhere = {"separation", "cosine_to_sequential", "cross_layer_cosine", "spectrum", "science/zero"}
     found = {str(path.relative_to(ran.folder / "plots").with_suffix("")) for path in ran.folder.glob("plots/**/*.csv")}
