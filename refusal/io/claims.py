@@ -9,7 +9,7 @@ from refusal.io.errors import UserError
 from refusal.io.section import AtMost10000, Count, Distinct, Dtype, NonEmpty, Resampled, Section, Text
 
 
-class Claims(Resampled):
+class ClaimsSection(Resampled):
     layers: Distinct[Annotated[int, Field(ge=0)]] | None
     n: Count | None
     n_pairs: NonEmpty[Count]

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, field_validator, model_validator
 
-from refusal.io.claims import Claims
+from refusal.io.claims import ClaimsSection
 from refusal.io.edits import Edits
 from refusal.io.endpoint import Endpoint
 from refusal.io.section import (
@@ -307,7 +307,7 @@ class Params(Section):
     science: Science
     benchmark: Benchmark
     edits: Edits
-    claims: Claims
+    claims: ClaimsSection
     report: Report
     compute: Compute
 
