@@ -98,7 +98,7 @@ def table() -> str:
     from refusal.analysis.claims import MEASURES, beside
     from refusal.io.claims import read
     from refusal.report.claims import page
-    from stages.models import current
+    from stages.models import ORGANISMS, current
     from stages.studies import STUDIES
 
     claims = read(yaml.safe_load(LIST.read_text(encoding="utf-8")), MEASURES, LIST.as_posix())
@@ -106,7 +106,7 @@ def table() -> str:
     folders = {"organism": Path("metrics")} | {name: STUDIES / name / "metrics" for name in names}
     found = {name: beside(claims, metrics_of(folder)) for name, folder in folders.items()}
     write_json(TABLE, found)
-    write_text(PAGE, page(claims, read_json(TABLE), [name for name in names if not current(name)]))
+    write_text(PAGE, page(claims, read_json(TABLE), read_json(ORGANISMS), [name for name in names if not current(name)]))
     return f"{PAGE}: {len(claims)} claims, {len(found)} studies"
 
 

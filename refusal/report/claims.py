@@ -4,7 +4,9 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from refusal.io.claims import Claim
+from refusal.report.models import KINDS
 from refusal.report.numbers import num
+from refusal.stats import wilson
 
 HEAD = """\
 <!-- Made by `make claims`; what is written here by hand is lost. -->
@@ -22,9 +24,15 @@ measured: `make claims STUDY=name` does it, for a study that was run here.
 """
 
 
-def page(claims: Mapping[str, Claim], found: Mapping[str, Mapping[str, Mapping[str, Any]]], older: Collection[str]) -> str:
-    """The page. found: metrics/claims.json. older: studies whose figures are not of today's code."""
-    lines = [HEAD]
+def page(
+    claims: Mapping[str, Claim],
+    found: Mapping[str, Mapping[str, Mapping[str, Any]]],
+    organisms: Mapping[str, Any],
+    older: Collection[str],
+) -> str:
+    """The page. found: metrics/claims.json. organisms: metrics/organisms.json. older: studies whose figures are not of today's
+    code."""
+    lines = [HEAD, false_verdicts(organisms)]
     if older:
         lines.append(f"Not of today's code: {', '.join(sorted(older))}.\n")
     lines += ["| claim | " + " | ".join(found) + " |", "| --- |" + " --- |" * len(found)]
@@ -45,6 +53,17 @@ def page(claims: Mapping[str, Claim], found: Mapping[str, Mapping[str, Mapping[s
         lines += ["| study | ours | n | control | outcome |", "| --- | --- | --- | --- | --- |"]
         lines += [_row(study, of[name]) for study, of in found.items()]
     return "\n".join(lines) + "\n"
+
+
+def false_verdicts(organisms: Mapping[str, Any]) -> str:
+    """How often a study of an organism whose answer was arranged found another, with Wilson's interval."""
+    arranged = [(agrees, o) for name, o in organisms.items() if (agrees := KINDS[name.split(".")[0]][1])]
+    wrong = sum(not agrees(o) for agrees, o in arranged)
+    low, high = wilson(wrong, len(arranged))
+    return (
+        f"How often this package's own verdict is false: of {len(arranged)} organisms whose answer was arranged, {wrong} were found "
+        f"otherwise, a rate of {_limits(wrong / len(arranged), low, high)} ([mediation.md](mediation.md)).\n"
+    )
 
 
 def _source(claim: Claim) -> str:

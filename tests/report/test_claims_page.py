@@ -7,7 +7,7 @@ from place import ROOT
 
 from refusal.analysis.claims import MEASURES
 from refusal.io.claims import read
-from refusal.report.claims import page
+from refusal.report.claims import false_verdicts, page
 from stages import claims, models
 
 
@@ -16,7 +16,7 @@ def test_the_committed_page_is_of_the_committed_figures():
     found = json.loads((ROOT / "metrics/claims.json").read_text())
     older = [name for name in found if name != "organism" and not models.current(name)]
     text = (ROOT / "docs/claims.md").read_text()
-    assert text == page(listed, found, older)
+    assert text == page(listed, found, json.loads((ROOT / "metrics/organisms.json").read_text()), older)
     for name, claim in listed.items():
         section = text.split(f"\n## {name}\n")[1].split("\n## ")[0]
         assert claim.source in section and claim.their_n in section and claim.decides in section
@@ -33,3 +33,11 @@ def test_the_committed_table_is_of_the_committed_metrics(monkeypatch, tmp_path):
     claims.table()
     assert (tmp_path / "claims.json").read_text() == (ROOT / "metrics/claims.json").read_text()
     assert (tmp_path / "claims.md").read_text() == (ROOT / "docs/claims.md").read_text()
+
+
+def test_false_verdicts_are_of_organisms_whose_answer_was_arranged():
+    single = {"verdict": "single", "reason": None, "difference_mediates": True}
+    none = {"verdict": "none", "reason": "no_refusal", "difference_mediates": False}
+    organisms = {"single.0": single, "single.1": none, "natural.0": none, "none.0": none, "planted.0": single}
+    # Wilson's limits of one of four, by its closed form.
+    assert "of 4 organisms whose answer was arranged, 1 were found otherwise, a rate of 0.25 [0.05, 0.70]" in false_verdicts(organisms)
