@@ -18,13 +18,14 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from refusal.analysis.claims import Measured
+from refusal.analysis.pairing import refused
 from refusal.analysis.reliability import Rows, corrected_cosine
 from refusal.analysis.sensitivity import collect, common_suffix
 from refusal.analysis.study import Study
 from refusal.io.errors import UserError
 from refusal.io.prompts import Rows as Prompts
 from refusal.io.store import key
-from refusal.judges.verdicts import OF_HARMFUL, Flags, behaves, rates, values
+from refusal.judges.verdicts import OF_HARMFUL, Flags, rates, values
 from refusal.lm.load import LM
 from refusal.method.activations import Prefix, last_logits
 from refusal.method.directions import cosine, difference_in_means, random_unit
@@ -64,15 +65,15 @@ def apart(study: Study) -> dict[str, Any]:
     vectors = {place: found[place].difference[layers] for place in PLACES}
     drawn = random_unit(study.lm.d_model, len(layers), study.seed)
     vectors["random"] = drawn * vectors["refusal"].norm(dim=-1, keepdim=True)
-    refused, answered = (_behaving(study, half) for half in ("harmful", "safe"))
-    removed, induced = _removed(study, refused, vectors, layers), _induced(study, answered, vectors, layers)
+    harmful, answered = refused(study), _answered(study)
+    removed, induced = _removed(study, harmful, vectors, layers), _induced(study, answered, vectors, layers)
     beliefs = None if study.exact else _beliefs(study, answered, vectors, layers)
     cosines = [_cosines(study, read, found, layer) for layer in layers]
     return {
         "layers": layers,
         "tail": read.tail,
         "n_pairs": len(study.pairs["train"]),
-        "n_refused": len(refused),
+        "n_refused": len(harmful),
         "n_answered": len(answered),
         "cosines": cosines,
         "removed": removed,
@@ -98,13 +99,12 @@ def _read(study: Study) -> Read:
     return Read(harmful, safe, tail)
 
 
-def _behaving(study: Study, half: str) -> Prompts:
-    """The test prompts of a half that the baseline refuses, or answers, as it should."""
-    asked = study.ask(study.sample("test", study.params.claims.n, half), half, [BASELINE], f"claims: test, {half}, baseline")
-    rows = [row for row, is_so in zip(asked.rows, behaves(asked.the_only, half), strict=True) if is_so]
-    if not rows:
-        raise UserError(f"params.yaml: model.id: no {half} test prompt gets what it should, and there is nothing to measure on")
-    return rows
+def _answered(study: Study) -> Prompts:
+    """The safe test prompts that the baseline answers."""
+    rows = study.sample("test", study.params.claims.n, "safe")
+    if not (found := [rows[i] for i in study.behaving(rows, "safe", "claims: test, safe, baseline")]):
+        raise UserError("params.yaml: model.id: it answers no safe test prompt in full, so that nothing can be refused")
+    return found
 
 
 def _topics(rows: Prompts) -> list[Hashable]:

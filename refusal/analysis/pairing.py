@@ -17,10 +17,10 @@ from refusal.analysis.reliability import N_SPLITS, Rows, corrected_cosine, split
 from refusal.analysis.study import Study
 from refusal.io.errors import UserError
 from refusal.io.prompts import Rows as Prompts
-from refusal.judges.verdicts import Flags, behaves, by_prompt, rates, values
+from refusal.judges.verdicts import Flags, by_prompt, rates, values
 from refusal.method.activations_file import Activations
 from refusal.method.directions import difference_in_means, random_unit
-from refusal.method.interventions import BASELINE, Intervention
+from refusal.method.interventions import Intervention
 from refusal.stats import clustered_mean, holm, intraclass_correlations, paired_difference, sign_flip_p, subsample_indices
 
 FEWEST = 8  # pairs that a direction is estimated from
@@ -72,15 +72,15 @@ def contest(study: Study, activations: Mapping[str, Activations]) -> dict[str, A
     acting = {name: _interventions(study, one, activations, layers) for name, one in conditions.items()}
     drawn = random_unit(study.lm.d_model, s.n_random, study.seed)
     acting["random"] = [Intervention(f"random_{i}", v, 1.0, study.sites, direction_independent=True) for i, v in enumerate(drawn)]
-    refused = _refused(study)
-    asked = study.ask(refused, "harmful", [one for some in acting.values() for one in some], "claims: pairing")
+    rows = refused(study)
+    asked = study.ask(rows, "harmful", [one for some in acting.values() for one in some], "claims: pairing")
     removed = {
         name: [values(asked.verdicts[one.name], lambda v: v.compliance == 1) for one in some] for name, some in acting.items()
     }
     figures = rates("removed", removed, asked.topics)
     noise = {name: _noise(one, activations, layers, study.seed) for name, one in conditions.items()}
     contrasts = _contrasts(study, {k: len(pools[k][0]) for k in pools}, conditions, removed, asked.topics)
-    n = len(refused)
+    n = len(rows)
     return {
         "layers": layers,
         "n_refused": n,
@@ -101,13 +101,8 @@ def _behaving(study: Study) -> tuple[list[int], list[int]]:
     """(pairs whose harmful half is refused and whose safe half is answered in full, unrelated prompts that are answered)."""
     pairs, unrelated = study.pairs["train"], study.unrelated["train"]
 
-    def kept(rows: Sequence[Mapping[str, Any]], half: str) -> list[bool]:
-        return behaves(study.ask(rows, half, [BASELINE], f"claims: train, {half}").the_only, half)
-
-    both = zip(kept(pairs, "harmful"), kept(pairs, "safe"), strict=True)
-    return [i for i, halves in enumerate(both) if all(halves)], [
-        i for i, is_kept in enumerate(kept(unrelated, "safe")) if is_kept
-    ]
+    refused, answered = (study.behaving(pairs, half, f"claims: train, {half}") for half in ("harmful", "safe"))
+    return sorted({*refused} & {*answered}), study.behaving(unrelated, "safe", "claims: train, unrelated")
 
 
 def _conditions(pools: Mapping[str, tuple[list[int], list[int]]], sizes: Sequence[int], seed: int) -> list[Condition]:
@@ -140,13 +135,12 @@ def _interventions(
     ]
 
 
-def _refused(study: Study) -> Prompts:
-    """The test prompts that the baseline refuses."""
-    asked = study.ask(study.sample("test", study.params.claims.n), "harmful", [BASELINE], "claims: test, baseline")
-    rows = [row for row, is_refused in zip(asked.rows, behaves(asked.the_only, "harmful"), strict=True) if is_refused]
-    if not rows:
+def refused(study: Study) -> Prompts:
+    """The test prompts that the baseline refuses, which every claim is measured on. Raises UserError where there is none."""
+    rows = study.sample("test", study.params.claims.n)
+    if not (found := [rows[i] for i in study.behaving(rows, "harmful", "claims: test, baseline")]):
         raise UserError("params.yaml: model.id: it refuses no harmful test prompt, so there is nothing to remove")
-    return rows
+    return found
 
 
 def _noise(of: Condition, activations: Mapping[str, Activations], layers: Sequence[int], seed: int) -> dict[str, Any]:

@@ -14,11 +14,11 @@ from refusal.io.params import Params
 from refusal.io.prompts import Rows, is_paired, safe_rows
 from refusal.io.store import Store
 from refusal.judges.panel import for_safe_prompts
-from refusal.judges.verdicts import Arms, Judged, Verdicts, rates, summaries
+from refusal.judges.verdicts import Arms, Judged, Verdicts, behaves, rates, summaries
 from refusal.lm.batching import rows_at_once
 from refusal.lm.load import LM
 from refusal.method.generate import Decoding
-from refusal.method.interventions import Addition, Intervention
+from refusal.method.interventions import BASELINE, Addition, Intervention
 from refusal.method.sweep import complete
 from refusal.stats import subsample_indices
 
@@ -162,6 +162,11 @@ class Study:
         judge = for_safe_prompts(self.judge) if half == "safe" else self.judge
         verdicts = {name: judge(prompts, text, f"judge: {label}: {name}", self.exact) for name, text in texts.items()}
         return Judgements(rows, prompts, texts, verdicts)
+
+    def behaving(self, rows: Rows, half: str, label: str) -> list[int]:
+        """Which of these rows' prompts the baseline refuses (`harmful`) or answers in full (`safe`), as it should."""
+        verdicts = self.ask(rows, half, [BASELINE], label).the_only
+        return [i for i, is_so in enumerate(behaves(verdicts, half)) if is_so]
 
     def summaries(self, arms: Arms, topics: Sequence[Hashable], of: str, safe: bool = False) -> dict[str, dict[str, Any]]:
         """Rates of every arm with their intervals, and counts; raises UserError as `verdicts.summaries` does."""

@@ -61,8 +61,8 @@ def false_verdicts(organisms: Mapping[str, Any]) -> str:
     wrong = sum(not agrees(o) for agrees, o in arranged)
     low, high = wilson(wrong, len(arranged))
     return (
-        f"How often this package's own verdict is false: of {len(arranged)} organisms whose answer was arranged, {wrong} were found "
-        f"otherwise, a rate of {_limits(wrong / len(arranged), low, high)} ([mediation.md](mediation.md)).\n"
+        f"How often this package's own verdict is false: of {len(arranged)} organisms whose answer was arranged, {wrong} were "
+        f"found otherwise, a rate of {_limits(wrong / len(arranged), low, high)} ([mediation.md](mediation.md)).\n"
     )
 
 
