@@ -6,6 +6,7 @@ from typing import Any
 from refusal.io.files import csv_text, read_jsonl
 from refusal.io.params import Params
 from refusal.io.prompts import is_paired, kept_rows, resolve_pairing, safe_rows
+from refusal.io.sweep import SINGULAR_VECTORS
 from stages import stage, use_torch, write_json, write_text
 
 OUT, METRICS, PLOTS = Path("models/directions.safetensors"), Path("metrics/directions.json"), Path("plots")
@@ -19,6 +20,7 @@ def main(params: Params) -> str:
     from refusal.analysis.ceilings import categories, ceiling_to_all, ceilings, describe_noise
     from refusal.analysis.estimated import contrast_by, without_noise_of_means
     from refusal.analysis.separation import cosine_to_all, describe, harmless_sets, plot_rows
+    from refusal.analysis.subspaces import singular_vectors
     from refusal.io.progress import progress
     from refusal.method.activations_file import read_activations
     from refusal.method.robust_means import estimate
@@ -40,7 +42,7 @@ def main(params: Params) -> str:
     first = "sequential" if "sequential" in methods else methods[0], "matched" if "matched" in pairings else pairings[0]
     reference = contrast_by(d.estimator, activations[first[0]], first[1], d.seed)
     metrics: dict[str, Any] = {f"{method}-{pairing}": None for method in methods for pairing in d.pairings}
-    directions = {}
+    directions, singular = {}, {}
     with progress(len(methods) * len(pairings), "directions", "set") as bar:
         for method, sets in activations.items():
             for pairing in pairings:
@@ -54,6 +56,9 @@ def main(params: Params) -> str:
                 if name == swept:
                     metrics[name]["categories"] = categories(of, groups, d.n_resamples, d.seed) if of_means else None
                 directions[name] = of.directions
+                if pairing == "matched":
+                    vectors = singular_vectors(of.harmful, of.safe, of.directions.layers, SINGULAR_VECTORS)
+                    singular[f"{name}.singular"] = vectors
                 bar.update()
             # The control: the difference between two sets of prompts of which neither is harmful.
             directions[f"{method}-harmless"] = estimate(*harmless_sets(sets), d.estimator, paired=False)
@@ -62,7 +67,7 @@ def main(params: Params) -> str:
         m["cosine_to_sequential_ceiling"] = ceilings(m["reliability"], described["-".join(first)]["reliability"])
     tensors = {f"{name}.{key}": tensor.contiguous() for name, of in directions.items() for key, tensor in vars(of).items()}
     OUT.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, OUT)
+    save_file(tensors | singular, OUT)
     write_json(METRICS, metrics)
     for plot, rows in plot_rows(described).items():
         write_text(PLOTS / f"{plot}.csv", csv_text(rows))

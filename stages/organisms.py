@@ -27,7 +27,15 @@ REDUCED: dict[str, dict[str, Any]] = {
     "activations": {"methods": ["batched"]},
     "directions": {"pairings": ["matched"], "n_resamples": 100, "n_sign_flips": 200},
     "ablation": {"sites": "resid_pre", "kind": "linear"},
-    "sweep": {"method": "batched", "pairing": "matched", "layers": None, "alphas": [1.0], "n_random": 1},
+    "sweep": {
+        "method": "batched",
+        "pairing": "matched",
+        "basis": "single",
+        "layers": None,
+        "rank": None,
+        "alphas": [1.0],
+        "n_random": 1,
+    },
     "judge": {"kind": "rules", "labelled": None},
     "select": {"by": "compliance"},
     "science": {

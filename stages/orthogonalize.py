@@ -14,25 +14,27 @@ def main(params: Params) -> str:
     use_torch(params)
     import shutil
 
-    from refusal.method.directions import harmless_kept, random_unit, read_directions, select_directions
+    from refusal.method.directions import read_directions, select_directions
     from refusal.method.interventions import Intervention
     from refusal.method.orthogonalize import Edit, orthogonalize
-    from refusal.method.select import cell_name, checked
+    from refusal.method.select import checked, span_of
+    from refusal.method.subspaces import basis_of, random_of, spans
 
     o, s, selected = params.orthogonalize, params.sweep, checked(read_json(Path("metrics/select.json")))
     directions = select_directions(read_directions(Path("models/directions.safetensors")), s.method, s.pairing)
     shutil.rmtree(OUT, ignore_errors=True)
     OUT.mkdir(parents=True)
-    first = selected["rank_1"]
-    # The control differs from rank_1 in its direction alone: same layer in its name, same alpha, same matrices.
-    random = f"random_{cell_name(first['layer'], first['alpha'])}"
-    cells = {rank: (cell["name"], directions["unit"][cell["layer"]], cell) for rank, cell in selected.items()}
-    cells["random"] = (random, random_unit(directions["unit"].shape[1], 1, s.seed)[0], first)
-    edited = {}
-    for rank, (name, v, cell) in cells.items():
-        if o.variant == "harmless_kept":
-            v = harmless_kept(v, directions["safe_mean"][cell["layer"]])
-        edited[rank] = Intervention(name, v, cell["alpha"], "weights")
+    among = spans(s, [int(layer) for layer in directions["defined"].nonzero().flatten()])
+    cells = {rank: (cell, span_of(cell["name"], s.method, among)) for rank, cell in selected.items()}
+    keep = o.variant == "harmless_kept"
+    edited = {
+        rank: Intervention(cell["name"], basis_of(span, directions, keep), cell["alpha"], "weights")
+        for rank, (cell, span) in cells.items()
+    }
+    # The control differs from rank_1 in its direction or subspace alone: same layers in its name, same rank, alpha and matrices.
+    first, span = cells["rank_1"]
+    random = f"random_{first['name'].removeprefix(f'{s.method}_')}"
+    edited["random"] = Intervention(random, random_of(span, directions, 1, s.seed, keep)[0], first["alpha"], "weights")
     norms = NORMS.get(o.variant)
     edits = [Edit(OUT / one.name, one, o.include_embedding, o.format, norms) for one in edited.values()]
     reports = orthogonalize(BASE, edits)

@@ -35,13 +35,14 @@ def main(params: Params, budget: str = "") -> str:
     from refusal.analysis import geometry, strength
     from refusal.analysis.mediation import mediation
     from refusal.method.activations_file import read_activations
+    from refusal.method.select import layer_scores
+    from refusal.method.subspaces import spans
     from stages.study import BEHAVIOUR, load_study
 
     s, study = params.science, load_study(params, params.science)
     kept = kept_rows(read_jsonl(BEHAVIOUR))
     study.activations = {m: read_activations(Path(f"data/activations/{m}.safetensors"), kept) for m in params.activations.methods}
-    cells = [cell for cell in read_json(METRICS / "judge.json").values() if cell["layer"] is not None]
-    score = {i: max(cell["score"] for cell in cells if cell["layer"] == i) for i in {cell["layer"] for cell in cells}}
+    score = layer_scores(read_json(METRICS / "judge.json"), spans(params.sweep, study.layers))
     truth = load_file(TRUTH)["direction"] if TRUTH.is_file() else None
 
     metrics: dict[str, Any] = {"layer": study.layer, "alpha": study.rank_1["alpha"], "sites": params.ablation.sites}

@@ -7,6 +7,7 @@ from refusal.io.params import Params
 from refusal.io.prompts import resolve_pairing
 from refusal.method.paper_selection import ranked
 from refusal.method.select import rank
+from refusal.method.subspaces import spans
 from stages import read_json, stage, write_json
 
 METRICS = Path("metrics/select.json")
@@ -17,8 +18,9 @@ def main(params: Params) -> str:
         return by_paper(params)
     s = params.sweep
     directions = {name: m for name, m in read_json(Path("metrics/directions.json")).items() if m is not None}  # null: left out
-    separation = directions[f"{s.method}-{resolve_pairing(s.pairing, s.method, directions)}"]["separation"]
-    chosen = rank(read_json(Path("metrics/judge.json")), separation, params.select.top, s.method)
+    described = directions[f"{s.method}-{resolve_pairing(s.pairing, s.method, directions)}"]
+    among = spans(s, described["layers"])
+    chosen = rank(read_json(Path("metrics/judge.json")), among, described["separation"], params.select.top, s.method)
     write_json(METRICS, {f"rank_{i}": cell for i, cell in enumerate(chosen, 1)})
     first = chosen[0]
     return (

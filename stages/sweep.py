@@ -16,6 +16,8 @@ def main(params: Params) -> str:
     from refusal.lm.load import load_lm
     from refusal.method.directions import read_directions, select_directions
     from refusal.method.generate import Decoding
+    from refusal.method.select import cell_name
+    from refusal.method.subspaces import spans
     from refusal.method.sweep import complete, grid
 
     s, g = params.sweep, params.generation
@@ -27,10 +29,12 @@ def main(params: Params) -> str:
     ids = lm.encode([row["harmful"] for row in val], g.max_new_tokens)
     decoding = Decoding(g.max_new_tokens, rows_at_once(g.batch_size, lm.model, g.max_new_tokens + 1, "generation"))
     completions = complete(lm, ids, interventions, decoding, Store(STORE / "store.sqlite"), "sweep")
+    defined = [int(layer) for layer in matched["defined"].nonzero().flatten()]
+    shown = {cell_name(span.name, alpha): span.shown for span in spans(s, defined) for alpha in s.alphas}
     rows = [
         {
             "cell": one.name,
-            "layer": one.layer,
+            "layer": shown.get(one.name),
             "alpha": one.alpha,
             "id": row["id"],
             "prompt": row["harmful"],

@@ -9,11 +9,12 @@ from torch import Tensor
 from refusal.analysis.estimators import lda, logistic
 from refusal.analysis.separation import halves
 from refusal.analysis.study import Study
-from refusal.analysis.subspaces import paired_svd, qr_of_layers, random_subspaces
+from refusal.analysis.subspaces import paired_svd, random_subspaces
 from refusal.io.errors import UserError
 from refusal.method.activations_file import Activations
 from refusal.method.directions import random_unit
 from refusal.method.interventions import Intervention
+from refusal.method.subspaces import qr_of_layers
 from refusal.stats import subsample_indices
 
 RANKS = (2, 3, 5)
@@ -35,8 +36,14 @@ def layers_of(study: Study) -> list[int]:
     return [layer for layer in study.layers if chosen is None or layer in chosen]
 
 
+def ranks_of(study: Study) -> list[int]:
+    """The ranks above 1 of which random subspaces are drawn: RANKS, and that of what is selected."""
+    return sorted({*RANKS, study.span.rank} - {1})
+
+
 def single_directions(study: Study, optimised: Float[Tensor, " d_model"] | None) -> list[Intervention]:
-    """Interventions of rank 1. Names are `<estimator>.<layer>`; `rank_1` is the selected one. Ties on val go to the earlier.
+    """Interventions of rank 1. Names are `<estimator>.<layer>`; `rank_1` is the selected one, where that is of one direction and
+    not among `subspaces`. Ties on val go to the earlier.
 
     `unrelated` is the difference-in-means with unrelated safe prompts, where the study's own is with matched ones.
     At `resid_pre` each difference-in-means is also ablated towards the safe mean (`affine`). Where prompts are no pairs there is
@@ -50,9 +57,9 @@ def single_directions(study: Study, optimised: Float[Tensor, " d_model"] | None)
     def one(family: str, layer: int, v: Tensor, offset: Tensor | None = None) -> Intervention:
         return Intervention(f"{family}.{layer}", v, 1.0, sites, offset, layer, family)
 
-    alpha = study.rank_1["alpha"]
-    candidates = [Intervention("rank_1", unit[study.layer], alpha, sites, None, study.layer, "difference")]
-    candidates += [one("difference", i, unit[i]) for i in layers_of(study) if i != study.layer or alpha != 1.0]
+    single, alpha = study.span.basis == "single", study.rank_1["alpha"]
+    candidates = [Intervention("rank_1", unit[study.layer], alpha, sites, None, study.layer, "difference")] if single else []
+    candidates += [one("difference", i, unit[i]) for i in layers_of(study) if i != study.layer or alpha != 1.0 or not single]
     for i in layers_of(study):
         if study.unrelated_unit is not None:
             candidates.append(one("unrelated", i, study.unrelated_unit[i].double()))
@@ -68,8 +75,9 @@ def single_directions(study: Study, optimised: Float[Tensor, " d_model"] | None)
 
 
 def subspaces(study: Study, layers_best_first: Sequence[int]) -> list[Intervention]:
-    """Subspaces of rank 2, 3 and 5: singular vectors of the paired differences (where prompts are pairs) at the selected layer,
-    and the QR of the best layers' directions as far as there are layers; and every layer's own direction ablated there."""
+    """`rank_1` where that is one; subspaces of rank 2, 3 and 5: singular vectors of the paired differences (where prompts are
+    pairs) at the selected layer, and the QR of the best layers' directions as far as there are layers; and every layer's own
+    direction ablated there."""
     unit, layer, sites = study.directions["unit"].double(), study.layer, study.sites
     harmful, safe = (some[:, layer] for some in _train(study))
     svd = [
@@ -79,7 +87,16 @@ def subspaces(study: Study, layers_best_first: Sequence[int]) -> list[Interventi
     qr = [Intervention(f"qr_{k}", qr_of_layers(unit, layers_best_first[:k]), 1.0, sites, family="subspace") for k in ranks]
     own = torch.zeros(len(unit), 1, unit.shape[1], dtype=unit.dtype)
     own[list(layers_best_first), 0] = unit[list(layers_best_first)]
-    return [*svd, *qr, Intervention("per_layer", own, 1.0, sites, family="per_layer")]
+    several = [*svd, *qr, Intervention("per_layer", own, 1.0, sites, family="per_layer")]
+    if study.span.basis == "single":
+        return several
+    family = "per_layer" if study.span.basis == "per_layer" else "subspace"
+    return [Intervention("rank_1", study.basis, study.rank_1["alpha"], sites, None, layer, family), *several]
+
+
+def control_of(one: Intervention) -> str:
+    """The family of `controls` that an intervention is compared with: random ones of its rank, or one a layer as it has."""
+    return "random_per_layer" if one.per_layer else f"random_{one.rank}"
 
 
 def controls(study: Study) -> list[Intervention]:
@@ -98,7 +115,7 @@ def controls(study: Study) -> list[Intervention]:
     d_model = unit.shape[1]
     chosen = [Intervention("harmless_difference", unit[layer], 1.0, study.sites, None, layer, "harmless")]
     chosen += [drawn(f"random_{i}", "random_1", v) for i, v in enumerate(random_unit(d_model, s.n_random, study.seed))]
-    for k in RANKS:
+    for k in ranks_of(study):
         bases = random_subspaces(d_model, k, s.n_subspaces, study.seed + k)
         chosen += [drawn(f"random_{k}.{i}", f"random_{k}", basis) for i, basis in enumerate(bases)]
     safe_mean = study.directions["safe_mean"].double()

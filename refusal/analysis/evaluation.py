@@ -54,18 +54,18 @@ def evaluate(study: Study, edited: Mapping[str, LM]) -> tuple[dict[str, Any], li
 
 
 def run_time_arms(study: Study) -> tuple[dict[str, list[Intervention]], list[Intervention]]:
-    """(the interventions of each arm at rank_1's alpha, those of the selected layer at every alpha of the sweep)."""
+    """(the interventions of each arm at rank_1's alpha, what is selected at every alpha of the sweep)."""
     alpha = study.rank_1["alpha"]
     swept = grid(
         study.directions,
         study.harmless_difference,
-        study.params.sweep.model_copy(update={"layers": [study.layer]}),
+        study.params.sweep.model_copy(update={"layers": [*study.span.layers]}),
         study.params.ablation,
     )
-    at_layer = [one for one in swept if one.layer == study.layer]
+    at_layer = [one for one in swept if one.family == "swept"]
     acting = {"baseline": [BASELINE], "runtime": [next(one for one in at_layer if one.alpha == alpha)]}
     for kind in CONTROLS:
-        if some := [replace(one, alpha=alpha) for one in swept if one.name.startswith(f"{kind}_")]:
+        if some := [replace(one, alpha=alpha) for one in swept if one.family == kind]:
             acting[kind] = some
     return acting, at_layer
 
@@ -148,7 +148,6 @@ def _identity(study: Study, edited: LM, texts: Texts) -> dict[str, Any]:
     identity = {"norm_after_writer": architecture_of(study.lm.model.config).norm_after_writer, "kl": None}
     if not study.params.orthogonalize.include_embedding:
         return identity
-    v, alpha = study.directions["unit"][study.layer], study.rank_1["alpha"]
-    writes = {"writes": (study.lm, Intervention("writes", v, alpha, "writes", layer=study.layer))}
+    writes = {"writes": (study.lm, Intervention("writes", study.basis, study.rank_1["alpha"], "writes", layer=study.layer))}
     costs = harmless_kl(edited, writes, texts, study.decoding.batch_size, study.store, "cost: identity")
     return identity | _figures(study, [costs["writes"]], texts)

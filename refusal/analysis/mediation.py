@@ -73,7 +73,8 @@ def mediation(
     best_single = best_on_val([one for family, one in best.items() if family != "affine"], val.verdicts, missing)
     ranked = [one for one in several if one.family == "subspace"]
     best_subspace = best_on_val(ranked, val.verdicts, missing) if ranked else None
-    decision = _decide(table, (single[0], best_single, best_subspace), test, (random, control))
+    rank_1 = next(one for one in tried if one.name == "rank_1")
+    decision = _decide(table, (rank_1, best_single, best_subspace), test, (random, control))
     over = [BASELINE, best_single, best_subspace, *(one for family, one in best.items() if family == "affine")]
     fitted = candidates.fitted_on(study)
     keys = ("layer", *RATES, "cosine_rank_1", "cosine_planted")
@@ -217,7 +218,7 @@ def _decide(
     refused = {row["id"] for row, v in zip(test.rows, test.verdicts["baseline"], strict=True) if v and v.refusal}
 
     def of(one: Intervention) -> Evidence:
-        members = [c.name for c in controls if c.family == f"random_{one.rank}"]
+        members = [c.name for c in controls if c.family == candidates.control_of(one)]
         return evidence(one.name, test, refused, control, members)
 
     gap = None

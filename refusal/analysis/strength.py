@@ -10,6 +10,7 @@ from refusal.io.params import Strength
 from refusal.judges.verdicts import COUNTS, counts
 from refusal.method.directions import random_unit
 from refusal.method.interventions import BASELINE, POSITIONS, SITES, Addition, Intervention
+from refusal.method.subspaces import random_of
 
 PLACES = (*SITES, "weights")
 RATES = ("compliance", "compliance_low", "compliance_high", "coherence", "score", "refusal", *COUNTS)
@@ -19,13 +20,15 @@ COSTS = ("cross_entropy", "kl")
 def strength(study: Study, settings: Strength) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Where compliance x coherence collapses at each of PLACES, measured and predicted; and the curves that say so.
 
-    A curve is compliance, coherence and cost of the selected direction ablated on harmful test prompts, against alpha, and of a
-    random one, the control.
+    A curve is compliance, coherence and cost of the selected direction or subspace ablated on harmful test prompts, against
+    alpha, and of a random one of its rank, the control.
     """
-    unit, texts = study.directions["unit"][study.layer], study.harmless(study.params.science.n_harmless)
-    vectors = {"": unit, "random_": random_unit(len(unit), 1, study.seed)[0]}
+    texts = study.harmless(study.params.science.n_harmless)
+    vectors = {"": study.basis, "random_": random_of(study.span, study.directions, 1, study.seed)[0]}
     test, rows = study.sample("test", settings.n), []
-    for place in PLACES:
+    # In memory weights are edited with one basis for all layers.
+    places = PLACES if study.basis.ndim == 2 else SITES
+    for place in places:
         interventions = [
             Intervention(f"{of}{alpha:g}", vector, alpha, place, None, study.layer, "alpha")
             for of, vector in vectors.items()
@@ -35,13 +38,14 @@ def strength(study: Study, settings: Strength) -> tuple[dict[str, Any], list[dic
         costs = study.costs({one.name: [one] for one in interventions}, texts, f"cost: {place}")
         found = study.summaries({name: [v] for name, v in judged.verdicts.items()}, judged.topics, f", {place}")
         for alpha in settings.alphas:
-            row = {"place": place, "alpha": alpha, "residual_gain": residual_gain(study.lm.n_layers, place, alpha)}
+            gain = residual_gain(study.lm.n_layers, place, alpha) if study.basis.ndim == 2 else None  # of a basis a layer: none
+            row = {"place": place, "alpha": alpha, "residual_gain": gain}
             for of in vectors:
                 row |= {f"{of}{key}": costs[f"{of}{alpha:g}"][key] for key in COSTS}
                 row |= {f"{of}{key}": found[f"{of}{alpha:g}"][key] for key in RATES}
             rows.append(row)
     collapse = {}
-    for place in PLACES:
+    for place in places:
         curve = [row for row in rows if row["place"] == place]
         measured = {f"{of}measured": collapse_alpha(curve, f"{of}score") for of in vectors}
         collapse[place] = measured | {"diverges_beyond": diverges_beyond(place)}

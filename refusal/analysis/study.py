@@ -19,6 +19,8 @@ from refusal.lm.batching import rows_at_once
 from refusal.lm.load import LM
 from refusal.method.generate import Decoding
 from refusal.method.interventions import BASELINE, Addition, Intervention
+from refusal.method.select import span_of
+from refusal.method.subspaces import Span, basis_of, spans
 from refusal.method.sweep import complete
 from refusal.stats import subsample_indices
 
@@ -65,7 +67,7 @@ class Study:
 
     directions: `unit`, `difference`, `defined` and `safe_mean` of its method and pairing, by layer; harmless_difference: the same
     of two harmless sets, a control. activations: {method: {set: [prompt, n_layers, d_model]}}. pairs: rows of pairs.jsonl by
-    split; unrelated: those of unrelated.jsonl. rank_1: the selected layer and alpha. n_resamples, seed: of
+    split; unrelated: those of unrelated.jsonl. rank_1: the selected cell's name, layer and alpha. n_resamples, seed: of
     intervals. unrelated_unit: [n_layers, d_model], unit directions with unrelated safe prompts, where `directions` are matched.
     """
 
@@ -85,8 +87,18 @@ class Study:
 
     @property
     def layer(self) -> int:
-        """The selected layer."""
+        """The selected layer; of a subspace of several the one that separates best."""
         return self.rank_1["layer"]
+
+    @property
+    def span(self) -> Span:
+        """What is selected, before its alpha: the direction of `layer`, or a subspace."""
+        return span_of(self.rank_1["name"], self.params.sweep.method, spans(self.params.sweep, self.layers))
+
+    @property
+    def basis(self) -> Tensor:
+        """The basis of what is selected: [k, d_model], or one a layer."""
+        return basis_of(self.span, self.directions)
 
     @property
     def layers(self) -> list[int]:

@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from refusal.io.errors import UserError
+from refusal.method.activations_file import Activations
 
 
 def paired_svd(
@@ -17,8 +18,8 @@ def paired_svd(
     Uncentred, so that a difference all pairs share is the first of them and not taken out beforehand. Raises
     UserError where the differences span fewer than k dimensions.
     """
-    _, values, vectors = torch.linalg.svd(harmful.double() - safe.double(), full_matrices=False)
-    if k > len(values) or float(values[k - 1]) <= 1e-10 * float(values[0]):
+    vectors = _spanning(harmful, safe)
+    if len(vectors) < k:
         raise UserError(
             f"the {len(harmful)} paired differences span fewer than {k} dimensions: raise prompts.n_pairs in params.yaml, or "
             "give a file of more pairs"
@@ -26,17 +27,21 @@ def paired_svd(
     return vectors[:k]
 
 
-def qr_of_layers(unit: Float[Tensor, "n_layers d_model"], layers: Sequence[int]) -> Float[Tensor, "k d_model"]:
-    """An orthonormal basis of the span of these layers' directions, the first layer's direction first (QR), in float64.
+def singular_vectors(
+    harmful: Activations, safe: Activations, layers: Sequence[int], k: int
+) -> Float[Tensor, "n_layers k d_model"]:
+    """The first k vectors of `paired_svd` at each of the layers: zeros elsewhere, and beyond what the differences span."""
+    vectors = torch.zeros(harmful.shape[1], k, harmful.shape[2], dtype=torch.float64)
+    for layer in layers:
+        found = _spanning(harmful[:, layer], safe[:, layer])[:k]
+        vectors[layer, : len(found)] = found
+    return vectors
 
-    Source: the write-up's section on LLaMA, which ablates the span of its best layers' directions. Raises UserError
-    where a layer's direction is undefined or lies in the span of those before it.
-    """
-    q, r = torch.linalg.qr(unit[list(layers)].double().T)
-    diagonal = r.diagonal()
-    if float(diagonal.abs().min()) < 1e-6:
-        raise UserError(f"the directions of layers {list(layers)} do not span {len(layers)} dimensions: choose others")
-    return (q * diagonal.sign()).T
+
+def _spanning(harmful: Float[Tensor, "n_pairs d_model"], safe: Float[Tensor, "n_pairs d_model"]) -> Float[Tensor, "rank d_model"]:
+    """All right singular vectors of the paired differences but those that rounding gives."""
+    _, values, vectors = torch.linalg.svd(harmful.double() - safe.double(), full_matrices=False)
+    return vectors[values > 1e-10 * values[0]]
 
 
 def random_subspaces(d_model: int, k: int, n: int, seed: int) -> Float[Tensor, "n k d_model"]:

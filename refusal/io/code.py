@@ -22,6 +22,7 @@ SHOWS = ("refusal.io.progress",)  # how far work is, which determines no value
 # What carries the values of a stage and determines none: how parameters are read, files written and values stored.
 PLUMBING = (
     *(f"refusal.io.{name}" for name in ("edits", "errors", "files", "params", "params_file", "progress", "section", "store")),
+    "refusal.io.sweep",
     "stages",
 )
 # Of the packages that a computation imports, those whose version may change a value, and the names they are installed by.

@@ -3,8 +3,11 @@
 import json
 import os
 from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Self
+
+SYNC_EVERY = 1 << 26  # bytes written between two calls of fsync
 
 
 def write_whole(path: Path, *pieces: bytes | memoryview) -> None:
@@ -21,6 +24,32 @@ def write_whole(path: Path, *pieces: bytes | memoryview) -> None:
         sync(path.parent)
     finally:
         partial.unlink(missing_ok=True)  # where the disk is full, and with it the room that it took
+
+
+class SyncedFile:
+    """A file that goes to disk while more of it is computed: else nearly all of it would wait for the end."""
+
+    def __init__(self, path: Path):
+        self._file, self._thread, self._synced = path.open("wb"), ThreadPoolExecutor(1), 0
+        self._syncs: list[Future[None]] = []
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Append to the file."""
+        self._file.write(data)
+        if self._file.tell() - self._synced > SYNC_EVERY and all(one.done() for one in self._syncs):
+            self._synced = self._file.tell()
+            self._syncs.append(self._thread.submit(os.fsync, self._file.fileno()))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        with self._file, self._thread:
+            if kind is None:
+                self._file.flush()
+                os.fsync(self._file.fileno())
+                for one in self._syncs:
+                    one.result()
 
 
 def sync(folder: Path) -> None:

@@ -17,7 +17,6 @@ from refusal.io.section import (
     Dtype,
     GgufName,
     Method,
-    NonEmpty,
     Pairing,
     PathText,
     PromptSet,
@@ -29,6 +28,7 @@ from refusal.io.section import (
     Sites,
     SystemPrompt,
 )
+from refusal.io.sweep import Sweep
 
 
 class PromptsApi(Section):
@@ -141,19 +141,6 @@ class AblationSection(Section):
     def contradictions(self) -> Iterator[str]:
         if self.kind == "affine" and self.sites != "resid_pre":
             yield "kind: affine is defined at sites: resid_pre alone"
-
-
-class Sweep(Seeded):
-    method: Method
-    pairing: Literal["auto", "matched", "unrelated"]
-    layers: list[Annotated[int, Field(ge=0)]] | None
-    alphas: NonEmpty[Annotated[float, Field(gt=0, le=10)]]
-    n_random: AtMost10000
-
-    def contradictions(self) -> Iterator[str]:
-        names = [f"{100 * alpha:.0f}" for alpha in self.alphas]  # as a checkpoint's name has them
-        if len(set(names)) < len(names) or len(set(self.layers or [])) < len(self.layers or []):
-            yield "two alphas (to two decimals) or two layers are the same; delete one"
 
 
 class Calibration(Section):
@@ -329,6 +316,8 @@ class Params(Section):
             yield f"sweep.method {self.sweep.method} is not among activations.methods {self.activations.methods}"
         if self.select.by == "paper" and 1.0 not in self.sweep.alphas:
             yield "select.by: paper ablates at alpha 1: put 1.0 among sweep.alphas"
+        if self.select.by == "paper" and self.sweep.basis != "single":
+            yield f"select.by: paper is of single directions, and sweep.basis is {self.sweep.basis}: set one of these back"
         if self.long_answers and self.long_answers.max_new_tokens <= self.generation.max_new_tokens:
             yield (
                 f"long_answers.max_new_tokens must be more than generation.max_new_tokens ({self.generation.max_new_tokens}): "

@@ -16,7 +16,6 @@ import math
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -27,7 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from refusal.io.errors import UserError
-from refusal.io.files import sync, write_whole
+from refusal.io.files import SyncedFile, sync, write_whole
 from refusal.io.progress import progress
 from refusal.lm.adapter import CONFIG, ROOT, WEIGHTS
 from refusal.lm.architecture import Architecture, architecture_of
@@ -37,7 +36,6 @@ from refusal.method.interventions import Intervention
 from refusal.method.norms import Norms, change_of
 
 _COPIED = (".json", ".jinja", ".txt", ".model", ".tiktoken")  # never pickles; other safetensors hold unedited weights
-_SYNC = 1 << 26  # bytes written between two calls of fsync
 _BLOCK = 1 << 18  # elements computed at once, which a cache holds
 
 
@@ -46,7 +44,8 @@ class Edit:
     """One checkpoint to write, whole (`safetensors`), as an adapter to the source (`lora`), or whole with a file
     `<target's name>.gguf` of the same weights in it (`refusal.lm.gguf_writer.FORMATS`).
 
-    intervention: the basis to take out and alpha (0 copies the source's tensors byte for byte); its sites play no role.
+    intervention: the basis to take out and alpha (0 copies the source's tensors byte for byte); its sites play no role. Of one
+        basis a layer each is taken out of its layer's writers, and of the embedding none, as at `writes`.
     norms: what of each matrix keeps its length (`refusal.method.norms`); of biases `columns` alone does.
     """
 
@@ -58,12 +57,21 @@ class Edit:
 
     @property
     def embedded(self) -> bool:
-        """Whether the embedding's values change."""
-        return self.include_embedding and self.intervention.alpha != 0
+        """Whether the embedding's values change; with a basis a layer they do not, as at run time."""
+        return self.include_embedding and self.intervention.alpha != 0 and not self.intervention.per_layer
 
     def axis(self, architecture: Architecture, name: str) -> int | None:
         """The axis of a tensor that is d_model, counted from the end; None for a tensor that stays as it is."""
-        return architecture.writer_axis(name, self.embedded) if self.intervention.alpha != 0 else None
+        axis = architecture.writer_axis(name, self.embedded) if self.intervention.alpha != 0 else None
+        basis = None if axis is None else self.of(name).basis
+        return axis if basis is not None and bool(basis.any()) else None
+
+    def of(self, writer: str) -> Intervention:
+        """What is taken out of a writer: of one basis a layer its layer's, which may be zero."""
+        if self.intervention.basis is None or not self.intervention.per_layer:
+            return self.intervention
+        basis = self.intervention.basis[int(writer.split(".")[2])]
+        return replace(self.intervention, basis=basis, alpha=self.intervention.alpha if basis.any() else 0.0)
 
 
 @dataclass
@@ -116,7 +124,7 @@ def orthogonalize(source: Path, edits: Sequence[Edit]) -> list[Report]:
     Folders appear whole or not at all, and an existing target is replaced.
 
     Raises UserError, with nothing written, for a folder that is no complete safetensors checkpoint of a supported
-    architecture, a basis of another width or one for each layer, NaN or infinity in a tensor to edit, an adapter that could
+    architecture, a basis of another width or of other layers, NaN or infinity in a tensor to edit, an adapter that could
     not be exact (of a model whose writers have biases or are experts, or of alpha 0), or what `write_gguf` refuses.
     """
     checkpoint = _read_source(Path(source))
@@ -168,10 +176,12 @@ def _check(source: _Source, edit: Edit) -> Path:
         raise UserError(f"{target}: the target is a folder, but not a checkpoint to replace: remove it.")
 
     basis, alpha, architecture = edit.intervention.basis, edit.intervention.alpha, source.architecture
-    if basis is None or edit.intervention.per_layer:
-        raise UserError(f"{target.name}: weights are edited with one basis for all layers: give a basis [k, d_model].")
-    if basis.shape[1] != architecture.d_model:
+    if basis is None:
+        raise UserError(f"{target.name}: weights are edited with a basis, and the baseline has none: give one [k, d_model].")
+    if basis.shape[-1] != architecture.d_model:
         raise UserError(f"{target.name}: the basis is {list(basis.shape)}, and the model's d_model is {architecture.d_model}.")
+    if edit.intervention.per_layer and len(basis) != architecture.n_layers:
+        raise UserError(f"{target.name}: the basis is for {len(basis)} layers, and the model has {architecture.n_layers}.")
     if not math.isfinite(alpha):
         raise UserError(f"{target.name}: alpha is {alpha}: give a finite number.")
 
@@ -213,7 +223,7 @@ def _edit(edit: Edit, axis: int, shard: Shard, entry: Entry, w: Tensor, report: 
 
     Computed in blocks of columns, each of which is edited by itself, so that what is held in a wider dtype stays small.
     """
-    intervention, wide = edit.intervention, torch.promote_types(w.dtype, torch.float32)
+    intervention, wide = edit.of(entry.name), torch.promote_types(w.dtype, torch.float32)
     step = max(1, _BLOCK // w.shape[axis])
     norms = None if w.ndim == 1 and edit.norms == "rows" else edit.norms
     squares = torch.zeros(4, dtype=torch.float64)  # of W, W', B W' and B W' - (1 - alpha) B W
@@ -250,7 +260,7 @@ def _write_checkpoint(source: _Source, edit: Edit, partial: Path, bar: tqdm) -> 
     for shard in source.shards:
         # The unembedding takes the embedding's place, as it was, behind all others.
         added = [replace(untied[1], name=architecture.unembedding_name)] if untied is not None and untied[0] is shard else []
-        with _Output(partial / shard.name) as out:
+        with SyncedFile(partial / shard.name) as out:
             out.write(header_bytes([*shard.entries, *added], shard.metadata))
             for entry, tensor in shard.tensors():
                 if (axis := edit.axis(architecture, entry.name)) is None:
@@ -265,32 +275,6 @@ def _write_checkpoint(source: _Source, edit: Edit, partial: Path, bar: tqdm) -> 
     for name, path in source.small_files.items():
         write_whole(partial / name, _small_file(name, path.read_bytes(), edit, architecture, untied))
     return report
-
-
-class _Output:
-    """A file that goes to disk while more of it is computed: else nearly all of it would wait for the end."""
-
-    def __init__(self, path: Path):
-        self._file, self._thread, self._synced = path.open("wb"), ThreadPoolExecutor(1), 0
-        self._syncs: list[Future[None]] = []
-
-    def write(self, data: bytes | memoryview) -> None:
-        """Append to the file."""
-        self._file.write(data)
-        if self._file.tell() - self._synced > _SYNC and all(one.done() for one in self._syncs):
-            self._synced = self._file.tell()
-            self._syncs.append(self._thread.submit(os.fsync, self._file.fileno()))
-
-    def __enter__(self) -> _Output:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        with self._file, self._thread:
-            if kind is None:
-                self._file.flush()
-                os.fsync(self._file.fileno())
-                for one in self._syncs:
-                    one.result()
 
 
 def _small_file(name: str, content: bytes, edit: Edit, architecture: Architecture, untied: tuple[Shard, Entry] | None) -> bytes:
@@ -320,8 +304,8 @@ def _write_adapter(source: _Source, edit: Edit, partial: Path, bar: tqdm) -> Rep
                 continue
             a = torch.cat([component for _, component in _edit(edit, axis, shard, entry, tensor, report)], -1)
             module = entry.name.removesuffix(".weight")
-            modules.add(module.rpartition(".")[2])
-            for name, matrix in (("A", a), ("B", edit.intervention.update(a))):
+            modules.add(module if edit.intervention.per_layer else module.rpartition(".")[2])
+            for name, matrix in (("A", a), ("B", edit.of(entry.name).update(a))):
                 kind = f"lora_embedding_{name}" if axis == -1 else f"lora_{name}.weight"
                 tensors[f"{ROOT}{module}.{kind}"] = matrix.contiguous()
     config = {

@@ -13,6 +13,7 @@ from typing import Any
 
 from refusal.io.errors import UserError
 from refusal.method.select import cell_name, cell_row
+from refusal.method.subspaces import Span
 
 KL_AT_MOST = 0.1  # nats
 INDUCE_ABOVE = 0.0
@@ -118,10 +119,10 @@ def ranked(selection: Mapping[str, Any], judged: Mapping[str, Any], top: int, me
     ranks: dict[str, dict[str, Any]] = {}
     found = selection["candidates"]
     for i, layer in enumerate(selection["order"][:top], 1):
-        scores = found[f"layer_{layer}"]
+        scores, span = found[f"layer_{layer}"], Span("single", (layer,))
         n_tied = sum(found[f"layer_{other}"]["bypass"] == scores["bypass"] for other in selection["order"])
         ranks[f"rank_{i}"] = {
-            **cell_row(judged[cell_name(layer, 1.0)], method, n_tied, None),
+            **cell_row(judged[cell_name(span.name, 1.0)], span, layer, method, n_tied, None),
             **{key: scores[key] for key in ("bypass", "induce", "kl")},
             "criterion_left_out": selection["criterion_left_out"],
         }

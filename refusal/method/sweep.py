@@ -16,17 +16,20 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from refusal.io.errors import UserError
-from refusal.io.params import AblationSection, Sweep
+from refusal.io.params import AblationSection
 from refusal.io.store import Store, key
+from refusal.io.sweep import Sweep
 from refusal.lm.batching import job_slices, model_replicas
 from refusal.lm.load import LM
-from refusal.method.directions import random_unit
 from refusal.method.generate import Decoding, generate
 from refusal.method.interventions import BASELINE, Addition, Intervention
 from refusal.method.select import cell_name
+from refusal.method.subspaces import basis_of, random_of, spans
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -40,34 +43,49 @@ FEW = 128  # rows: fewer take as long as half of them
 def grid(
     directions: Mapping[str, Tensor], harmless: Mapping[str, Tensor], sweep: Sweep, ablation: AblationSection
 ) -> list[Intervention]:
-    """The interventions of a sweep: the baseline; as controls at alpha 1, random directions and each layer's difference of two
-    harmless sets; and every layer's direction at every alpha.
+    """The interventions of a sweep: the baseline; as controls at alpha 1, random directions (of a subspace random ones of its
+    rank) and each layer's difference of two harmless sets; and what each of `spans` takes out at every alpha. By `family`.
 
-    `directions` holds `unit`, `defined` and `safe_mean` of one method and pairing, `harmless` those of its pairing `harmless`.
+    `directions` holds `unit`, `defined`, `safe_mean` and for svd `singular` of one method and pairing, `harmless` those of its
+    pairing `harmless`, which are no pairs: svd has no such control.
     Raises UserError for a layer that does not exist or whose direction is undefined, and where all are.
     """
-    unit, safe_mean = directions["unit"], directions["safe_mean"].double()
+    safe_mean = directions["safe_mean"].double()
     defined = [int(layer) for layer in directions["defined"].nonzero().flatten()]
     if not defined:
         raise UserError(
             "no layer has a direction, so nothing can be swept: to the model, harmful and safe prompts are the same (it has one "
             "layer, or its tokenizer does not tell them apart); set another model.id or prompts.source in params.yaml"
         )
-    layers = defined if sweep.layers is None else sweep.layers
-    for layer in layers:
-        if layer not in defined:
-            raise UserError(f"params.yaml: sweep.layers: layer {layer} has no direction; choose among {defined}")
-    affine = ablation.kind == "affine"
+    among, affine = spans(sweep, defined), ablation.kind == "affine"
 
-    def one(name: str, v: Tensor, alpha: float = 1.0, layer: int | None = None, independent: bool = False) -> Intervention:
-        offset = (safe_mean @ v.double())[:, None] if affine else None
-        return Intervention(name, v, alpha, ablation.sites, offset, layer, direction_independent=independent and not affine)
+    def one(family: str, name: str, basis: Tensor, alpha: float = 1.0, layer: int | None = None) -> Intervention:
+        offset = safe_projection(safe_mean, basis.double()) if affine else None
+        independent = family == "random" and not affine
+        return Intervention(name, basis, alpha, ablation.sites, offset, layer, family, independent)
 
-    drawn = random_unit(unit.shape[1], sweep.n_random, sweep.seed)
-    randoms = [one(f"random_{i}", v, independent=True) for i, v in enumerate(drawn)]
-    differences = [one(f"harmless_{i}", harmless["unit"][i]) for i in layers if harmless["defined"][i]]
-    swept = [one(cell_name(layer, alpha), unit[layer], alpha, layer) for layer in layers for alpha in sweep.alphas]
+    drawn = random_of(among[0], directions, sweep.n_random, sweep.seed)
+    randoms = [one("random", f"random_{i}", basis) for i, basis in enumerate(drawn)]
+    differences = [
+        one("harmless", f"harmless_{span.shown}", basis_of(span, harmless))
+        for span in among
+        if span.basis != "svd" and all(harmless["defined"][i] for i in span.layers)
+    ]
+    swept = [
+        one("swept", cell_name(span.name, alpha), basis, alpha, span.layers[0] if len(span.layers) == 1 else None)
+        for span, basis in ((span, basis_of(span, directions)) for span in among)
+        for alpha in sweep.alphas
+    ]
     return [BASELINE, *randoms, *differences, *swept]
+
+
+def safe_projection(
+    safe_mean: Float[Tensor, "n_layers d_model"], basis: Float[Tensor, "*n_layers k d_model"]
+) -> Float[Tensor, "n_layers k"]:
+    """B m of each layer's safe mean m: where an affine ablation sends the component."""
+    if basis.ndim == 3:
+        return (basis @ safe_mean[:, :, None])[..., 0]
+    return torch.stack([safe_mean @ v for v in basis], 1)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """The study as one self-contained page: from metrics and rows to HTML. The words are in page.html, charts in charts.py."""
 
 import json
+import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -78,7 +79,6 @@ def payload(study: Study) -> Metrics:
     """The rows that the page's script shows: completions behind each cell of the sweep, and answers side by side."""
     categories = {row["id"]: row["category"] for row in study.pairs}
     verdicts = {(v["cell"], v["id"]): v for v in study.verdicts}
-    first = study.select["rank_1"]
     by_cell: dict[str, list[Metrics]] = {}
     prompts: dict[tuple[str, str, str], Metrics] = {}  # (split, half, id): prompt, category and answers by arm
 
@@ -92,7 +92,7 @@ def payload(study: Study) -> Metrics:
     for row in study.sweep:
         answer = _answer(row["completion"], verdicts[row["cell"], row["id"]])
         by_cell.setdefault(row["cell"], []).append({"prompt": row["prompt"], **answer})
-        chosen = (row["layer"], row["alpha"]) == (first["layer"], first["alpha"])
+        chosen = row["cell"] == study.cell
         if chosen or row["cell"] == "baseline":
             add("val", "harmful", row, categories.get(row["id"]), "runtime" if chosen else "baseline", answer)
     browser = []
@@ -111,7 +111,7 @@ def _context(study: Study) -> Metrics:
     """What page.html needs beyond the metrics themselves: counts, tables, the sweep as a grid."""
     d, method, pairing = study.directions, study.params["sweep"]["method"], study.pairing
     swept = {(c["layer"], c["alpha"]): {"name": name, **c} for name, c in study.judge.items() if c["layer"] is not None}
-    alphas, layers = sorted({a for _, a in swept}), sorted({layer for layer, _ in swept})
+    alphas, layers = sorted({a for _, a in swept}), dict.fromkeys(layer for layer, _ in sorted(swept, key=_depth))
     return {
         "method": method,
         "pairing": pairing,
@@ -136,6 +136,11 @@ def _context(study: Study) -> Metrics:
         "paper_runs": published()["paper_runs"],
         "params_text": yaml.safe_dump(study.params, sort_keys=False, default_flow_style=None, width=100, allow_unicode=True),
     }
+
+
+def _depth(cell: tuple[int | str, float]) -> tuple[int, ...]:
+    """The layers of a cell (its `layer` and alpha), by which rows are in order: 5, or those of `7-10`."""
+    return tuple(map(int, re.findall(r"\d+", str(cell[0]))))
 
 
 def _rendered(study: Study) -> tuple[str, str, str] | None:

@@ -19,6 +19,7 @@ from refusal.lm.batching import job_slices
 from refusal.lm.gguf_writer import FORMATS
 from refusal.method.bridge import N_PROMPTS
 from refusal.method.first_token import DIRECTIONS_PER_JOB
+from refusal.method.subspaces import spans
 
 # (documents, requests a document, tokens a request) of the write-up's tasks. Documents: the split that lm-eval's task files
 # score, as the hub's dataset cards give their sizes. The other two were measured on 200 rows of each with Qwen's tokenizer.
@@ -110,14 +111,15 @@ def steps(params: Params, size: Size, prompts: Prompts) -> list[Step]:
     # Batched computes what all prompts begin with by itself, once.
     read = _total(count.read(collected, len(methods)), (int("batched" in methods), 0))
     width = {"float32": 4, "float16": 2, "bfloat16": 2}[params.model.dtype]
-    layers = n_layers - 1 if s.layers is None else len(s.layers)  # layer 0 has no direction where the last token is the same
-    cells, at_once = 1 + s.n_random + layers * (1 + len(s.alphas)), 5 + s.n_random
+    # Layer 0 has no direction where the last token is the same. Singular vectors have no harmless difference as control.
+    among, harmless = spans(s, s.layers or range(1, n_layers)), s.basis != "svd"
+    cells, at_once = 1 + s.n_random + len(among) * (harmless + len(s.alphas)), 4 + harmless + s.n_random
     checkpoints, of_edit = params.select.top + 1, params.orthogonalize.format
     gguf = 2 * size.n_parameters if of_edit in FORMATS else 0
     facts = count.completed(["val.harmful", "facts"]) if organism else (0, 0)
     phases = (params.organism.phase_1.steps, params.organism.phase_2.steps)
     compared = n_layers - 1 if params.science.layers is None else len(params.science.layers)
-    science, science_calls = _science(params, compared, count, prompts.paired)
+    science, science_calls = _science(params, compared, count, prompts.paired, len({*RANKS, among[0].rank} - {1}))
     return [
         _prompts(params),
         Step(
@@ -129,7 +131,7 @@ def steps(params: Params, size: Size, prompts: Prompts) -> list[Step]:
         Step("behaviour", *count.completed(kept), calls=llm * count.rows(kept, 1)[0]),
         # DVC's cache and the workspace; the resume store keeps activations too.
         Step("activations", *read, n_bytes=(COPIES + 1) * read[0] * n_layers * size.architecture.d_model * width),
-        *_selection(params, layers, count),
+        *_selection(params, len(among), count),
         Step("sweep", *count.completed(["val.harmful"], cells), note=f"{cells} cells x {n['val.harmful']} val prompts"),
         Step("judge", calls=llm * cells * n["val.harmful"]),
         Step(
@@ -211,9 +213,9 @@ def _generalization(params: Params, count: _Counts, llm: bool) -> list[Step]:
     return [Step("generalization", rows * (1 + new), tokens, llm * rows, note=note)]
 
 
-def _science(params: Params, defined: int, count: _Counts, paired: bool) -> tuple[tuple[int, int], int]:
-    """Every intervention on val, one of each estimator on test, controls; what each costs; then the other sections. And the
-    completions that a judge sees."""
+def _science(params: Params, defined: int, count: _Counts, paired: bool, n_ranks: int) -> tuple[tuple[int, int], int]:
+    """Every intervention on val, one of each estimator on test, controls of each rank; what each costs; then the other sections.
+    And the completions that a judge sees."""
     b, pairs = params.science, ["train.harmful", "train.safe"]
     alphas, pads = b.strength.alphas if b.strength else [], b.padding.n_pads if b.padding else []
     affine = params.ablation.sites == "resid_pre"
@@ -223,7 +225,7 @@ def _science(params: Params, defined: int, count: _Counts, paired: bool) -> tupl
     matched = paired and params.sweep.pairing != "unrelated"
     on_val = 2 + (3 + paired + matched + affine) * defined + paired + several
     on_test = 2 + defined + 2 + 2 * paired + matched + affine + several
-    controls = 1 + b.n_random + len(RANKS) * b.n_subspaces + AT_LEAST * (1 + affine)
+    controls = 1 + b.n_random + n_ranks * b.n_subspaces + AT_LEAST * (1 + affine)
     judged = [  # prompts, interventions, and at most how many prompts
         (["val.harmful"], on_val, b.n_val),
         (["test.harmful"], on_test, b.n_test),

@@ -172,14 +172,15 @@ def summary(study: Study) -> dict[str, float | None]:
     """All that metrics/summary.json says, the same twelve keys for every variant, so that `dvc exp show` stays readable.
 
     The rates are rank_1's on test prompts: compliance and coherence 0 to 1, runtime_kl nats a token on harmless text,
-    benchmark_difference rank_1's checkpoint less the base. cosine_to_sequential_min is null where sequential was not collected.
+    benchmark_difference rank_1's checkpoint less the base. rank_1_layer is `7-10` of a subspace of these layers.
+    cosine_to_sequential_min is null where sequential was not collected.
     """
     swept, first, e = study.directions[study.arm], study.select["rank_1"], study.evaluate
     return {
         "peak_layer": swept["peak_layer"],
         "peak_separation": swept["peak_separation"],
         "cosine_to_sequential_min": swept["cosine_to_sequential_min"] if study.of("sequential") else None,
-        "rank_1_layer": first["layer"],
+        "rank_1_layer": study.judge[study.cell]["layer"],
         "rank_1_alpha": first["alpha"],
         "baseline_compliance": e["baseline"]["compliance"],
         "random_compliance": e["random"]["compliance"],

@@ -47,6 +47,16 @@ class Study(NamedTuple):
         return f"{self.params['sweep']['method']}-{self.pairing}"
 
     @property
+    def cell(self) -> str:
+        """The selected cell of the sweep."""
+        return str(self.select["rank_1"]["name"]).removeprefix(f"{self.params['sweep']['method']}_")
+
+    @property
+    def place(self) -> str:
+        """What the selected cell takes out, in words: `layer 5`, `qr 7-10`."""
+        return self.cell.rpartition("_alpha_")[0].replace("_", " ")
+
+    @property
     def paired(self) -> bool:
         """Whether harmful prompts have safe counterparts."""
         return is_paired(self.pairs)

@@ -68,7 +68,7 @@ def _empty(study: Study) -> Metrics:
     """The cells' order by mean compliance x coherence, over all completions and over those that are not empty or degenerate."""
     import pandas  # half a second
 
-    rows = [v for v in study.verdicts if v["label"] != "missing" and v["cell"].startswith("layer_")]
+    rows = [v for v in study.verdicts if v["label"] != "missing" and "_alpha_" in v["cell"]]
     table = pandas.DataFrame(rows, columns=["cell", "label", "compliance", "coherence"])
     table["score"] = table["compliance"].astype(float) * table["coherence"].astype(float)
     lost = table["label"].isin(["empty", "degenerate"])

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny import tiny_direction
 
-from refusal.analysis.candidates import RANKS, controls, fitted_on, planted, single_directions, subspaces
+from refusal.analysis.candidates import RANKS, control_of, controls, fitted_on, planted, single_directions, subspaces
 from refusal.analysis.estimators import lda, logistic
 from refusal.analysis.subspaces import captured
 from refusal.io.store import Store
@@ -118,6 +118,35 @@ def test_subspaces_have_the_ranks_that_the_layers_allow(study, sets):
         assert chosen["per_layer"].per_layer and torch.equal(chosen["per_layer"].basis[:, 0], unit)
     alone = {one.name: one for one in subspaces(study, [2])}
     assert "qr_2" not in alone and torch.equal(alone["per_layer"].basis[:, 0].any(-1), torch.tensor([False, False, True, False]))
+
+
+@pytest.mark.parametrize(
+    ("sweep", "name", "family", "control"),
+    [
+        ({"basis": "qr", "rank": 2, "layers": [1, 2, 3]}, "qr_2-3", "subspace", "random_2"),
+        ({"basis": "svd", "rank": 4, "layers": [2]}, "svd_2_rank_4", "subspace", "random_4"),
+        ({"basis": "per_layer"}, "per_layer_1-3", "per_layer", "random_per_layer"),
+    ],
+)
+def test_a_selected_subspace_is_no_single_direction_and_has_controls_of_its_rank(study, sets, sweep, name, family, control):
+    changed(study, sweep=sweep)
+    study.directions = study.directions | {"singular": torch.eye(32).double()[None, :10].repeat(4, 1, 1)}
+    study.rank_1 = {"name": f"sequential_{name}_alpha_50", "layer": 2, "alpha": 0.5}
+    single, several = single_directions(study, OPTIMISED), subspaces(study, [2, 3, 1])
+    assert [one.name for one in single if one.family == "difference"] == ["difference.1", "difference.2", "difference.3"]
+    first = several[0]
+    assert (first.name, first.family, first.alpha, control_of(first)) == ("rank_1", family, 0.5, control)
+    units = study.directions["unit"]
+    if sweep["basis"] == "qr":
+        assert [captured(first.basis, units[i]) for i in (2, 3)] == pytest.approx([1, 1]) and captured(first.basis, units[1]) < 0.95
+    elif sweep["basis"] == "svd":
+        assert torch.equal(first.basis, torch.eye(32).double()[:4])
+    else:
+        assert torch.equal(first.basis[:, 0], units)
+    drawn = [one for one in controls(study) if one.family == control]
+    assert len(drawn) == (3 if family == "per_layer" else 2)
+    assert all(one.rank == first.rank and one.per_layer == first.per_layer for one in drawn)
+    assert [one.name for one in several[1:]] == ["svd_2", "svd_3", "svd_5", "qr_2", "qr_3", "per_layer"]
 
 
 def test_controls_are_drawn_evenly_and_that_of_harmless_sets_is_their_difference(study, sets):

@@ -1,5 +1,7 @@
 """The evaluation on completions that are given: rates counted by hand, costs against transformers' own loss."""
 
+from copy import deepcopy
+from dataclasses import replace
 from statistics import fmean
 
 import given
@@ -7,7 +9,7 @@ import pytest
 import torch
 from tiny import text_lm
 
-from refusal.analysis.evaluation import evaluate
+from refusal.analysis.evaluation import evaluate, run_time_arms
 from refusal.io.store import Store
 from refusal.method.interventions import BASELINE, Intervention
 
@@ -135,6 +137,29 @@ def test_every_rate_is_counted_over_its_own_members_and_half(tmp_path, monkeypat
         for name in members
         for letter, row in zip(SAID[name][i], study.pairs["test"], strict=True)
     ]
+
+
+def test_a_subspace_is_evaluated_at_its_own_layers_with_random_ones_of_its_rank(tmp_path, monkeypatch):
+    """The window of the sweep that was selected, not another; its checkpoint is compared with the same subspace at `writes`."""
+    study = given.study(Store(tmp_path / "s"), sweep={"basis": "qr", "layers": [1, 2], "alphas": [0.5, 1.0], "n_random": 2})
+    study.rank_1 = {"name": "sequential_qr_1-2_alpha_50", "layer": 2, "alpha": 0.5}
+    acting, at_layer = run_time_arms(study)
+    units = [of["unit"][1:] for of in (study.directions, study.harmless_difference)]
+    projectors = [torch.linalg.pinv(unit) @ unit for unit in units]
+    for arm, projector in zip(("runtime", "harmless"), projectors, strict=True):
+        (one,) = acting[arm]
+        assert one.alpha == 0.5 and torch.allclose(one.basis.T @ one.basis, projector, atol=1e-9)
+    assert [(one.rank, one.alpha) for one in acting["random"]] == [(2, 0.5)] * 2
+    assert [one.name for one in at_layer] == ["qr_1-2_alpha_50", "qr_1-2_alpha_100"]
+    given.answers(monkeypatch, lambda lm, one, prompt, addition: "Sure." if "other" in prompt else given.TEXTS["y"])
+    # An LM whose weights are those of the subspace's edit: the identity holds.
+    edited = text_lm("edited")
+    with Intervention("e", acting["runtime"][0].basis, 0.5, "weights").on(edited.model):
+        edited = replace(edited, model=deepcopy(edited.model))
+    metrics, _, _ = evaluate(study, {"orthogonalized": edited, "random_weights": text_lm("random", seed=2)})
+    assert metrics["name"] == "sequential_qr_1-2_alpha_50" and metrics["layer"] == 2
+    whole = not study.lm.model.config.tie_word_embeddings  # in memory a tied embedding is left as it is
+    assert (metrics["identity"]["kl"] < 1e-6) is whole and metrics["runtime"]["kl"] > 1e-4
 
 
 def test_without_pairs_the_harmless_prompts_are_the_safe_ones_and_count_as_many_as_they_are(tmp_path, monkeypatch):

@@ -45,6 +45,27 @@ def test_where_it_diverges_depth_makes_it_worse(place):
     assert (below < 1 < above) if diverges_beyond(place) else below == above == 1
 
 
+def test_a_basis_a_layer_has_no_curve_as_weights(tmp_path, monkeypatch):
+    study = given.study(
+        Store(tmp_path / "s"), sweep={"basis": "per_layer"}, science={"strength": {"alphas": [1.0], "n": 2}, "n_harmless": 2}
+    )
+    study.rank_1 = study.rank_1 | {"name": "sequential_per_layer_1-2_alpha_100"}
+    seen = []
+
+    def says(lm, one, prompt, addition):
+        seen.append(one)
+        return "Yes." if "other" in prompt else given.TEXTS["y"]
+
+    given.answers(monkeypatch, says)
+    collapse, curve = strength(study, study.params.science.strength)
+    places = ["resid_pre", "paper", "writes"]
+    assert [*collapse] == [row["place"] for row in curve] == places and {row["residual_gain"] for row in curve} == {None}
+    ablated = [one for one in seen if one.basis is not None]
+    assert all(one.per_layer and not one.basis[0].any() and one.basis[1:].any(-1).all() for one in ablated)
+    own = [torch.equal(one.basis[1:, 0], given.directions(0)["unit"][1:]) for one in ablated]
+    assert any(own) and not all(own)  # and a random one a layer
+
+
 def test_curves_are_counted_at_each_place_and_alpha(tmp_path, monkeypatch):
     said = {(0.5, place): "rryrhr" for place in PLACES} | {(1.0, place): "yyhyyy" for place in PLACES}
     said |= {(2.0, "resid_pre"): "xxxxyx", (2.0, "paper"): "x-xrhr", (2.0, "writes"): "yyyyxx", (2.0, "weights"): "rrrrrh"}

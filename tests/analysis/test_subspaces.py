@@ -7,8 +7,9 @@ import torch
 from synthetic import gaussian
 from torch.nn.functional import normalize
 
-from refusal.analysis.subspaces import captured, paired_svd, qr_of_layers, random_subspaces
+from refusal.analysis.subspaces import captured, paired_svd, random_subspaces
 from refusal.io.errors import UserError
+from refusal.method.subspaces import qr_of_layers
 
 F64 = torch.float64
 

@@ -56,6 +56,24 @@ def test_equals_the_edited_checkpoint_in_logits(tmp_path, model_type, options, i
     assert config.target_modules == {"o_proj", "down_proj"} | ({"embed_tokens"} if include_embedding else set())
 
 
+def test_a_basis_a_layer_is_an_adapter_of_these_layers(tmp_path):
+    from peft import PeftModel
+
+    tiny_model("qwen2").save_pretrained(tmp_path / "base")
+    basis = tiny_direction(rows=3, seed=4)[:, None]
+    basis[0] = 0
+    formats = {"whole": "safetensors", "lora": "lora"}
+    one = Intervention("edit", basis, 1.5)
+    orthogonalize(tmp_path / "base", [Edit(tmp_path / name, one, format=of) for name, of in formats.items()])
+    expected, base = logits(load_model(tmp_path / "whole")), AutoModelForCausalLM.from_pretrained(tmp_path / "base").eval()
+    assert (logits(base) - expected).abs().max() > 0.1
+    assert torch.equal(logits(load_model(tmp_path / "lora")), expected)
+    adapted = PeftModel.from_pretrained(base, str(tmp_path / "lora")).eval()
+    assert (logits(adapted) - expected).abs().max() < 1e-4
+    writers = {f"model.layers.{i}.{name}" for i in (1, 2) for name in ("self_attn.o_proj", "mlp.down_proj")}
+    assert adapted.peft_config["default"].target_modules == writers
+
+
 @pytest.mark.parametrize("on_disk", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("loaded", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("rank", "alpha"), [(1, 0.75), (2, 1.0), (3, 2.5)])

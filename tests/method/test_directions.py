@@ -177,7 +177,13 @@ def test_the_stage_writes_every_set_of_directions_under_its_own_name(tmp_path):
     sides = dict.fromkeys(("matched", "shuffled"), ("harmful", "safe"))
     sides |= {"unrelated": ("harmful", "unrelated"), "harmless": ("unrelated", "safe")}
     names = ("difference", "unit", "defined", "safe_mean")
-    assert set(written) == {f"{method}-{pairing}.{name}" for method in methods for pairing in sides for name in names}
+    singular = {f"{method}-matched.singular" for method in methods}
+    assert set(written) == {f"{method}-{pairing}.{name}" for method in methods for pairing in sides for name in names} | singular
+    for method in methods:
+        harmful, safe = (given[method][f"train.{side}"].double().numpy() for side in ("harmful", "safe"))
+        vectors = np.linalg.svd(harmful[:, 2] - safe[:, 2])[2][:10]
+        found = written[f"{method}-matched.singular"].numpy()
+        assert np.abs(found[2] @ vectors.T) == pytest.approx(np.eye(10), abs=1e-6) and not found[0].any()
     units = {}
     for method in methods:
         for pairing, (ours, theirs) in sides.items():

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -22,8 +23,8 @@ from refusal.method.orthogonalize import Edit, orthogonalize
 IDS = torch.randint(3, 96, (2, 9), generator=torch.Generator().manual_seed(0))
 V = tiny_direction()
 BIASES = {"attention_bias": True, "mlp_bias": True}
-BASES = {k: torch.linalg.qr(tiny_direction(rows=k).double().T)[0].T for k in (1, 2, 3)}
-EDITS = [(1, 0.5), (1, 1.0), (1, 1.5), (2, 1.0), (3, 0.5)]  # rank and alpha
+BASES = {k: torch.linalg.qr(tiny_direction(rows=k).double().T)[0].T for k in (1, 2, 4)}
+EDITS = [*product(BASES, (0.5, 1.0, 1.5))]  # rank and alpha
 EMBEDDING, O_PROJ = "model.embed_tokens.weight", "model.layers.1.self_attn.o_proj.weight"
 
 
@@ -75,6 +76,27 @@ def test_equals_writes_ablation_always_and_paper_ablation_at_alpha_one(tmp_path,
     assert max(gaps(base, "writes")) < 1e-4
     for (_, alpha), gap in zip(EDITS, gaps(base, "paper"), strict=True):
         assert gap < 1e-4 if alpha == 1 else gap > 0.05
+
+
+OF_LAYER = tiny_direction(rows=3, seed=4)[:, None]
+OF_LAYER[0] = 0  # whose writers stay as they are
+
+
+@pytest.mark.parametrize("alpha", [0.5, 1.0, 1.5])
+@pytest.mark.parametrize("model_type", PRE_NORM)
+def test_a_basis_a_layer_is_what_writes_takes_out_there(tmp_path, model_type, alpha):
+    base = save(tmp_path / "base", model_type)
+    one = edit(tmp_path / "edited", OF_LAYER, alpha)
+    (report,) = orthogonalize(base, [one])
+    model = AutoModelForCausalLM.from_pretrained(base).eval()
+    with one.intervention.at("writes").on(model):
+        runtime = model(IDS).logits
+    assert (runtime - model(IDS).logits).abs().max() > 0.1
+    assert float((logits(one.target) - runtime).abs().max()) < 1e-4
+    before, after = tensors(base), tensors(one.target)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == set(report.residuals) and {name.split(".")[2] for name in changed} == {"1", "2"}
+    assert set(before) == set(after)  # a tied embedding stays tied
 
 
 @pytest.mark.parametrize("model_type", sorted(set(SUPPORTED) - set(PRE_NORM)))
@@ -449,8 +471,8 @@ def test_broken_indices_are_refused(tmp_path, damage, said):
     ("bad", "said"),
     [
         (lambda at: edit(at / "edited", tiny_direction(16)), r"the basis is \[1, 16\]"),
-        (lambda at: edit(at / "edited", torch.stack([V[None]] * 3)), "one basis for all layers"),
-        (lambda at: Edit(at / "edited", BASELINE), "one basis for all layers"),
+        (lambda at: edit(at / "edited", torch.stack([V[None]] * 2)), "the basis is for 2 layers, and the model has 3"),
+        (lambda at: Edit(at / "edited", BASELINE), "the baseline has none"),
         (lambda at: edit(at / "edited", alpha=float("inf")), "alpha"),
         (lambda at: edit(at / "base"), "overlaps"),
         (lambda at: edit(at / "base/edited"), "overlaps"),

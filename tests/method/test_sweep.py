@@ -249,6 +249,47 @@ def test_grid_is_baseline_controls_and_every_defined_layer_with_every_alpha():
     assert [i.name for i in made(layers=[3], alphas=[1.0], n_random=1)[2:]] == ["harmless_3", "layer_3_alpha_100"]
 
 
+def test_the_controls_of_a_subspace_have_its_rank():
+    sweep = {"alphas": [0.5, 1.0], "n_random": 2}
+    given, other = directions() | {"singular": torch.eye(32).double()[None, :10].repeat(5, 1, 1)}, directions(7)
+    other["defined"][4] = False
+    of = lambda **values: grid(given, other, SWEEP.model_copy(update=sweep | values), ABLATION)  # noqa: E731
+    ABLATION = AblationSection(sites="writes", kind="linear")
+    windows = of(basis="qr", rank=2, layers=[1, 2, 4])
+    assert [(one.name, one.family, one.rank, one.layer) for one in windows] == [
+        ("baseline", "baseline", 0, None),
+        ("random_0", "random", 2, None),
+        ("random_1", "random", 2, None),
+        ("harmless_1-2", "harmless", 2, None),  # the other window has a layer without a harmless difference
+        ("qr_1-2_alpha_50", "swept", 2, None),
+        ("qr_1-2_alpha_100", "swept", 2, None),
+        ("qr_2+4_alpha_50", "swept", 2, None),
+        ("qr_2+4_alpha_100", "swept", 2, None),
+    ]
+    assert [one.direction_independent for one in windows] == [True] * 3 + [False] * 5
+    svd = of(basis="svd", rank=3, layers=[2])
+    assert [(one.name, one.rank, one.layer) for one in svd[1:]] == [
+        ("random_0", 3, None),
+        ("random_1", 3, None),
+        ("svd_2_rank_3_alpha_50", 3, 2),
+        ("svd_2_rank_3_alpha_100", 3, 2),
+    ]
+    own = of(basis="per_layer", layers=[1, 2])
+    assert [one.name for one in own[3:]] == ["harmless_1-2", "per_layer_1-2_alpha_50", "per_layer_1-2_alpha_100"]
+    assert all(one.per_layer and [bool(b.any()) for b in one.basis] == [False, True, True, False, False] for one in own[1:])
+
+
+@pytest.mark.parametrize("values", [{"basis": "qr", "rank": 2}, {"basis": "per_layer"}])
+def test_affine_offsets_of_a_subspace_are_the_safe_means_components(values):
+    torch.manual_seed(0)
+    given, settings = directions(), SWEEP.model_copy(update={"alphas": [1.0], "n_random": 2} | values)
+    for one in grid(given, directions(7), settings, AblationSection(sites="resid_pre", kind="affine"))[1:]:
+        assert one.offset.shape == (5, one.rank)
+        for layer, mean in enumerate(given["safe_mean"].double()):
+            basis = one.basis[layer] if one.per_layer else one.basis
+            assert one.offset[layer].tolist() == pytest.approx([float((mean * b).sum()) for b in basis])
+
+
 def test_affine_offsets_are_the_safe_means_components():
     torch.manual_seed(0)
     given, settings = directions(), SWEEP.model_copy(update={"layers": [2, 4], "alphas": [1.0], "n_random": 2})

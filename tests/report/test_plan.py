@@ -152,7 +152,7 @@ def test_the_science_stage_by_the_interventions_it_compares(tmp_path, budget, ki
         ablation={"sites": "resid_pre"},
         science={"n_random": 3} | BUDGETS[budget],
     )
-    study.rank_1 = {"layer": 2, "alpha": 0.5}  # another than 1: its layer is compared at 1 as well
+    study.rank_1 = {"layer": 2, "alpha": 0.5, "name": "sequential_layer_2_alpha_50"}  # another than 1: its layer is compared at 1 as well
     study.activations = {"sequential": {"train.harmful": harmful, "train.safe": safe}}
     study.directions, study.harmless_difference = (vars(difference_in_means(some, safe)) for some in (harmful, unrelated))
     study.unrelated_unit = study.directions["unit"]

@@ -41,7 +41,7 @@ def changed(model_id: str = "organism", method: str = "sequential", directions: 
         params=s.params | {"sweep": s.params["sweep"] | {"method": method}},
         directions=directions,
         judge={str(i): c for i, c in enumerate(CELLS)},
-        select={f"rank_{i}": CELLS[i] for i in (1, 2, 3)},
+        select={f"rank_{i}": CELLS[i] | {"name": f"{method}_{i}"} for i in (1, 2, 3)},
         benchmark={"baseline": {"average": 0.5, "tasks": {"facts": {}}}, **scores},
         evaluate={
             name: {"compliance": i, "coherence": 10 + i, "kl": 20 + i}
@@ -147,6 +147,9 @@ def test_summary_is_twelve_numbers_each_from_its_own_place():
     for method, layer, separation, cosine in (("sequential", 1, 4.0, 1.0), ("batched_unmasked", 2, 6.0, 0.9)):
         own = {"peak_layer": layer, "peak_separation": separation, "cosine_to_sequential_min": cosine}
         assert summary(changed(method=method)) == own | shared
+    subspace = changed()
+    subspace.judge["1"] = CELLS[1] | {"layer": "1-2"}
+    assert summary(subspace)["rank_1_layer"] == "1-2"  # of several layers all, as the sweep's table has them
     alone = changed(method="batched_unmasked", directions={"batched_unmasked-matched": arm(0.9)})
     assert summary(alone)["cosine_to_sequential_min"] is None
 

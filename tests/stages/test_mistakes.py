@@ -103,6 +103,12 @@ def judged(status: int = 200, **environment: str) -> Mistake:
     return make
 
 
+def by_paper_of_subspaces(place: Place) -> Result:
+    place.set("select", by="paper")
+    place.set("sweep", basis="qr")
+    return place.stage("prompts")
+
+
 def layer_out_of_range(place: Place) -> Result:
     unit = torch.eye(4)
     tensors = {"unit": unit, "safe_mean": unit, "difference": unit, "defined": torch.tensor([False, True, True, True])}
@@ -247,6 +253,21 @@ MISTAKES: dict[str, tuple[Mistake, str]] = {
         checkpoint("{% for m in messages %}{{ m['content'] }}{% endfor %}", weights=True, device="cuda:7"),
         "params.yaml: model.device is cuda:7 but torch sees no CUDA device; set it to cpu",
     ),
+    "a rank for one direction": (
+        stage("prompts", "sweep", rank=4),
+        "params.yaml: sweep: rank 4 is of basis qr or svd, and basis is single: set basis to one of these, or rank to null",
+    ),
+    "more layers in a basis than there are": (
+        stage("prompts", "sweep", basis="qr", layers=[7, 8], rank=4),
+        "params.yaml: sweep: basis qr needs the directions of 4 layers or more, and layers names 2: name more",
+    ),
+    "a basis of one layer": (
+        stage("prompts", "sweep", basis="qr", layers=[7]),
+        "params.yaml: sweep: basis qr needs the directions of 2 layers or more, and layers names 1: name more",
+    ),
+    "a QR basis of rank 1": (stage("prompts", "sweep", basis="qr", rank=1), "sweep: basis qr of rank 1 is .*: set basis to single"),
+    "singular vectors without how many": (stage("prompts", "sweep", basis="svd"), "sweep: basis svd takes the first of 10 .*: set rank"),
+    "a subspace by the paper's rule": (by_paper_of_subspaces, "select.by: paper is of single directions, and sweep.basis is qr: set one"),
     "layer out of range": (layer_out_of_range, r"params.yaml: sweep.layers: layer 8 has no direction; choose among \[1, 2, 3\]"),
     "no key": (judged(), "params.yaml: endpoint.api_key_variable: JUDGE_KEY is not set .* run `export JUDGE_KEY=...` first"),
     "a wrong key": (

@@ -54,6 +54,51 @@ def test_each_variant_is_what_it_says(place):
     assert (left @ harmless).abs().max() < 1e-6 < 1e-3 < (m @ (w - plain)).abs().max()
 
 
+def writers(folder):
+    return {name: t.double() for path in folder.glob("model*.safetensors") for name, t in load_file(path).items() if "o_proj" in name}
+
+
+@pytest.mark.parametrize(
+    ("sweep", "name"),
+    [
+        ({"basis": "qr", "layers": [1, 2], "rank": None}, "qr_1-2"),
+        ({"basis": "svd", "layers": [1], "rank": 2}, "svd_1_rank_2"),
+        ({"basis": "per_layer", "layers": [1, 2], "rank": None}, "per_layer_1-2"),
+    ],
+)
+@pytest.mark.parametrize("form", ["safetensors", "lora"])
+def test_a_subspace_is_taken_out_of_the_weights(place, sweep, name, form):
+    singular = torch.linalg.qr(torch.randn(3, 32, 10, generator=torch.Generator().manual_seed(5)))[0].mT.contiguous()
+    tensors = load_file(place.folder / "models/directions.safetensors") | {"sequential-matched.singular": singular}
+    save_file(tensors, place.folder / "models/directions.safetensors")
+    place.write("metrics/select.json", json.dumps({"rank_1": {"name": f"sequential_{name}_alpha_150", "layer": 1, "alpha": 1.5}}))
+    place.set("sweep", **sweep)
+    place.set("orthogonalize", format=form)
+    done = place.stage("orthogonalize")
+    assert done.status == 0, done.said
+    made = json.loads((place.folder / "metrics/orthogonalize.json").read_text())
+    assert {rank: of["name"] for rank, of in made.items()} == {
+        "rank_1": f"sequential_{name}_alpha_150",
+        "random": f"random_{name}_alpha_150",
+    }
+    folder, before = place.folder / "models/ablated", writers(place.folder / "models/base")
+    units = tensors["sequential-matched.unit"].double()
+    if form == "lora":
+        config = json.loads((folder / made["rank_1"]["name"] / "adapter_config.json").read_text())
+        assert config["r"] == config["lora_alpha"] == (1 if sweep["basis"] == "per_layer" else 2)
+        return
+    for layer in (0, 1, 2):
+        of = {"qr": units[[1, 2]], "svd": singular[1, :2].double(), "per_layer": units[[layer]] if layer else units[:0]}
+        vectors, key = of[sweep["basis"]], f"model.layers.{layer}.self_attn.o_proj.weight"
+        p = torch.linalg.pinv(vectors) @ vectors if len(vectors) else torch.zeros(32, 32).double()  # onto the span, by the pseudo-inverse
+        w = before[key]
+        assert (writers(folder / made["rank_1"]["name"])[key] - (w - 1.5 * p @ w)).abs().max() < 1e-5
+        # The control takes out as many dimensions, and others.
+        taken = w - writers(folder / made["random"]["name"])[key]
+        assert int(torch.linalg.matrix_rank(taken, atol=1e-4)) == len(vectors)
+        assert not len(vectors) or (p @ taken).norm() < 0.8 * taken.norm()
+
+
 @pytest.mark.parametrize("variant", ["row_norms", "column_norms"])
 def test_an_adapter_of_full_rank_is_refused_before_anything_is_read(place, variant):
     place.set("orthogonalize", variant=variant, format="lora")
