@@ -148,11 +148,11 @@ def padding(metrics: Metrics) -> Measured | None:
 def _categories(metrics: Metrics, name: str, scale: Callable[[int], float]) -> Measured | None:
     """A figure of the categories' directions at the selected layer, beside random groups as large. It has no interval of its own:
     that of the random groups is moved onto it."""
-    select = metrics["select"]["rank_1"]
+    layer = metrics["select"]["rank_1"]["layer"]
     swept = next((of for of in metrics["directions"].values() if of.get("categories")), None)
-    if swept is None or swept["categories"][name][select["layer"]] is None:
-        return None
-    of, layer = swept["categories"], select["layer"]
+    if swept is None or not isinstance(layer, int) or swept["categories"][name][layer] is None:
+        return None  # a subspace has several layers
+    of = swept["categories"]
     value, low, null, high = (of[f"{name}{end}"][layer] / scale(len(of["n"])) for end in ("", "_null_low", "_null", "_null_high"))
     ours = (value, value - (null - low), value + (high - null))
     return Measured(

@@ -37,8 +37,10 @@ def contest(study: Study, judged: Mapping[str, Mapping[str, Any]], separation: S
     """What metrics/claims/selection.json says: layers' scores and means on test, each score's rank correlation and regret.
 
     judged: metrics/judge.json, whose cells at alpha 1 are the score `val`. separation: Cohen's d on val by layer. Raises
-    UserError where the sweep has fewer than three layers at alpha 1.
+    UserError where the sweep is of subspaces, or has fewer than three layers at alpha 1.
     """
+    if study.params.sweep.basis != "single":
+        raise UserError("params.yaml: sweep.basis: the claim `selection` compares single directions: set single")
     val = {cell["layer"]: cell["score"] for cell in judged.values() if cell["layer"] is not None and cell["alpha"] == 1}
     layers = [layer for layer in study.layers if layer in val]
     if len(layers) < 3:

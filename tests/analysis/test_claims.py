@@ -150,6 +150,7 @@ def test_what_a_study_lacks_is_not_measured():
     }
     wanted = {name for name in MEASURES if name not in ("substrings",)}
     assert {name for name in wanted if MEASURES[name](without) is not None} == set()
+    assert MEASURES["categories"](METRICS | {"select": {"rank_1": {"layer": "1-2"}}}) is None
     assert MEASURES["pairing.behaviour"](METRICS) is None and MEASURES["pairing.matched_less_unrelated"](METRICS) is None
 
 

@@ -138,3 +138,9 @@ def test_two_layers_have_no_order(study):
     few = {name: cell for name, cell in judged().items() if cell["layer"] in (None, 1, 2)}
     with pytest.raises(UserError, match=r"sweep.layers: fewer than three at alpha 1"):
         contest(study, few, SEPARATION)
+
+
+def test_subspaces_have_no_order_of_layers(study):
+    study.params = study.params.model_copy(update={"sweep": study.params.sweep.model_copy(update={"basis": "qr"})})
+    with pytest.raises(UserError, match="compares single directions"):
+        contest(study, judged(), SEPARATION)
