@@ -43,6 +43,34 @@ def test_no_text_of_a_model_or_a_user_becomes_markup(text):
     assert "innerHTML" not in text and "insertAdjacentHTML" not in text
 
 
+def test_subspaces_are_named_by_their_layers_in_the_order_of_depth():
+    """The committed study, as if windows of two layers had been swept: 1-2, ..., 10-11, the last of which a text would put first."""
+    s = study()
+    windows = {1: "1-2", 2: "2-3", 3: "3-4", 4: "4-5", 5: "5-6", 6: "6-7", 7: "10-11"}
+
+    def renamed(cell):
+        layer, found, alpha = cell.removeprefix("layer_").partition("_alpha_")
+        return f"qr_{windows[int(layer)]}_alpha_{alpha}" if found else cell
+
+    def moved(row):
+        return row | {"cell": renamed(row["cell"])} | ({"layer": windows.get(row["layer"])} if "layer" in row else {})
+
+    ranks = {rank: cell | {"name": "sequential_" + renamed(cell["name"].removeprefix("sequential_"))} for rank, cell in s.select.items()}
+    s = s._replace(
+        params=s.params | {"sweep": s.params["sweep"] | {"basis": "qr", "rank": 2}},
+        judge={renamed(name): cell | {"layer": windows.get(cell["layer"])} for name, cell in s.judge.items()},
+        select=ranks,
+        sweep=[moved(row) for row in s.sweep],
+        verdicts=[moved(row) for row in s.verdicts],
+    )
+    assert s.cell == "qr_6-7_alpha_100" and s.place == "qr 6-7"
+    text = page(s, reproduce(s) | {"weaknesses": WEAKNESSES})
+    assert [*dict.fromkeys(re.findall(r'data-name="layer ([\d-]+), alpha', text))] == [*windows.values()]
+    assert "Selected as rank_1: qr 6-7, alpha 1," in text and 'data-name="layer 6-7, alpha 1, rank_1"' in text
+    assert "in the span of several layers&#39; directions" in text and "no edit along the subspace" not in text  # no edits here
+    assert {row["answers"]["runtime"]["text"] for row in rows_of(text)["browser"] if row["split"] == "val"} == {f"layer_6_alpha_100 {HOSTILE}"}
+
+
 @pytest.mark.parametrize("said", [HOSTILE, "<!--<script>", "&lt;", "a\u2028b\u2029c", "]]>", "\"'\\", "é \U0001f600"])
 def test_script_json_holds_any_text(said):
     written = script_json({"a": said})

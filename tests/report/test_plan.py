@@ -66,6 +66,24 @@ def test_counts_by_hand():
     assert found["model"].n_bytes == 2 * 4000 and sum(step.calls for step in found.values()) == 0
 
 
+@pytest.mark.parametrize(
+    ("sweep", "cells", "arms"),
+    [
+        ({"basis": "qr", "layers": [1, 2], "rank": None}, 1 + 2 + 1 * (1 + 2), 5 + 2),
+        ({"basis": "svd", "layers": [1, 2], "rank": 3}, 1 + 2 + 2 * 2, 4 + 2),  # two harmless sets have no singular vectors
+        ({"basis": "per_layer", "layers": None}, 1 + 2 + 1 * (1 + 2), 5 + 2),
+    ],
+)
+def test_a_sweep_of_subspaces(sweep, cells, arms):
+    found = planned(model={"id": "/a/folder"}, sweep=sweep | {"alphas": [0.5, 1.0], "n_random": 2}, judge={"kind": "llm"})
+    assert found["judge"].calls == cells * 3 and found["evaluate"].calls == arms * 8 + 4
+    # Random subspaces of its rank are drawn where the table of the verdict has none: 2, 3 and 5 it has.
+    more = planned(model={"id": "/a/folder"}, sweep=sweep | {"rank": 4 if sweep["basis"] == "svd" else sweep.get("rank")}, judge={"kind": "llm"})
+    plain = planned(model={"id": "/a/folder"}, judge={"kind": "llm"})
+    n_control = min(PROMPTS.n["test.harmful"], 30)
+    assert more["science"].calls - plain["science"].calls == (sweep["basis"] == "svd") * 2 * n_control
+
+
 @pytest.mark.parametrize(("n", "asked"), [(3, 3), (100, 4), (None, 4)])
 def test_long_answers_are_counted_as_if_none_ended_by_itself(n, asked):
     """Baseline, run time, weights and two random directions, ten tokens a prompt; the short answers are in the store."""
