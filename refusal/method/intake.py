@@ -10,8 +10,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, cast
@@ -162,7 +162,11 @@ def look_at_edits(lm: LM, ids: Sequence[Sequence[int]]) -> list[float]:
     for i, block in enumerate(stream.blocks(lm.model)):
         for name in stream.architecture.parts[i]:
             place = f"{stream.architecture.blocks_name}.{i}.{name}"
-            hook = partial(_again, gaps, i, place, stream.architecture)
+            again = partial(_again, partial(_edited, block.get_submodule(name), place, stream.architecture))
+
+            def hook(_module: nn.Module, args: tuple, kwargs: dict, output: Any, again=again, i: int = i) -> None:
+                gaps[i] = max(gaps[i], again(args, kwargs, output))
+
             handles.append(block.get_submodule(name).register_forward_hook(hook, with_kwargs=True))
     try:
         for prompt in ids:
@@ -173,24 +177,22 @@ def look_at_edits(lm: LM, ids: Sequence[Sequence[int]]) -> list[float]:
     return gaps
 
 
-def _again(
-    gaps: list[float], i: int, place: str, architecture: Architecture, module: nn.Module, args: tuple, kwargs: dict, output: Any
-) -> None:
+def _again(edited: Callable[[Intervention], AbstractContextManager[nn.Module]], args: tuple, kwargs: dict, output: Any) -> float:
+    """The gap of one part, which ran with these arguments."""
     out = (output[0] if isinstance(output, tuple) else output).double().flatten(0, -2)
     longest = out[out.norm(dim=-1).argmax()]
     if not longest.any():
-        return
+        return 0.0
     v = longest / longest.norm()
-    with _edited(module, place, architecture, Intervention("intake", v.cpu(), 1.0, "weights")):
+    with edited(Intervention("intake", v.cpu(), 1.0, "weights")) as module:
         after = module.forward(*args, **kwargs)
     after = (after[0] if isinstance(after, tuple) else after).double().flatten(0, -2)
-    expected = out - (out @ v)[:, None] * v
-    gap = float((after - expected).norm() / out.norm())
-    gaps[i] = max(gaps[i], gap if gap == gap else float("inf"))
+    gap = float((after - (out - (out @ v)[:, None] * v)).norm() / out.norm())
+    return gap if gap == gap else float("inf")
 
 
 @contextmanager
-def _edited(module: nn.Module, place: str, architecture: Architecture, intervention: Intervention) -> Iterator[None]:
+def _edited(module: nn.Module, place: str, architecture: Architecture, intervention: Intervention) -> Iterator[nn.Module]:
     """The module with its own writers orthogonalized, for the length of a `with`."""
     kept: list[tuple[nn.Module, str, nn.Parameter]] = []
     try:
@@ -200,7 +202,7 @@ def _edited(module: nn.Module, place: str, architecture: Architecture, intervent
             owner, _, own = name.rpartition(".")
             kept.append((module.get_submodule(owner), own, parameter))
             setattr(kept[-1][0], own, nn.Parameter(edited_tensor(intervention, parameter.data, axis), requires_grad=False))
-        yield
+        yield module
     finally:
         for holder, own, parameter in kept:
             setattr(holder, own, parameter)
