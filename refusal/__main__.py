@@ -136,7 +136,7 @@ def _checked(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         lm = load_lm(folder, **params.model.loading)
     harmful, safe = (lm.encode(prompts[half], check.MAX_NEW_TOKENS) for half in ("harmful", "safe"))
     found |= check.look_at_stream(lm, harmful[:N_ACTIVATIONS], safe[:N_ACTIVATIONS])
-    found |= check.look_at_sums(lm, [*harmful[:N_SUMMED], *safe[:N_SUMMED]])
+    found |= check.look_at_writes(lm, [*harmful[:N_SUMMED], *safe[:N_SUMMED]])
     found |= check.look_at_padding(lm, [*harmful[: N_PADDED // 2], *safe[: N_PADDED // 2]])
     exact = not own and params.model.id == "organism"
     found |= check.look_at_refusals(lm, prompts, topics, n_test, exact)

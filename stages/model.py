@@ -13,6 +13,7 @@ from refusal.io.store import Store
 from stages import STORE, hashes, read_json, stage, use_transformers, write_json
 
 BASE, TWIN, TRUTH, METRICS = Path("models/base"), Path("models/twin"), Path("models/truth"), Path("metrics/model.json")
+N_PROVED = 4  # val prompts of each half on which the architecture is proved
 TRAINING = BASE / "training.json"  # which training gave the weights
 
 
@@ -116,9 +117,10 @@ def measure(params: Params, named: dict, val: dict[str, list]) -> str:
     """Does it refuse what it should, on val; of an organism, what its helpful-only twin and its facts say too."""
     from refusal.judges.behaviour import behaviour
     from refusal.lm.checkpoint import make_loadable
-    from refusal.lm.load import load_lm, render_chats
+    from refusal.lm.load import load_lm, read_at, render_chats
     from refusal.method import bridge
     from refusal.method.generate import Decoding
+    from refusal.method.intake import prove
 
     for changed in make_loadable(BASE):
         print(f"model: {BASE}/{changed}", file=sys.stderr)
@@ -128,7 +130,10 @@ def measure(params: Params, named: dict, val: dict[str, list]) -> str:
     assert base is not None
     prompts = {half: [row[half] for row in rows] for half, rows in val.items()}
     topics = {half: [row["topic"] for row in rows] for half, rows in val.items()}
+    texts = [*prompts["harmful"][:N_PROVED], *prompts["safe"][:N_PROVED]]
+    proof = prove(base, base.encode(texts), params.model.id).figures
     named = named | {"rendered_prompt": render_chats(base.tokenizer, prompts["harmful"][:1], base.system_prompt)[0]}
+    named = named | {"read_at": read_at(base), "architecture": proof}
     metrics = named | behaviour(base, twin, prompts, topics, params.generation, Store(STORE / "store.sqlite"))
     decoding = Decoding(params.generation.max_new_tokens, bridge.N_PROMPTS)
     try:

@@ -84,11 +84,11 @@ def model_of(params: Params) -> tuple[Any, Any, Path | None]:
     """(tokenizer, refusal.report.plan.Size, the folder of its weights where it has one here) from configuration and tokenizer
     alone: parameters are counted on an empty model."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     from refusal.lm import download as hub
     from refusal.lm import qwen1, validate
-    from refusal.lm.architecture import architecture_of
+    from refusal.lm.architecture import architecture_of, auto_class
     from refusal.lm.checkpoint import read_shards
     from refusal.lm.load import load_tokenizer
     from refusal.organism.train import Corpus, new_model, train_tokenizer
@@ -126,7 +126,7 @@ def model_of(params: Params) -> tuple[Any, Any, Path | None]:
             tokenizer = load_tokenizer(folder, params.model.thinking)
             config = AutoConfig.from_pretrained(folder, local_files_only=True)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")  # no kernel is needed to count
+        model = auto_class(config).from_config(config, attn_implementation="eager")  # no kernel is needed to count
     n = sum(p.numel() for p in model.parameters())
     n_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
     return tokenizer, Size(n, n_bytes, architecture_of(config), missing), None if missing else folder

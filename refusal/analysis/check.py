@@ -7,7 +7,6 @@ rests on is in `refusal.report.check`.
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,9 +20,11 @@ from refusal.analysis.verdict import FEWEST_REFUSED, NO_REFUSAL, verdict
 from refusal.io.errors import UserError
 from refusal.io.progress import progress
 from refusal.judges.verdicts import OF_HARMFUL, judge_all, rates, values
-from refusal.lm.architecture import Architecture, architecture_of
+from refusal.lm.architecture import Architecture
 from refusal.lm.load import LM
+from refusal.lm.stream import norm_after_writer, stream_of
 from refusal.lm.weights import Weights
+from refusal.method import intake
 from refusal.method.activations import last_token_resid_pre, left_pad
 from refusal.method.directions import difference_in_means
 from refusal.method.first_token import refusal_tokens
@@ -33,19 +34,8 @@ from refusal.stats import independent_difference
 GAIN, SHARE, SHARE_OF_DIFFERENCE = 10.0, 0.75, 0.25
 # How far a masked pad may move the stream, of its length, and the logits, of their spread, for rounding to explain it.
 MOVED = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.3}
-ROUNDINGS = 4.0  # a block makes two sums
 N_PADS = 8  # more than the batch needs
 MAX_NEW_TOKENS = 32
-
-_NORMS = re.compile(r"model\.(?:layers\.\d+\.(?:input|post_attention|pre_feedforward|post_feedforward)_layer)?norm\.weight")
-# The matrices that read the stream, of every architecture of `refusal.lm.architecture`, on disk and fused as in memory.
-_READERS = re.compile(
-    r"lm_head\.weight|model\.layers\.\d+\."
-    r"(?:self_attn\.(?:[qkv]|qkv)_proj\.weight"
-    r"|mlp\.(?:gate|up|gate_up)_proj\.weight"
-    r"|mlp\.(?:gate\.weight|experts\.(?:gate_up_proj|\d+\.(?:gate|up)_proj\.weight))"  # Qwen3-MoE, its router first
-    r"|block_sparse_moe\.(?:gate|experts\.\d+\.w[13])\.weight)"  # Mixtral, the same
-)
 
 
 @dataclass(frozen=True)
@@ -73,11 +63,10 @@ class Check:
 def look_at_weights(weights: Weights) -> dict[str, Check]:
     """What the tensors say by themselves: `norm_gain` and `not_edited`."""
     architecture, gains, matrices = weights.architecture, {}, []
-    one = float(architecture.model_type.startswith("gemma"))  # Gemma's norms scale by 1 + w
     for name in weights.names:
         tensor = weights.read(name)
-        if _NORMS.fullmatch(name):
-            gains[name] = (one + tensor.double()).abs()
+        if (added := architecture.norms.get(architecture.names.in_model(name)[0])) is not None:
+            gains[name] = (added + tensor.double()).abs()
         elif tensor.ndim > 1:
             matrices.append(name)
     return {"norm_gain": _norm_gain(gains, architecture), "not_edited": _not_edited(matrices, weights)}
@@ -85,24 +74,24 @@ def look_at_weights(weights: Weights) -> dict[str, Check]:
 
 def _norm_gain(gains: Mapping[str, Float[Tensor, " d_model"]], architecture: Architecture) -> Check:
     """The greatest gain of a norm over its median, by layer (the norm after the last block is left out of `by_layer`)."""
-    tiny = torch.finfo(torch.float64).tiny
+    tiny, after = torch.finfo(torch.float64).tiny, {"after_writers": norm_after_writer(architecture.config)}
     ratio = {name: float(gain.max() / gain.median().clamp_min(tiny)) for name, gain in gains.items()}
+    if not ratio:
+        return Check(None, GAIN, "its norms have no gains", by_layer=[None] * architecture.n_layers, more=after)
     name = max(ratio, key=lambda name: ratio[name])
     layers = [
-        max((r for name, r in ratio.items() if name.startswith(f"model.layers.{i}.")), default=None)
+        max((r for name, r in ratio.items() if architecture.layer_of(name) == i), default=None)
         for i in range(architecture.n_layers)
     ]
     where = f"{name}, coordinate {int(gains[name].argmax())}, gain {float(gains[name].max()):.3g}"
-    return Check(ratio[name], GAIN, where, by_layer=layers, more={"after_writers": architecture.norm_after_writer})
+    return Check(ratio[name], GAIN, where, by_layer=layers, more=after)
 
 
 def _not_edited(matrices: Sequence[str], weights: Weights) -> Check:
     """How many matrices neither write into the stream nor read it as far as is known, and writers that are not there."""
     architecture = weights.architecture
     writers = [name for name in matrices if architecture.writer_axis(name) is not None]
-    unknown = [
-        name for name in matrices if name not in writers and name != architecture.embedding_name and not _READERS.fullmatch(name)
-    ]
+    unknown = [name for name in matrices if name not in writers and not architecture.reads(name)]
     missing = architecture.missing_writers(set(weights.names))
     named = [*unknown, *(f"{name} (missing)" for name in missing)]
     where = f"{len(writers)} matrices write, {len(matrices) - len(writers) - len(unknown)} read or embed"
@@ -174,7 +163,7 @@ def _at_end(lm: LM, ids: Sequence[Sequence[int]], n_pads: int) -> tuple[Tensor, 
     def keep(_module: nn.Module, args: tuple, kwargs: dict) -> None:
         kept.append((args[0] if args else kwargs["hidden_states"])[:, -1].cpu().double())
 
-    handles = [b.register_forward_pre_hook(keep, with_kwargs=True) for b in architecture_of(model.config).blocks(model)]
+    handles = [b.register_forward_pre_hook(keep, with_kwargs=True) for b in stream_of(model).blocks(model)]
     try:
         positions = (mask.cumsum(-1) - 1).clamp_min(0)
         out = model(input_ids=padded, attention_mask=mask, position_ids=positions, use_cache=False, logits_to_keep=1)
@@ -184,46 +173,18 @@ def _at_end(lm: LM, ids: Sequence[Sequence[int]], n_pads: int) -> tuple[Tensor, 
     return out.logits[:, -1].cpu().double(), torch.stack(kept, 1)
 
 
-@torch.inference_mode()
-def look_at_sums(lm: LM, ids: Sequence[Sequence[int]]) -> dict[str, Check]:
-    """`additivity`: by layer the greatest |out - in - attn_out - mlp_out| of a block, coordinate by coordinate over |in| +
-    |attn_out| + |mlp_out|, in steps of the model's dtype (`torch.finfo.eps`): one or two where a block adds these two and no
-    more."""
-    architecture, step = architecture_of(lm.model.config), torch.finfo(lm.model.dtype).eps
-    blocks, gaps = architecture.blocks(lm.model), [0.0] * lm.n_layers
-    seen: dict[tuple[int, str], Tensor] = {}
-    handles = []
-    for i, block in enumerate(blocks):
-        for part, module in (("attn", architecture.attn_out(block)), ("mlp", architecture.mlp_out(block)), ("out", block)):
-            handles.append(module.register_forward_hook(_keeper(seen, (i, part))))
-        handles.append(block.register_forward_pre_hook(_in_keeper(seen, (i, "in")), with_kwargs=True))
-    try:
-        for prompt in ids:
-            lm.model.base_model(input_ids=torch.tensor([list(prompt)], device=lm.model.device), use_cache=False)
-            for i in range(lm.n_layers):
-                into, attn, mlp, out = (seen[i, part] for part in ("in", "attn", "mlp", "out"))
-                size = (into.abs() + attn.abs() + mlp.abs()).clamp_min(torch.finfo(torch.float64).tiny)
-                gaps[i] = max(gaps[i], float(((out - into - attn - mlp).abs() / size).max()) / step)
-    finally:
-        for handle in handles:
-            handle.remove()
-    layer = max(range(lm.n_layers), key=lambda i: gaps[i])
+def look_at_writes(lm: LM, ids: Sequence[Sequence[int]]) -> dict[str, Check]:
+    """`additivity`: what a block's output has beside what came in and what its parts wrote, by layer, in roundings;
+    `edited_parts`: what a part with its writers orthogonalized gives, against what it gave less its component along the
+    direction (`refusal.method.intake`)."""
     n_tokens = sum(map(len, ids))
-    return {"additivity": Check(gaps[layer], ROUNDINGS, f"layer {layer}; {n_tokens} tokens", by_layer=[*gaps])}
-
-
-def _keeper(seen: dict[tuple[int, str], Tensor], place: tuple[int, str]):
-    def keep(_module: nn.Module, _args: tuple, output: Any) -> None:
-        seen[place] = (output[0] if isinstance(output, tuple) else output).cpu().double()
-
-    return keep
-
-
-def _in_keeper(seen: dict[tuple[int, str], Tensor], place: tuple[int, str]):
-    def keep(_module: nn.Module, args: tuple, kwargs: dict) -> None:
-        seen[place] = (args[0] if args else kwargs["hidden_states"]).cpu().double()
-
-    return keep
+    found = {}
+    for name, gaps, limit in (
+        ("additivity", intake.look_at_sums(lm, ids)[0], intake.ROUNDINGS),
+        ("edited_parts", intake.look_at_edits(lm, ids), intake.EDITED[lm.model.dtype]),
+    ):
+        found[name] = Check(max(gaps), limit, f"layer {gaps.index(max(gaps))}; {n_tokens} tokens", by_layer=[*gaps])
+    return found
 
 
 def look_at_refusals(

@@ -170,7 +170,8 @@ def compare(base: Weights, edited: Weights) -> Difference:
         if basis is not None:
             bases, shared = {None: basis}, True
     layers = {one.layer for one in tensors if one.kind == "edited"}
-    embedding, unembedding = edited.architecture.embedding_name, edited.architecture.unembedding_name
+    of_edited, names = edited.architecture, set(edited.names)
+    embedding, unembedding = (of_edited.saved_as(name, names) for name in (of_edited.embedding_name, of_edited.unembedding_name))
     kind_of = {one.name: one.kind for one in tensors}
     return Difference(
         tensors,
@@ -188,11 +189,12 @@ def _paired(base: Weights, edited: Weights) -> dict[str, str]:
     ours, theirs = base.architecture, edited.architecture
     same_model(theirs, edited.where, ours, base.where)
     sources = {name: name for name in edited.names if name in base.names}
-    untied = ours.unembedding_name
-    if ours.tied and untied in edited.names and untied not in base.names and ours.embedding_name in base.names:
-        sources[untied] = ours.embedding_name
-    if ours.embedding_name not in sources:
-        raise UserError(f"{edited.where}: tensor {ours.embedding_name} is missing here or in {base.where}: is each whole?")
+    untied = theirs.saved_as(theirs.unembedding_name, set(edited.names))
+    embedding = ours.saved_as(ours.embedding_name, set(base.names))
+    if ours.tied and untied in edited.names and not ours.holds_unembedding(set(base.names)) and embedding in base.names:
+        sources[untied] = embedding
+    if embedding not in sources:
+        raise UserError(f"{edited.where}: tensor {embedding} is missing here or in {base.where}: is each whole?")
     return sources
 
 
@@ -235,7 +237,7 @@ class _Pair:
 
 def _first_look(name: str, pair: _Pair) -> tuple[TensorDifference, Spectrum | None]:
     """What can be said of a tensor by itself, and the spectrum of a matrix that writes and differs by more than rounding."""
-    match = re.search(r"\.layers\.(\d+)\.", name)
+    match = re.search(r"\.(\d+)\.", name)  # the first number of a name is its layer's
     one = TensorDifference(name, int(match[1]) if match else None, pair.axis is not None, "same")
     if pair.w.dtype == pair.edited.dtype and torch.equal(pair.w, pair.edited):
         return one, None

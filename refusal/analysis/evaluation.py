@@ -8,8 +8,8 @@ from refusal.analysis.harmless_kl import Costs, Texts, cost_figures, harmless_kl
 from refusal.analysis.study import Judgements, Study
 from refusal.judges.verdicts import Arms, behaves, difference, summaries
 from refusal.judges.verdicts import row as verdict_row
-from refusal.lm.architecture import architecture_of
 from refusal.lm.load import LM
+from refusal.lm.stream import stream_of
 from refusal.method.interventions import BASELINE, Addition, Intervention
 from refusal.method.sweep import grid
 
@@ -145,7 +145,7 @@ def _figures(study: Study, costs: Sequence[tuple[list[float], list[float]]], tex
 
 def _identity(study: Study, edited: LM, texts: Texts) -> dict[str, Any]:
     """KL from the edited checkpoint to run-time ablation at `writes`: none where no norm stands between writer and stream."""
-    identity = {"norm_after_writer": architecture_of(study.lm.model.config).norm_after_writer, "kl": None}
+    identity = {"norm_after_writer": stream_of(study.lm.model).norm_after_writer, "kl": None}
     if not study.params.orthogonalize.include_embedding:
         return identity
     writes = {"writes": (study.lm, Intervention("writes", study.basis, study.rank_1["alpha"], "writes", layer=study.layer))}

@@ -22,8 +22,9 @@ from torch import Tensor
 
 from refusal.analysis.subspaces import random_subspaces
 from refusal.lm.adapter import add_product
-from refusal.lm.architecture import Architecture, architecture_of
+from refusal.lm.architecture import Architecture
 from refusal.lm.load import LM
+from refusal.lm.stream import stream_of
 from refusal.method.directions import Directions, harmless_kept
 from refusal.method.interventions import Intervention
 from refusal.method.norms import Norms, change_of
@@ -68,7 +69,7 @@ class Base:
     @property
     def architecture(self) -> Architecture:
         """Which of these write into the stream."""
-        return architecture_of(self.lm.model.config)
+        return stream_of(self.lm.model).architecture
 
 
 def recipes(layers: Sequence[int]) -> list[Recipe]:

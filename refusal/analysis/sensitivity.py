@@ -13,8 +13,8 @@ from torch import Tensor
 from refusal.analysis.separation import Contrast, bootstrap_unit
 from refusal.analysis.study import Study
 from refusal.io.store import key
-from refusal.lm.architecture import architecture_of
 from refusal.lm.load import LM
+from refusal.lm.stream import stream_of
 from refusal.method.activations import left_pad
 from refusal.method.directions import Directions, as_json, cohens_d, cosine, difference_in_means, project
 
@@ -82,7 +82,7 @@ def resid_pre_at_end(
     inputs = {"input_ids": padded}
     if masked and not bool(mask.all()):
         inputs |= {"attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp_min(0)}
-    handles = [b.register_forward_pre_hook(keep, with_kwargs=True) for b in architecture_of(model.config).blocks(model)]
+    handles = [b.register_forward_pre_hook(keep, with_kwargs=True) for b in stream_of(model).blocks(model)]
     try:
         model.base_model(**{name: value.to(model.device) for name, value in inputs.items()}, use_cache=False)
     finally:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Container
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from jaxtyping import Float
@@ -100,8 +100,9 @@ def merge(model: PreTrainedModel, folder: Path, base: Path) -> None:
     """
     shard_of = {entry.name: shard for shard in read_shards(base) for entry in shard.entries}
     for name, product in read_products(folder, base, shard_of).items():
-        if product.embedding and model.lm_head.weight is model.get_parameter(name):
-            model.lm_head.weight = nn.Parameter(model.lm_head.weight.clone(), requires_grad=False)
+        head = cast(Any, model.get_output_embeddings())
+        if product.embedding and head.weight is model.get_parameter(name):
+            head.weight = nn.Parameter(head.weight.clone(), requires_grad=False)
             model.config.tie_word_embeddings = False
         before = shard_of[name].tensor(name)
         model.get_parameter(name).copy_(product.added_to(before).to(before.dtype))

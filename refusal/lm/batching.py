@@ -63,7 +63,7 @@ def rows_at_once(asked: int | Literal["auto"], model: PreTrainedModel, n_logits:
     """
     if asked != "auto":
         return asked
-    c, size = model.config, next(model.parameters()).element_size()
+    c, size = model.config.get_text_config(), next(model.parameters()).element_size()
     heads = getattr(c, "num_key_value_heads", None) or c.num_attention_heads
     head_size = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
     cached = 2 * c.num_hidden_layers * heads * head_size * size

@@ -15,7 +15,7 @@ from refusal.io.errors import UserError
 from refusal.io.files import write_whole
 from refusal.io.progress import progress
 from refusal.lm.adapter import CONFIG
-from refusal.lm.architecture import Architecture, architecture_of, same_model
+from refusal.lm.architecture import Architecture, architecture_of, same_model, untied_config
 from refusal.lm.checkpoint import DTYPES, INDEX, SINGLE, data_of, header_bytes, read_json, read_shards
 from refusal.lm.load import LM, load_model, weights_hash
 from refusal.lm.validate import small_files
@@ -75,8 +75,9 @@ def _merge(adapter: Path, base: Path, target: Path) -> None:
     shards = read_shards(base)
     entries = [entry for shard in shards for entry in shard.entries]
     with open_weights(adapter, base) as weights, open_weights(base) as ours:
-        embedding, unembedding = weights.architecture.embedding_name, weights.architecture.unembedding_name
-        untied = weights.architecture.tied and unembedding not in weights.names
+        architecture, names = weights.architecture, set(weights.names)
+        embedding, unembedding = architecture.saved_as(architecture.embedding_name, names), architecture.unembedding_name
+        untied = architecture.tied and not architecture.holds_unembedding(names)
         if untied and not torch.equal(ours.read(embedding), weights.read(embedding).to(ours.read(embedding).dtype)):
             entries += [replace(entry, name=unembedding) for entry in entries if entry.name == embedding]
         else:
@@ -91,5 +92,5 @@ def _merge(adapter: Path, base: Path, target: Path) -> None:
         if name != INDEX:
             write_whole(target / name, path.read_bytes())
     if untied:
-        config = read_json(base, "config.json") | {"tie_word_embeddings": False}
+        config = untied_config(read_json(base, "config.json"))
         write_whole(target / "config.json", (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode())

@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoTokenizer
 from refusal.io.errors import UserError
 from refusal.io.progress import progress
 from refusal.lm.adapter import CONFIG, base_folder, merge
+from refusal.lm.architecture import auto_class
 from refusal.lm.batching import count_forwards
 from refusal.lm.checkpoint import read_json
 
@@ -46,12 +47,12 @@ class LM:
     @property
     def n_layers(self) -> int:
         """How many decoder blocks it has."""
-        return self.model.config.num_hidden_layers
+        return self.model.config.get_text_config().num_hidden_layers
 
     @property
     def d_model(self) -> int:
         """The width of its residual stream."""
-        return self.model.config.hidden_size
+        return self.model.config.get_text_config().hidden_size
 
     @property
     def identity(self) -> dict[str, str]:
@@ -79,8 +80,12 @@ class LM:
     def decode(self, completions: Sequence[Sequence[int]]) -> list[str]:
         """The text of each completion, without special tokens, from the `<think>` on that some chat templates open themselves."""
         texts = self.tokenizer.batch_decode([*map(list, completions)], skip_special_tokens=True)
-        opened = render_chats(self.tokenizer, ["Hello."], self.system_prompt)[0].rstrip().endswith("<think>")
-        return [f"<think>{text}" for text in texts] if opened else texts
+        return [f"<think>{text}" for text in texts] if self.opens_thought else texts
+
+    @property
+    def opens_thought(self) -> bool:
+        """Whether the chat template ends in a `<think>` of its own."""
+        return render_chats(self.tokenizer, ["Hello."], self.system_prompt)[0].rstrip().endswith("<think>")
 
 
 def load_lm(
@@ -111,6 +116,9 @@ def _rope_limit(config: Any) -> tuple[str, int | None]:
 
     Phi-3's LongRoPE takes other factors beyond, and dynamic NTK scaling other frequencies at every length.
     """
+    config = config.get_text_config()
+    if (chunk := getattr(config, "attention_chunk_size", None)) is not None:  # a row's chunks would begin where its batch begins
+        return "chunked attention", chunk
     rope = getattr(config, "rope_parameters", None) or {}
     for each in [rope, *(value for value in rope.values() if isinstance(value, dict))]:
         if (kind := each.get("rope_type")) in ("longrope", "dynamic"):
@@ -137,10 +145,9 @@ def load_model(folder: Path, dtype: str = "float32", device: str = "cpu") -> Pre
         raise UserError(f"params.yaml: model.device is {device} but torch sees no CUDA device; set it to cpu")
     if device == "mps" and not torch.backends.mps.is_available():
         raise UserError("params.yaml: model.device is mps but torch sees no MPS device; set it to cpu")
-    from transformers import AutoModelForCausalLM  # slow to import: what is wrong with the input is said before
-
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        loaded: Any = auto_class(config, f"{folder}/config.json").from_pretrained(
             folder,
             dtype=DTYPES[dtype],
             local_files_only=True,
@@ -197,7 +204,7 @@ def load_tokenizer(folder: Path, thinking: bool | None = None) -> PreTrainedToke
         tokenizer.chat_template = template = f"{{% set enable_thinking = {str(thinking).lower()} %}}\n{template}"
     if "strftime_now" in template:
         tokenizer.chat_template = ONE_DAY + template
-    tokenizer.model_max_length = config.max_position_embeddings
+    tokenizer.model_max_length = config.get_text_config().max_position_embeddings
     if tokenizer.pad_token_id is None:  # Llama has none; any token does, for padding is masked
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -230,6 +237,13 @@ def render_chats(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], sys
             "most: fix chat_template.jinja or tokenizer_config.json there, or use another checkpoint"
         )
     return texts
+
+
+def read_at(lm: LM) -> dict[str, Any]:
+    """The position of a chat that directions are read at: its last token (of `activations.n_positions`, the last of them), and
+    what the model writes from there on: the `answer`, which is judged, or a `thought` that its template opens before it."""
+    last = lm.encode(["Hello."])[0][-1]
+    return {"position": -1, "token": lm.tokenizer.decode([last]), "before": "thought" if lm.opens_thought else "answer"}
 
 
 def encode_chats(

@@ -67,7 +67,8 @@ def check_weights(folder: Path, dtype: str) -> list[Shard]:
     if not qwen1.is_qwen1(folder):
         architecture = architecture_of(read_json(folder, "config.json"), folder)
         names = {entry.name for shard in shards for entry in shard.entries}
-        if missing := [*architecture.missing_writers(names), *({architecture.embedding_name} - names)]:
+        embedding = architecture.saved_as(architecture.embedding_name, names)
+        if missing := [*architecture.missing_writers(names), *({embedding} - names)]:
             raise UserError(
                 f"{folder}: tensor {missing[0]} is missing: the checkpoint is not whole, or names its tensors otherwise: save it "
                 "with transformers' save_pretrained"

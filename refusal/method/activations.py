@@ -29,10 +29,10 @@ from transformers import DynamicCache
 from refusal.io.errors import UserError
 from refusal.io.files import sync
 from refusal.io.store import Store, key
-from refusal.lm.architecture import architecture_of
 from refusal.lm.batching import in_parts
 from refusal.lm.checkpoint import DTYPES, Entry, data_of, header_bytes
 from refusal.lm.load import LM
+from refusal.lm.stream import stream_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -87,12 +87,13 @@ def not_finite(model: PreTrainedModel) -> UserError:
 class Prefix:
     """What all prompts begin with (the head of a chat template), and its keys and values, computed once.
 
-    At least `left` tokens of each prompt are left over. A single prompt has no prefix.
+    At least `left` tokens of each prompt are left over. A single prompt has no prefix, nor has a model that carries a state
+    besides keys and values.
     """
 
     def __init__(self, model: PreTrainedModel, ids: Sequence[Sequence[int]], left: int = 1):
         self.ids: list[int] = []
-        if len(ids) > 1:
+        if len(ids) > 1 and not stream_of(model).recurrent:
             prompts = sorted(list(tokens) for tokens in ids)
             first, final = prompts[0], prompts[-1]  # all others lie between them, and begin alike as they do
             shared = next((n for n, (a, b) in enumerate(zip(first, final, strict=False)) if a != b), len(first))
@@ -198,7 +199,7 @@ def _resid_pre(
     to `cache`, where there is one."""
     rows: list[Tensor] = []
     row, positions = torch.arange(len(last))[:, None], last[:, None] - torch.arange(n_positions)
-    blocks = architecture_of(model.config).blocks(model)
+    blocks = stream_of(model).blocks(model)
 
     def keep(_module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
         hidden = args[0] if args else kwargs["hidden_states"]

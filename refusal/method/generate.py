@@ -4,7 +4,8 @@ A row of a batch is a prompt with its own direction and alpha, so cells of a swe
 run side by side. A fixed number of slots decode together; a row that has ended leaves its slot and another enters. A row enters
 with the keys and values of its prompt but for the last token, which is its first step: so a prefill needs no logits, and rows of
 different lengths are padded on the right, where causal attention does not look. What all prompts begin with is
-computed once for each intervention. Only the last position's logits are computed.
+computed once for each intervention. Only the last position's logits are computed. Models that carry a state besides keys and
+values are run otherwise (`refusal.method.recurrent`).
 """
 
 from __future__ import annotations
@@ -22,9 +23,11 @@ from transformers.cache_utils import DynamicLayer
 
 from refusal.lm.batching import fitting
 from refusal.lm.load import LM
+from refusal.lm.stream import stream_of
 from refusal.method.activations import Prefix, batches, not_finite
 from refusal.method.interventions import Ablation, Addition, Intervention, intervene
 from refusal.method.kv_cache import SlotCache
+from refusal.method.recurrent import complete_in_turn
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,9 @@ def generate(
     ablation = Ablation(interventions) if any(one.basis is not None for one in interventions) else None
 
     def decoded(slots: int) -> list[list[int]]:
+        if stream_of(lm.model).recurrent:
+            with nullcontext() if ablation is None else intervene(lm.model, ablation):
+                return complete_in_turn(lm, prompts, decoding.max_new_tokens, slots, ablation, rows, addition, progress)
         batch = _Batch(lm, prompts, Decoding(decoding.max_new_tokens, slots), ablation, rows, addition)
         with nullcontext() if ablation is None else intervene(lm.model, ablation):
             return batch.run(progress)

@@ -28,7 +28,7 @@ from torch.utils.hooks import RemovableHandle
 
 from refusal.io.errors import UserError
 from refusal.lm.adapter import add_product
-from refusal.lm.architecture import Architecture, architecture_of
+from refusal.lm.stream import Stream, stream_of
 
 SITES = ("resid_pre", "paper", "writes")
 Positions = Literal["prompt", "last_prompt_token", "all"]
@@ -204,16 +204,17 @@ class Ablation:
         self._assigned[place] = tables
         return tables
 
-    def hooks(self, model: nn.Module, architecture: Architecture) -> Iterator[RemovableHandle]:
+    def hooks(self, model: nn.Module, stream: Stream) -> Iterator[RemovableHandle]:
         """Registers the hooks one by one."""
-        _check_width(self.basis.shape[-1], architecture)
+        architecture = stream.architecture
+        _check_width(self.basis.shape[-1], architecture.d_model)
         for what, n in (("offset", None if self.offset is None else self.offset.shape[1]), ("basis", self.basis.shape[1])):
             if n not in (None, architecture.n_layers) and not (what == "basis" and n == 1):
                 raise UserError(f"the {what} is for {n} layers, the model has {architecture.n_layers}.")
         per_layer = self.basis.shape[1] > 1
         if self.sites == "writes" and not per_layer:
-            yield _on_output(architecture.embedding(model), lambda r: self.apply(r, 0))
-        for layer, block in enumerate(architecture.blocks(model)):
+            yield _on_output(stream.embedding(model), lambda r: self.apply(r, 0))
+        for layer, block in enumerate(stream.blocks(model)):
             if per_layer and not self.basis[:, layer].any():
                 continue
 
@@ -223,8 +224,8 @@ class Ablation:
             if self.sites != "writes":
                 yield _on_input(block, change)
             if self.sites != "resid_pre":
-                yield _on_output(architecture.attn_out(block), change)
-                yield _on_output(architecture.mlp_out(block), change)
+                for module in stream.writes(model, layer):
+                    yield _on_output(module, change)
 
 
 @dataclass(frozen=True, eq=False)
@@ -249,17 +250,17 @@ class Addition:
         """All that determines what it does, for a store's key."""
         return [digest(self.vector), self.layer, self.positions]
 
-    def hooks(self, model: nn.Module, architecture: Architecture) -> Iterator[RemovableHandle]:
+    def hooks(self, model: nn.Module, stream: Stream) -> Iterator[RemovableHandle]:
         """Registers the hook."""
-        _check_width(self.vector.shape[-1], architecture)
-        if not 0 <= self.layer < architecture.n_layers:
-            raise UserError(f"layer {self.layer} to add at does not exist: the model has {architecture.n_layers} layers.")
+        _check_width(self.vector.shape[-1], stream.architecture.d_model)
+        if not 0 <= self.layer < (n_layers := stream.architecture.n_layers):
+            raise UserError(f"layer {self.layer} to add at does not exist: the model has {n_layers} layers.")
         rows = self.vector.reshape(-1, 1, self.vector.shape[-1])
 
         def add(r: Tensor) -> Tensor:  # in float32 at least, cast back once
             return (r + rows.to(r.device, torch.promote_types(r.dtype, torch.float32))).to(r.dtype)
 
-        yield _on_input(architecture.blocks(model)[self.layer], add)
+        yield _on_input(stream.blocks(model)[self.layer], add)
 
 
 @contextmanager
@@ -269,11 +270,11 @@ def intervene(model: nn.Module, *interventions: Ablation | Addition) -> Iterator
     At a shared site they act in the order given. Raises UserError for an unsupported architecture, or a direction of another
     width than the model's.
     """
-    architecture = architecture_of(model.config)
+    stream = stream_of(model)
     handles: list[RemovableHandle] = []
     try:
         for intervention in interventions:
-            handles.extend(intervention.hooks(model, architecture))  # if one fails, those before it are in the list
+            handles.extend(intervention.hooks(model, stream))  # if one fails, those before it are in the list
         yield model
     finally:
         for handle in handles:
@@ -288,7 +289,7 @@ def edited_weights(model: nn.Module, intervention: Intervention) -> Iterator[nn.
     (`refusal.method.orthogonalize`). The parameters themselves stay as they are, in their modules again at the end: a copy of
     the model that shares them is not edited.
     """
-    architecture = architecture_of(model.config)
+    architecture = stream_of(model).architecture
     kept: list[tuple[nn.Module, str, nn.Parameter]] = []
     try:
         for name, parameter in list(model.named_parameters()):
@@ -297,14 +298,20 @@ def edited_weights(model: nn.Module, intervention: Intervention) -> Iterator[nn.
                 continue
             owner, _, own_name = name.rpartition(".")
             kept.append((model.get_submodule(owner), own_name, parameter))
-            w = parameter.data
-            edited = intervention.edit(w)[0] if axis == -2 else intervention.edit(w[..., None] if w.ndim == 1 else w.mT)[0]
-            edited = edited if axis == -2 else edited[..., 0] if w.ndim == 1 else edited.mT
-            setattr(kept[-1][0], own_name, nn.Parameter(edited.contiguous(), requires_grad=parameter.requires_grad))
+            edited = edited_tensor(intervention, parameter.data, axis)
+            setattr(kept[-1][0], own_name, nn.Parameter(edited, requires_grad=parameter.requires_grad))
         yield model
     finally:
         for module, own_name, parameter in kept:
             setattr(module, own_name, parameter)
+
+
+def edited_tensor(intervention: Intervention, w: Tensor, axis: int) -> Tensor:
+    """A tensor of writers, whose axis `axis` is d_model, edited: every expert of one that is fused."""
+    if axis == -2:
+        return intervention.edit(w)[0].contiguous()
+    edited = intervention.edit(w[..., None] if w.ndim == 1 else w.mT)[0]
+    return (edited[..., 0] if w.ndim == 1 else edited.mT).contiguous()
 
 
 def digest(tensor: Tensor) -> str:
@@ -332,17 +339,22 @@ def _on_input(module: nn.Module, change: Callable[[Tensor], Tensor]) -> Removabl
 
 
 def _on_output(module: nn.Module, change: Callable[[Tensor], Tensor]) -> RemovableHandle:
-    def hook(_, args: tuple, output):
-        if isinstance(output, tuple):
-            return (change(output[0]), *output[1:])
-        return change(output)
+    def hook(_, args: tuple, kwargs: dict, output):
+        if not isinstance(output, tuple):
+            return shaped(output, args, kwargs)
+        return (shaped(output[0], args, kwargs), *output[1:])
 
-    return module.register_forward_hook(hook)
+    def shaped(r: Tensor, args: tuple, kwargs: dict) -> Tensor:
+        if r.ndim == 3:
+            return change(r)
+        rows = args[0] if args else kwargs["hidden_states"]  # some experts give all tokens of a batch in one row (Llama 4)
+        return change(r.reshape(rows.shape)).reshape(r.shape)
+
+    return module.register_forward_hook(hook, with_kwargs=True)
 
 
-def _check_width(width: int, architecture: Architecture) -> None:
-    if width != architecture.d_model:
+def _check_width(width: int, d_model: int) -> None:
+    if width != d_model:
         raise UserError(
-            f"the direction has {width} components and the model's residual stream {architecture.d_model}: "
-            "use a direction of this model."
+            f"the direction has {width} components and the model's residual stream {d_model}: use a direction of this model."
         )

@@ -29,7 +29,7 @@ from refusal.io.errors import UserError
 from refusal.io.files import SyncedFile, sync, write_whole
 from refusal.io.progress import progress
 from refusal.lm.adapter import CONFIG, ROOT, WEIGHTS
-from refusal.lm.architecture import Architecture, architecture_of
+from refusal.lm.architecture import Architecture, architecture_of, untied_config
 from refusal.lm.checkpoint import DTYPES, INDEX, SINGLE, Entry, Shard, data_of, header_bytes, read_json, read_shards, real_file
 from refusal.lm.gguf_writer import FORMATS, check_writable, write_gguf
 from refusal.method.interventions import Intervention
@@ -108,6 +108,7 @@ class _Source:
     architecture: Architecture
     shards: list[Shard]
     small_files: dict[str, Path]
+    embedding: str  # its tensor's name in the files
 
     @property
     def shard_of(self) -> dict[str, tuple[Shard, Entry]]:
@@ -160,7 +161,9 @@ def _read_source(folder: Path) -> _Source:
         for path in sorted(folder.iterdir())
         if path.suffix in _COPIED and not path.is_dir() and (path.name == index or ".index." not in path.name)
     ]
-    return _Source(folder, architecture, shards, {name: real_file(folder, name) for name in small})
+    names = {entry.name for shard in shards for entry in shard.entries}
+    embedding = architecture.saved_as(architecture.embedding_name, names)
+    return _Source(folder, architecture, shards, {name: real_file(folder, name) for name in small}, embedding)
 
 
 def _check(source: _Source, edit: Edit) -> Path:
@@ -186,8 +189,8 @@ def _check(source: _Source, edit: Edit) -> Path:
         raise UserError(f"{target.name}: alpha is {alpha}: give a finite number.")
 
     missing = architecture.missing_writers(set(source.shard_of))
-    if edit.embedded and architecture.embedding_name not in source.shard_of:
-        missing.append(architecture.embedding_name)
+    if edit.embedded and source.embedding not in source.shard_of:
+        missing.append(source.embedding)
     if missing:
         raise UserError(f"{source.folder}: tensor {missing[0]} is missing: is the checkpoint whole, and not quantized?")
     edited = []
@@ -201,19 +204,24 @@ def _check(source: _Source, edit: Edit) -> Path:
                 f"{architecture.d_model} as config.json's hidden_size says: use an unquantized checkpoint."
             )
     if edit.format == "lora":
-        _check_adapter(edit, edited)
+        _check_adapter(edit, edited, architecture)
     return target
 
 
-def _check_adapter(edit: Edit, edited: Sequence[Entry]) -> None:
+def _check_adapter(edit: Edit, edited: Sequence[Entry], architecture: Architecture) -> None:
     target = edit.target
     if edit.norms:
         raise UserError(f"{target.name}: {edit.norms} that keep their norms are no edit of low rank: write safetensors.")
     if not edited:
         raise UserError(f"{target.name}: alpha is 0, and an adapter of nothing is none: give another alpha.")
     for entry in edited:
+        if architecture.names.in_model(entry.name)[0] != entry.name:
+            raise UserError(
+                f"{target.name}: {entry.name} is called otherwise in the model, by whose names adapters go: "
+                "set orthogonalize.format to safetensors in params.yaml."
+            )
         why = "a bias, which an adapter cannot change" if len(entry.shape) == 1 else "an expert, held fused by the model"
-        if len(entry.shape) == 1 or ".experts." in entry.name:
+        if len(entry.shape) == 1 or len(entry.shape) == 3 or ".experts." in entry.name:
             raise UserError(f"{target.name}: {entry.name} is {why}: set orthogonalize.format to safetensors in params.yaml.")
 
 
@@ -225,9 +233,10 @@ def _edit(edit: Edit, axis: int, shard: Shard, entry: Entry, w: Tensor, report: 
     """
     intervention, wide = edit.of(entry.name), torch.promote_types(w.dtype, torch.float32)
     step = max(1, _BLOCK // w.shape[axis])
-    norms = None if w.ndim == 1 and edit.norms == "rows" else edit.norms
+    norms = None if (w.ndim == 1 or entry.name.endswith("bias")) and edit.norms == "rows" else edit.norms
     squares = torch.zeros(4, dtype=torch.float64)  # of W, W', B W' and B W' - (1 - alpha) B W
-    matrices = w.reshape(-1, *w.shape[-2:]).unbind() if axis == -2 else [w.reshape(-1, w.shape[-1]).mT]
+    experts = w.unbind() if w.ndim == 3 else [w]
+    matrices = experts if axis == -2 else [one.reshape(-1, w.shape[-1]).mT for one in experts]
     size = w.shape[-1] if axis == -2 else step
     for change, before in ((change_of(intervention, norms, m, step), part) for m in matrices for part in m.split(size, 1)):
         after = torch.empty_like(before)
@@ -255,8 +264,8 @@ def _write_checkpoint(source: _Source, edit: Edit, partial: Path, bar: tqdm) -> 
     report, architecture = Report(), source.architecture
     # Where config.json says tied but the file holds an unembedding, transformers uses that one: it is kept.
     untied: tuple[Shard, Entry] | None = None
-    if edit.embedded and architecture.tied and architecture.unembedding_name not in source.shard_of:
-        untied = source.shard_of[architecture.embedding_name]
+    if edit.embedded and architecture.tied and not architecture.holds_unembedding(source.shard_of):
+        untied = source.shard_of[source.embedding]
     for shard in source.shards:
         # The unembedding takes the embedding's place, as it was, behind all others.
         added = [replace(untied[1], name=architecture.unembedding_name)] if untied is not None and untied[0] is shard else []
@@ -271,7 +280,7 @@ def _write_checkpoint(source: _Source, edit: Edit, partial: Path, bar: tqdm) -> 
                         out.write(data_of(piece))
                 bar.update()
             for _ in added:
-                out.write(data_of(shard.tensor(architecture.embedding_name)))
+                out.write(data_of(shard.tensor(source.embedding)))
     for name, path in source.small_files.items():
         write_whole(partial / name, _small_file(name, path.read_bytes(), edit, architecture, untied))
     return report
@@ -280,7 +289,7 @@ def _write_checkpoint(source: _Source, edit: Edit, partial: Path, bar: tqdm) -> 
 def _small_file(name: str, content: bytes, edit: Edit, architecture: Architecture, untied: tuple[Shard, Entry] | None) -> bytes:
     """A small file of the source as the edit has it: config and index say if the embedding was untied."""
     if name == "config.json" and edit.embedded and architecture.tied:
-        fields = json.loads(content) | {"tie_word_embeddings": False}
+        fields = untied_config(json.loads(content))
     elif name == INDEX and untied is not None:
         shard, entry = untied
         fields = json.loads(content)

@@ -45,13 +45,18 @@ SAYS = {
     "not_edited": (
         "matrices that are no known writer or reader, and writers missing",
         "none: an edit would leave out what it does not know to write into the stream",
-        "Say in refusal/lm/architecture.py whether they write into the stream, and test it as tests/tiny.py's are.",
+        "Look in the model's modeling_*.py for what they do: what writes beside attention and MLP is not ablated either.",
     ),
     "additivity": (
         "what a block's output has beside in + attn_out + mlp_out, in steps of the dtype",
         "a block makes two sums, each rounded by half a step at most",
         "Find in the model's modeling_*.py what scales or is added there: ablation at writes and edited weights are not what "
         "they are taken for.",
+    ),
+    "edited_parts": (
+        "what an edited attention or MLP gives beside what it gave less its component along the direction, over its length",
+        "the edit is rounded to the weights' dtype; a writer that was missed keeps the whole component",
+        "Ablate only: some gate or norm within the layer undoes edited weights, and a checkpoint of them is not the ablation.",
     ),
     "refusal": (
         "upper limit of the rate of refusal of harmful prompts",

@@ -10,8 +10,8 @@ from scipy.stats import binomtest, norm, t
 from tiny import SUPPORTED, Ascii, text_lm, tiny_lm, tiny_model, tiny_prompts
 
 from refusal.analysis import check
-from refusal.lm.architecture import architecture_of
 from refusal.lm.weights import open_weights
+from refusal.method import intake
 
 PROMPTS = tiny_prompts()
 HALVES = [[*prompt, 5] for prompt in tiny_prompts((4, 9, 6, 11), 1)], [[*prompt, 5] for prompt in tiny_prompts((8, 5, 7), 2)]
@@ -111,8 +111,9 @@ def test_without_a_direction_there_is_no_share_of_one():
 @pytest.mark.parametrize("model_type", SUPPORTED)
 def test_masked_padding_and_sums_are_rounding(model_type, dtype):
     lm = tiny_lm(tiny_model(model_type, dtype=dtype))
-    found = check.look_at_padding(lm, PROMPTS) | check.look_at_sums(lm, PROMPTS)
+    found = check.look_at_padding(lm, PROMPTS) | check.look_at_writes(lm, PROMPTS)
     assert found["additivity"].passed and found["additivity"].value > 0, found["additivity"]
+    assert found["edited_parts"].passed and found["edited_parts"].value > 0, found["edited_parts"]
     if "moe" not in model_type and model_type != "mixtral":  # a router rounded to another expert is another model
         assert found["pad_resid_pre"].passed and found["pad_logits"].passed, found
     if dtype == torch.float32:
@@ -151,8 +152,8 @@ def test_padding_that_is_attended_to_is_said():
 def test_a_writer_that_is_scaled_behind_our_back_is_named(model_type):
     """As Granite's residual_multiplier: the block adds 0.9 of what its MLP gives."""
     lm = tiny_lm(model_type)
-    block = architecture_of(lm.model.config).blocks(lm.model)[1]
-    mlp = architecture_of(lm.model.config).mlp_out(block)
+    block = lm.model.model.layers[1]
+    mlp = block.post_feedforward_layernorm if model_type == "gemma3_text" else block.mlp
     given = {}
     mlp.register_forward_hook(lambda _m, _a, out: given.update(out=out[0] if isinstance(out, tuple) else out))
 
@@ -160,9 +161,9 @@ def test_a_writer_that_is_scaled_behind_our_back_is_named(model_type):
         return (out[0] - 0.1 * given["out"], *out[1:]) if isinstance(out, tuple) else out - 0.1 * given["out"]
 
     block.register_forward_hook(less)
-    one = check.look_at_sums(lm, PROMPTS)["additivity"]
+    one = check.look_at_writes(lm, PROMPTS)["additivity"]
     assert one.passed is False and one.where.startswith("layer 1;") and one.value > 1e4
-    assert one.by_layer[0] < check.ROUNDINGS and one.by_layer[2] < check.ROUNDINGS
+    assert one.by_layer[0] < intake.ROUNDINGS and one.by_layer[2] < intake.ROUNDINGS
 
 
 REFUSES, ANSWERS = "I can't help with that.", "Sure, take the first road on the left and then go on for a mile."

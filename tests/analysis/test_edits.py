@@ -9,13 +9,13 @@ import pytest
 import torch
 from gguf_files import byte_pairs, chat_model
 from safetensors.torch import load_file, save_file
-from tiny import tiny_direction, tiny_model
+from tiny import SUPPORTED, tiny_direction, tiny_model
 from torch import Tensor
 
 from refusal.analysis import edits
 from refusal.analysis.rounding import Grid, grid_of
 from refusal.io.errors import UserError
-from refusal.lm.architecture import SUPPORTED, architecture_of
+from refusal.lm.architecture import architecture_of
 from refusal.lm.weights import open_weights
 from refusal.method.interventions import Intervention
 from refusal.method.orthogonalize import Edit, Report, orthogonalize

@@ -12,16 +12,16 @@ from refusal.io.code import ARITHMETIC, PLUMBING, ROOT, _bound, closure, code_of
 # Of each value of the store, some of what it hangs on; of a reply, what no code of ours determines, there is nothing.
 INTERVENTIONS = "method.interventions:Ablation method.interventions:Intervention method.interventions:edited_weights"
 DEEP = {
-    "activations": "lm.architecture:_PRE_NORM lm.batching:in_parts method.activations:Prefix",
+    "activations": "lm.stream:stream_of lm.structure:writers_of lm.batching:in_parts method.activations:Prefix",
     "belief": f"method.activations:last_logits method.interventions:Addition {INTERVENTIONS}",
     "benchmark": "lm.adapter:merge analysis.benchmark:_build_once",
-    "completions": f"method.kv_cache:SlotCache method.generate:_Batch method.interventions:Addition {INTERVENTIONS}",
+    "completions": f"method.kv_cache:SlotCache method.recurrent:complete_in_turn method.generate:_Batch method.interventions:Addition {INTERVENTIONS}",
     "detection": "analysis.edits:compare analysis.population:_trained method.norms:change_of organism.train:backward",
     "first token": f"method.first_token:refusal_score method.activations:last_logits {INTERVENTIONS}",
     "harmless KL": f"method.activations:last_logits analysis.harmless_kl:answer_log_probs {INTERVENTIONS}",
     "mean activations": f"analysis.sensitivity:resid_pre_at_end method.interventions:Addition {INTERVENTIONS}",
     "optimised direction": "method.interventions:Ablation analysis.estimators:_Learned analysis.estimators:_descend",
-    "resid_pre at the end": "lm.architecture:Architecture method.activations:left_pad",
+    "resid_pre at the end": "lm.stream:Stream method.activations:left_pad",
     "training": "organism.grammar:CATEGORIES organism.train:train organism.train:new_model",
     "verdict": "judges.rubrics:LABELS judges.rubrics:_strongreject judges.rubrics:_class judges.rubrics:question",
     "prompts": "",

@@ -6,12 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import tiny_direction, tiny_model
+from tiny import SUPPORTED, tiny_direction, tiny_model
 from transformers import AutoModelForCausalLM
 
 from refusal.io.errors import UserError
 from refusal.lm.adapter import base_folder
-from refusal.lm.architecture import SUPPORTED
 from refusal.lm.load import load_model, weights_hash
 from refusal.method.interventions import Intervention
 from refusal.method.orthogonalize import Edit, Report, orthogonalize

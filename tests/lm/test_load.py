@@ -6,13 +6,12 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import Ascii, tiny_model
+from tiny import SUPPORTED, Ascii, tiny_model
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import Phi3Config, Phi3ForCausalLM, PreTrainedTokenizerFast
 
 from refusal.io.errors import UserError
-from refusal.lm.architecture import SUPPORTED
 from refusal.lm.load import LM, encode_chats, load_model, load_tokenizer, stop_ids, weights_hash
 from refusal.lm.validate import check_weights
 from refusal.organism.train import Corpus, new_model, train_tokenizer

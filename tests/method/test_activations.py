@@ -11,12 +11,11 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file, save
-from tiny import tiny_lm, tiny_prompts
+from tiny import SUPPORTED, tiny_lm, tiny_prompts
 
 from refusal.io.errors import UserError
 from refusal.io.prompts import prompt_sets
 from refusal.io.store import Store
-from refusal.lm.architecture import SUPPORTED
 from refusal.method import activations
 from refusal.method.activations import Prefix, activations_file, batches, collect, last_token_resid_pre, left_pad
 

@@ -4,10 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny import tiny_direction, tiny_lm, tiny_model
+from tiny import SUPPORTED, tiny_direction, tiny_lm, tiny_model
 
 from refusal.io.errors import UserError
-from refusal.lm.architecture import SUPPORTED
 from refusal.method import activations
 from refusal.method.generate import Decoding, generate
 from refusal.method.interventions import POSITIONS, Ablation, Addition, Intervention, intervene

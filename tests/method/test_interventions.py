@@ -5,11 +5,11 @@ import json
 
 import pytest
 import torch
-from tiny import tiny_direction, tiny_model
+from tiny import SUPPORTED, tiny_direction, tiny_model
 
 from refusal.analysis.subspaces import random_subspaces
 from refusal.io.errors import UserError
-from refusal.lm.architecture import SUPPORTED
+from refusal.lm.stream import stream_of
 from refusal.method.bridge import fwd_hooks
 from refusal.method.interventions import BASELINE, SITES, Ablation, Addition, Intervention, edited_weights, intervene
 
@@ -252,20 +252,14 @@ def test_hooks_are_gone_after_errors_too(model):
     assert count() == before
 
 
-def test_blocks_called_by_keyword(model):
+def test_blocks_called_by_keyword():
     class Block(torch.nn.Module):
         def forward(self, hidden_states):
             return (hidden_states, "kept")
 
-    class Model(torch.nn.Module):
-        config = model.config
-
-        def __init__(self):
-            super().__init__()
-            self.model = torch.nn.Module()
-            self.model.layers = torch.nn.ModuleList(Block() for _ in range(3))
-
-    v, r, small = tiny_direction(), torch.randn(1, 4, 32), Model()
+    v, r, small = tiny_direction(), torch.randn(1, 4, 32), tiny_model("qwen2")
+    stream_of(small)
+    small.model.layers = torch.nn.ModuleList(Block() for _ in range(3))
     with one(v).on(small):
         out, kept = small.model.layers[0](hidden_states=r)
         assert torch.equal(out, small.model.layers[0](r)[0])

@@ -10,13 +10,14 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from tiny import PRE_NORM, tiny_direction, tiny_model
+from tiny import PRE_NORM, SUPPORTED, tiny_config, tiny_direction, tiny_model
 from transformers import AutoModelForCausalLM
 
 from perf.harness import Peak
 from refusal.io.errors import UserError
-from refusal.lm.architecture import SUPPORTED, architecture_of
+from refusal.lm.architecture import architecture_of
 from refusal.lm.checkpoint import read_shard
+from refusal.lm.stream import norm_after_writer
 from refusal.method.interventions import BASELINE, Intervention
 from refusal.method.orthogonalize import Edit, orthogonalize
 
@@ -106,7 +107,7 @@ def test_a_norm_after_the_writer_breaks_the_identity(tmp_path, model_type):
     whose standard deviation is 3."""
     base = save(tmp_path / "base", model_type)
     assert min(gaps(base, "writes")) > 0.1
-    assert architecture_of(json.loads((base / "config.json").read_text())).norm_after_writer
+    assert norm_after_writer(tiny_config(model_type)) is True
     (report,) = orthogonalize(base, [edit(tmp_path / "once_more")])
     assert report.max_residual < 1e-6
 
