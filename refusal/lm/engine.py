@@ -14,6 +14,7 @@ from __future__ import annotations
 import atexit
 import gc
 import os
+import socket
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -187,6 +188,7 @@ class _Workers:
         needs = {"CPU": asked.threads, "GPU": asked.gpus_per_worker}
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         if not any(all(node.get(kind, 0) >= n for kind, n in needs.items()) for node in nodes):
+            ray.shutdown()
             raise UserError(
                 f"params.yaml: compute: a worker takes {asked.threads} cores (threads) and {asked.gpus_per_worker} GPUs "
                 f"(gpus_per_worker), and no node of the cluster has as many: it has {[dict(sorted(n.items())) for n in nodes]}"
@@ -205,8 +207,11 @@ class _Workers:
         if asked.address is None:  # on this machine alone, whoever else listens
             options |= {"num_cpus": asked.workers * asked.threads, "include_dashboard": False}
         try:
+            if asked.address not in (None, "auto"):  # Ray itself would wait for it for a minute
+                host, port = asked.address.rsplit(":", 1)
+                socket.create_connection((host, int(port)), timeout=10).close()
             self.ray.init(address=asked.address or "local", **options)
-        except (ConnectionError, RuntimeError, ValueError) as error:
+        except (OSError, RuntimeError, ValueError) as error:
             said = " ".join(str(error).split())[:200]
             raise UserError(
                 f"params.yaml: compute.address: {asked.address}: Ray cannot be reached ({said}): start it there by `ray start "
