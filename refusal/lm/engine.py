@@ -230,6 +230,8 @@ class _Workers:
             worker = self.actor.remote()
             try:
                 self.ray.get(worker.ready.remote())
+            except SystemExit:  # what Ray raises in a thread that waits as Ray ends
+                return
             except self.ray.exceptions.RayError as error:
                 if self.closed:
                     return

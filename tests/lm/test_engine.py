@@ -131,7 +131,7 @@ def value(job: int, lm: LM) -> bytes:
 
 def dies_once(folder: Path, lm: LM, job: int, progress) -> bytes:
     note(folder, job, lm)
-    if job in (3, 7) and not (folder / f"died {job}").exists():
+    if job == 3 and not (folder / f"died {job}").exists():
         (folder / f"died {job}").touch()
         os.kill(os.getpid(), signal.SIGKILL)
     return value(job, lm)
@@ -186,9 +186,9 @@ def test_a_worker_that_is_killed_costs_the_unit_in_its_hands(remote, lm, tmp_pat
     found = run(lm, partial(dies_once, tmp_path), 12, Store(tmp_path / "store.sqlite"))
     assert found == [value(job, lm) for job in range(12)]
     jobs, processes, models = logged(tmp_path)
-    assert sorted(jobs) == sorted([*range(12), 3, 7])
-    assert len(processes) >= 3 and len(models) == len(processes)  # each has loaded the model once
-    assert capfd.readouterr().err.count("a Ray worker is lost") == 2
+    assert sorted(jobs) == sorted([*range(12), 3])
+    assert len(processes) >= 2 and len(models) == len(processes)  # each has loaded the model once
+    assert capfd.readouterr().err.count("a Ray worker is lost") == 1
 
 
 def test_a_node_that_is_removed_costs_the_unit_in_its_hands_and_one_that_comes_takes_its_share(remote, lm, tmp_path):
@@ -218,8 +218,9 @@ def test_what_a_unit_raises_is_raised_here_and_the_rest_is_kept(remote, lm, tmp_
     assert set(blobs(store).values()) == {b"fine"}
 
 
-def test_a_unit_that_kills_every_worker_ends_the_run_with_a_sentence(remote, lm, tmp_path):
-    with pytest.raises(UserError, match=r"ended 3 Ray workers one after another.*batch_size"):
+def test_a_unit_that_kills_every_worker_ends_the_run_with_a_sentence(remote, lm, tmp_path, monkeypatch):
+    monkeypatch.setattr(engine, "TRIES", 2)  # the third worker would take its time to start
+    with pytest.raises(UserError, match=r"ended 2 Ray workers one after another.*batch_size"):
         run(lm, dies_always, 1, Store(tmp_path / "store.sqlite"))
 
 
