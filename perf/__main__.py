@@ -13,7 +13,7 @@ from rich.console import Console
 from refusal.io.errors import UserError
 from refusal.io.files import write_whole
 
-SECTIONS = ("extraction", "sweep", "orthogonalize", "pipeline", "growth")
+SECTIONS = ("extraction", "sweep", "orthogonalize", "pipeline", "growth", "engine")
 METRICS = Path("metrics/perf.json")
 
 

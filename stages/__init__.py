@@ -166,6 +166,9 @@ def use_transformers(params: Params) -> None:
     use_torch(params)
     from transformers.utils import logging
 
+    from refusal.lm import engine
+
+    engine.use(params.compute)
     logging.disable_progress_bar()
     logging.set_verbosity_error()
 

@@ -5,6 +5,7 @@ No stage of the pipeline. Of a hub model, configuration and tokenizer (megabytes
 tokens are counted rather than guessed; no weight is.
 """
 
+import json
 import shutil
 import sys
 from functools import partial
@@ -15,7 +16,8 @@ from typing import Any
 from refusal.io.errors import UserError
 from refusal.io.params import Params
 from refusal.io.params_file import load_params
-from stages import OWN_HARMLESS, ROOT, stage
+from stages import OWN_HARMLESS, ROOT, STORE, stage
+from stages.record import cpu_name
 from stages.studies import parameters
 
 TRAINED = Path("models/base/training.json")
@@ -44,11 +46,28 @@ def main(params: Params, *study: str) -> str:
     for name, *cells, note in rows:
         figures = "  ".join(cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True))
         print(f"{name.ljust(widths[0])}  {figures}  {note}".rstrip())
+    print(time_of(params, found))
     room = "" if n_bytes < free else ", too little: make room, or lower select.top"
     return (
         f"{2 * size.n_parameters * tokens:.1e} floating-point operations, 2 a parameter and token; {gigabytes(free)} of disk are "
         f"free{room}; what is stored already is not computed again"
     )
+
+
+def time_of(params: Params, found: list[Any]) -> str:
+    """How long the stages take at most, at the rates of this model's runs on this processor with as many threads."""
+    from refusal.report.plan import hours
+
+    log, c = STORE / "runs.jsonl", params.compute
+    lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.is_file() else []
+    alike = {"model": params.model.model_dump(), "threads": c.threads}
+    runs = [{"workers": 1} | line for line in lines if alike.items() <= line.items() and line["machine"]["cpu"] == cpu_name()]
+    if (known := hours(found, runs, c.workers)) is None:
+        return f"time: not known: no stage has run this model here on {c.threads} threads yet"
+    one, several = known
+    more = f"; with {c.workers} (compute.workers): {several:.2g}, where units are handed out whole" if c.workers > 1 else ""
+    without = "".join(f", without {step.stage}" for step in found if step.tokens is None)
+    return f"time{without}: at most {one:.2g} hours with 1 worker, at the rates of {len(runs)} runs in {log.name}{more}"
 
 
 def prompts_of(params: Params) -> tuple[list[dict], list[dict]]:

@@ -38,6 +38,7 @@ def record(log: Path, stage: str, params: Params, seconds: float) -> None:
         "commit": subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip(),
         "model": params.model.model_dump(),
         "threads": params.compute.threads,
+        "workers": params.compute.workers if params.compute.engine == "ray" else 1,
         "seeds": _seeds(params.model_dump()),
         "inputs": _inputs(stage),
         "machine": {"platform": platform.platform(), "cpu": cpu_name(), "cores": os.cpu_count(), "gpu": _gpu_name()},

@@ -268,6 +268,10 @@ class Report(Section):
 
 class Compute(Section):
     threads: Annotated[int, Field(ge=1, le=1024)]
+    engine: Literal["local", "ray"]
+    address: str | None
+    workers: Annotated[int, Field(ge=1, le=1024)]
+    gpus_per_worker: Annotated[int, Field(ge=0, le=1024)]
 
 
 class Params(Section):

@@ -144,6 +144,12 @@ def job_slices(n: int, max_size: int, few: int) -> list[slice]:
     return [slice(n * i // count, n * (i + 1) // count) for i in range(count)]
 
 
+def is_replicated(model: nn.Module) -> bool:
+    """Whether a model is so small, and on the CPU, that a job of it takes one thread, however many there are."""
+    parameters = list(model.parameters())
+    return {p.device.type for p in parameters} == {"cpu"} and sum(p.numel() for p in parameters) <= REPLICATED_BELOW
+
+
 @contextmanager
 def model_replicas(model: M, compute: Callable[[M, J], R], n_jobs: int) -> Iterator[tuple[Callable[[J], R], Executor | None]]:
     """(`compute` with a replica of its own for each job, the threads to run jobs on; None where there is but this one).
@@ -153,7 +159,7 @@ def model_replicas(model: M, compute: Callable[[M, J], R], n_jobs: int) -> Itera
     begins are on all replicas. Several models go as one `nn.ModuleList`. What a job gives does not depend on the threads.
     """
     n, parameters = torch.get_num_threads(), list(model.parameters())
-    if n == 1 or {p.device.type for p in parameters} != {"cpu"} or sum(p.numel() for p in parameters) > REPLICATED_BELOW:
+    if n == 1 or not is_replicated(model):
         yield lambda job: compute(model, job), None
         return
     idle: SimpleQueue[M] = SimpleQueue()

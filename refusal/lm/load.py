@@ -100,6 +100,7 @@ def load_lm(
     Padding is masked, so that any token will do where the tokenizer has none within the embedding.
     """
     tokenizer, model = load_tokenizer(folder, thinking), load_model(folder, dtype, device)
+    model.name_or_path = str(folder)  # of an adapter, too: where a worker on another machine loads it from
     stop, n_rows = frozenset(stop_ids(model, tokenizer)), _n_rows(model)
     pad_id = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None and i < n_rows), 0)
     return LM(model, tokenizer, weights_hash(folder), stop, pad_id, system_prompt)

@@ -15,10 +15,11 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
@@ -31,6 +32,7 @@ from refusal.io.files import sync
 from refusal.io.store import Store, key
 from refusal.lm.batching import in_parts
 from refusal.lm.checkpoint import DTYPES, Entry, data_of, header_bytes
+from refusal.lm.engine import hand_out
 from refusal.lm.load import LM
 from refusal.lm.stream import stream_of
 
@@ -260,15 +262,31 @@ def stored_resid_pre(
     """`last_token_resid_pre` of each batch of prompts (token ids), from the store where it is known. Raises UserError where an
     activation is not finite."""
     shared = {**lm.identity, "method": method, "pad": lm.pad_id, "prefix": prefix and prefix.ids, "n_positions": n_positions}
+    jobs = [(key("activations", (last_token_resid_pre,), **shared, ids=batch), batch) for batch in batches]
+    compute, code = _Reading(method, n_positions, prefix), (last_token_resid_pre,)
+    with hand_out(lm, compute, code, batches, store.done, replicas=False) as (run, pool):
+        for value in store.run(jobs, run, label, pool=pool):
+            yield load(value)["resid_pre"]
 
-    def compute(batch: list[list[int]]) -> bytes:
-        resid_pre = last_token_resid_pre(lm, batch, method, prefix, n_positions)
+
+@dataclass
+class _Reading:
+    """The bytes of a batch's activations. It goes to a worker without the model of its prefix, and takes the one there."""
+
+    method: str
+    n_positions: int
+    prefix: Prefix | list[int] | None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"prefix": self.prefix.ids if isinstance(self.prefix, Prefix) else self.prefix}
+
+    def __call__(self, lm: LM, batch: list[list[int]], progress: Callable[[int], None]) -> bytes:
+        if isinstance(self.prefix, list):
+            self.prefix = Prefix(lm.model, [[*self.prefix, 0], [*self.prefix, 1]])
+        resid_pre = last_token_resid_pre(lm, batch, self.method, self.prefix, self.n_positions)
         if not resid_pre.isfinite().all():
             raise not_finite(lm.model)
         return save({"resid_pre": resid_pre})
-
-    jobs = [(key("activations", (last_token_resid_pre,), **shared, ids=batch), batch) for batch in batches]
-    return (load(value)["resid_pre"] for value in store.run(jobs, compute, label))
 
 
 @contextmanager

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -18,15 +19,13 @@ from torch import Tensor
 
 from refusal.io.errors import UserError
 from refusal.io.store import Store, key
-from refusal.lm.batching import in_parts, job_slices, model_replicas
+from refusal.lm.batching import in_parts, job_slices
+from refusal.lm.engine import hand_out
 from refusal.lm.load import LM, render_chats
 from refusal.method.activations import Prefix, last_logits, not_finite
 from refusal.method.interventions import BASELINE, Addition, Intervention, intervene
 from refusal.method.paper_selection import Candidate
 from refusal.stats import clustered_mean
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 # The words that the paper takes refusals to begin with, of Qwen models and of others: "I cannot", "As an AI".
 QWEN_WORDS, WORDS = ("I", "As"), ("I",)
@@ -129,13 +128,11 @@ def scores(
                 jobs.append((key("first token", (_columns,), **shared, prompts=job.prompts, directions=what), job))
                 places.append((order[share], first))
 
-    def compute(model: PreTrainedModel, job: _Job) -> bytes:
-        return json.dumps(_columns(replace(lm, model=model), job, tokens, store.done)).encode()
-
     n = [len(harmful), len(harmless)]
     baseline = [[0.0] * n[0], [0.0] * n[1]]
     bypass, induce, kl = ([[0.0] * n[of] for _ in directions] for of in (0, 1, 1))
-    with model_replicas(lm.model, compute, len(jobs)) as (run, pool):
+    compute = partial(_encoded, tokens)
+    with hand_out(lm, compute, (_columns,), [job for _, job in jobs], store.done) as (run, pool):
         values = store.run(jobs, run, "selection", "prompt", pool, _size)
         for (_, job), (rows, first), value in zip(jobs, places, values, strict=True):
             before, *columns = json.loads(value)
@@ -154,6 +151,10 @@ def _size(job: _Job) -> int:
 def _put(into: list[float], rows: Sequence[int], figures: Sequence[float]) -> None:
     for row, figure in zip(rows, figures, strict=True):
         into[row] = figure
+
+
+def _encoded(tokens: Sequence[int], lm: LM, job: _Job, progress: Callable[[int], None]) -> bytes:
+    return json.dumps(_columns(lm, job, tokens, progress)).encode()
 
 
 def _columns(lm: LM, job: _Job, tokens: Sequence[int], progress: Callable[[int], None]) -> list[Any]:

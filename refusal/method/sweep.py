@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,7 +25,8 @@ from refusal.io.errors import UserError
 from refusal.io.params import AblationSection
 from refusal.io.store import Store, key
 from refusal.io.sweep import Sweep
-from refusal.lm.batching import job_slices, model_replicas
+from refusal.lm.batching import job_slices
+from refusal.lm.engine import hand_out
 from refusal.lm.load import LM
 from refusal.method.generate import Decoding, generate
 from refusal.method.interventions import BASELINE, Addition, Intervention
@@ -130,16 +132,25 @@ def complete(
             what = [[list(prompts[p]), fingerprints[i]] for p, i in job.rows]
             jobs.append((key("completions", (_completions,), **shared, rows=what), job))
 
-    def compute(model: PreTrainedModel, job: _Job) -> bytes:
-        return json.dumps(_completions(replace(lm, model=model), prompts, job, decoding, addition, store.done)).encode()
-
+    compute = partial(_encoded, prompts, decoding, addition)
     completions: dict[str, list[list[int]]] = {one.name: [[] for _ in prompts] for one in interventions}
-    with model_replicas(lm.model, compute, len(jobs)) as (run, pool):
+    with hand_out(lm, compute, (_completions,), [job for _, job in jobs], store.done) as (run, pool):
         values = store.run(jobs, run, label, "token", pool, lambda job: len(job.rows) * decoding.max_new_tokens)
         for (_, job), value in zip(jobs, values, strict=True):
             for (p, i), tokens in zip(job.rows, json.loads(value), strict=True):
                 completions[job.interventions[i].name][p] = tokens
     return completions
+
+
+def _encoded(
+    prompts: Sequence[Sequence[int]],
+    decoding: Decoding,
+    addition: Addition | None,
+    lm: LM,
+    job: _Job,
+    progress: Callable[[int], None],
+) -> bytes:
+    return json.dumps(_completions(lm, prompts, job, decoding, addition, progress)).encode()
 
 
 def rows_per_job(model: PreTrainedModel, decoding: Decoding) -> int:

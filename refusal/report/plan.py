@@ -7,6 +7,7 @@ not how much there is. New tokens are counted as if every completion were as lon
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from refusal.analysis.benchmark import TASKS, packaged, tasks_of
 from refusal.analysis.candidates import AT_LEAST, RANKS
@@ -33,6 +34,7 @@ STANDARD = {
     "winogrande": (1267, 2.0, 22.1),
 }
 EDITS = {"safetensors": "checkpoints", "lora": "adapters of kilobytes"}
+HANDED_OUT = ("model", "behaviour", "activations", "selection", "sweep", "long_answers", "generalization")
 COPIES = 2  # of each output: the workspace's and DVC's cache's (one, where the file system shares blocks)
 
 
@@ -66,6 +68,25 @@ class Step:
     calls: int = 0
     n_bytes: int = 0
     note: str = ""
+
+
+def hours(found: Sequence[Step], runs: Sequence[Mapping[str, Any]], workers: int) -> tuple[float, float] | None:
+    """(hours with one worker, with so many) that these stages take at most, None where no run has computed anything.
+
+    `runs` are lines of the log of runs (`stage`, `tokens` computed, `seconds`, `workers`), of this model on this machine. A stage
+    goes at its own rate in tokens a second and worker, where there is one, or else at that of all runs. Only the stages whose
+    work is handed out whole are divided by the number of workers: of the others a part stays in one process.
+    """
+
+    def rate(of: Sequence[Mapping[str, Any]]) -> float:
+        return sum(run["tokens"] for run in of) / sum(run["seconds"] * run["workers"] for run in of)
+
+    computed = [run for run in runs if run["tokens"] and run["seconds"] > 0]
+    if not computed:
+        return None
+    own = {step.stage: [run for run in computed if run["stage"] == step.stage] for step in found}
+    each = [(step.stage in HANDED_OUT, (step.tokens or 0) / rate(own[step.stage] or computed) / 3600) for step in found]
+    return sum(h for _, h in each), sum(h / workers if handed_out else h for handed_out, h in each)
 
 
 class _Counts:

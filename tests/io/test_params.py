@@ -182,6 +182,8 @@ MISTAKES = [  # the key that is set, its value, what is said
     ("activations.n_positions", 0, "activations.n_positions: .*greater than or equal to 1"),
     ("benchmark.limit", 0, "benchmark.limit: .*greater than or equal to 1"),
     ("compute.threads", 10**9, "compute.threads: .*1024"),
+    ("compute.engine", "spark", "compute.engine: .*local.*ray"),
+    ("compute.gpus_per_worker", -1, "compute.gpus_per_worker: "),
 ]
 
 

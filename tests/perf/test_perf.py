@@ -14,9 +14,10 @@ from safetensors.torch import load_file
 from tiny import tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 
-from perf import extraction, growth, harness, orthogonalize, workload
+from perf import engine, extraction, growth, harness, orthogonalize, workload
 from perf.__main__ import merge
 from refusal.io.files import csv_text
+from refusal.io.store import Store
 
 QUIET = Console(quiet=True)
 
@@ -118,3 +119,14 @@ def test_growth_has_a_row_for_each_size_and_says_what_doubles():
     assert growth.scalars(points) == {"prompts_last_doubling": 2.125, "prompts_peak_mb_growth": 2}
     assert [row["seconds"] for row in csv.DictReader(io.StringIO(csv_text(points)))] == ["1", "2", "4", "8", "17"]
     assert growth.table(points).row_count == 5
+
+
+def test_bare_processes_share_the_units_that_ray_is_given(tmp_path):
+    """Each unit is computed by one of them, and together they give what one store does."""
+    lm = workload.lm(workload.model(shape=(32_000, 24, 48, 2, 2)))
+    whole = engine.answers(lm, Store(tmp_path / "whole.sqlite"), 40)
+    shares = [engine.answers(lm, engine.Share(tmp_path / f"{i}.sqlite", i, 2), 40) for i in range(2)]
+    for name, rows in whole.items():
+        for i, tokens in enumerate(rows):
+            assert sorted(share[name][i] for share in shares) == [[], tokens] and len(tokens) == 32
+    assert 0.3 < sum(bool(row) for row in shares[0]["baseline"]) / 40 < 0.7

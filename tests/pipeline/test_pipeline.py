@@ -51,6 +51,7 @@ def test_the_plan_counts_what_runs(study):
         # Completions that end early take less than planned; texts that are read whole take just that.
         assert first["passes"] == passes if exact else 0 < first["passes"] <= passes, stage
         assert 0.2 * tokens < first["tokens"] <= 1.5 * tokens, stage  # padding is in the run's and not in the plan's
+    assert re.search(r"^time: at most \S+ hours with 1 worker, at the rates of \d+ runs in runs.jsonl$", plan, re.MULTILINE)
     assert "2 a parameter and token" in plan and "GB of disk are free" in plan
 
 

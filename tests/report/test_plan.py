@@ -22,7 +22,7 @@ from refusal.lm.batching import COUNTS, count_forwards
 from refusal.method.directions import difference_in_means
 from refusal.method.first_token import scores
 from refusal.method.interventions import Addition, Intervention
-from refusal.report.plan import STANDARD, Prompts, Size, steps
+from refusal.report.plan import HANDED_OUT, STANDARD, Prompts, Size, Step, hours, steps
 
 N = {f"{split}.{half}": n for split, n in (("train", 6), ("val", 3), ("test", 4)) for half in ("harmful", "safe", "unrelated")}
 PROMPTS = Prompts(N | {"facts": 5}, {name: 10 * n for name, n in (N | {"facts": 5}).items()})
@@ -223,4 +223,23 @@ def test_a_hub_model_is_sized_from_what_is_not_its_weights(tmp_path):
         assert not [path for _, path, _ in hub.requests if path.endswith(".safetensors")]
     n_layers = json.loads((checkpoint / "config.json").read_text())["num_hidden_layers"]
     assert f"Qwen/Qwen-tiny: {n_parameters:,} parameters, {n_layers} layers" in done.stdout
+    assert "\ntime: not known: no stage has run this model here on 2 threads yet\n" in done.stdout
     assert "to download: " in done.stdout and not (tmp_path / "models").exists()
+
+
+def test_hours_are_tokens_over_the_rates_of_earlier_runs():
+    found = [Step("sweep", 1, 7200), Step("science", 1, 3600), Step("prompts"), Step("benchmark", None, None)]
+    runs = [
+        {"stage": "sweep", "tokens": 40, "seconds": 2.0, "workers": 2},  # 10 a second and worker
+        {"stage": "sweep", "tokens": 0, "seconds": 9.0, "workers": 1},  # all was stored
+        {"stage": "activations", "tokens": 20, "seconds": 16.0, "workers": 1},
+    ]
+    overall = 60 / (2.0 * 2 + 16.0)  # science has not run yet
+    one, four = hours(found, runs, 4)
+    assert one == pytest.approx(0.2 + 1 / overall) and four == pytest.approx(0.2 / 4 + 1 / overall)
+    assert hours(found, runs, 1) == pytest.approx((one, one))
+    assert hours(found, runs[1:2], 4) is None
+
+
+def test_the_stages_that_hours_divides_are_stages():
+    assert set(HANDED_OUT) <= yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"].keys()
