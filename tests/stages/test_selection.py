@@ -44,7 +44,7 @@ def place(tmp_path):
         ("unrelated", [row | {"harmful": None, "safe": f"Name colour {row['id']}."} for row in ROWS]),
     ):
         made.write_rows(f"data/prompts/{name}.jsonl", rows)
-    separation = {"sequential-matched": {"separation": [None, 1.0, 2.0]}}
+    separation = {"sequential-matched": {"separation": [None, 1.0, 2.0], "layers": [1, 2]}}
     made.write("metrics/directions.json", json.dumps(separation))
     cells = {f"layer_{i}_alpha_100": JUDGED | {"layer": i} for i in (1, 2)}
     made.write("metrics/judge.json", json.dumps(cells))
