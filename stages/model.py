@@ -13,7 +13,6 @@ from refusal.io.store import Store
 from stages import STORE, hashes, read_json, stage, use_transformers, write_json
 
 BASE, TWIN, TRUTH, METRICS = Path("models/base"), Path("models/twin"), Path("models/truth"), Path("metrics/model.json")
-N_PROVED = 4  # val prompts of each half on which the architecture is proved
 TRAINING = BASE / "training.json"  # which training gave the weights
 
 
@@ -120,7 +119,7 @@ def measure(params: Params, named: dict, val: dict[str, list]) -> str:
     from refusal.lm.load import load_lm, read_at, render_chats
     from refusal.method import bridge
     from refusal.method.generate import Decoding
-    from refusal.method.intake import prove
+    from refusal.method.intake import N_PROVED, prove
 
     for changed in make_loadable(BASE):
         print(f"model: {BASE}/{changed}", file=sys.stderr)

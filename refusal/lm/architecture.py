@@ -208,9 +208,11 @@ def _of_config(key: _Key) -> Architecture:
 
 def without_weights(config: Any, where: str = "config.json") -> Any:
     """The model that a config describes, on no device. Raises UserError as `auto_class` does."""
+    auto, config = auto_class(config, where), deepcopy(config)  # a copy, for the model notes its dtype in it
+    config._experts_implementation = None  # no kernel is needed of those that a checkpoint may name
     with torch.device("meta"):
-        # Of a copy, for it notes the dtype. In bfloat16, experts can be run without weights.
-        return auto_class(config, where).from_config(deepcopy(config), dtype=torch.bfloat16)
+        # In bfloat16, experts can be run without weights.
+        return auto.from_config(config, dtype=torch.bfloat16, attn_implementation="eager")
 
 
 def auto_class(config: Any, where: str = "config.json") -> Any:

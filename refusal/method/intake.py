@@ -31,7 +31,7 @@ ROUNDINGS = 4.0  # a block makes two sums
 EDITED = {torch.float64: 1e-10, torch.float32: 1e-4, torch.float16: 0.01, torch.bfloat16: 0.05}
 # How far two logits may lie apart, of the spread of all, for rounding to choose the other one.
 NEAR = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.3}
-N_TOKENS = 8
+N_TOKENS, N_PROVED = 8, 4  # greedy tokens; prompts of each half that a study proves its model on
 Outcome = Literal["ablate and orthogonalize", "ablate only"]
 
 

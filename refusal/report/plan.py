@@ -20,6 +20,7 @@ from refusal.lm.batching import job_slices
 from refusal.lm.gguf_writer import FORMATS
 from refusal.method.bridge import N_PROMPTS
 from refusal.method.first_token import DIRECTIONS_PER_JOB
+from refusal.method.intake import N_PROVED, N_TOKENS
 from refusal.method.subspaces import spans
 
 # (documents, requests a document, tokens a request) of the write-up's tasks. Documents: the split that lm-eval's task files
@@ -145,7 +146,7 @@ def steps(params: Params, size: Size, prompts: Prompts) -> list[Step]:
         _prompts(params),
         Step(
             "model",
-            *_total(count.completed(["val.harmful", "val.safe"]), facts, *_engine(count)),
+            *_total(count.completed(["val.harmful", "val.safe"]), facts, *_engine(count), *_intake(count)),
             n_bytes=size.downloaded + (2 if organism else 1) * COPIES * size.n_bytes,
             note=f"trains {phases[0]} + {phases[1]} steps first" if organism else "",
         ),
@@ -198,6 +199,14 @@ def _engine(count: _Counts) -> list[tuple[int, int]]:
         count.read(["val.harmful"], 1, 0, N_PROMPTS),
         count.read(["val.harmful"], 1, count.new, N_PROMPTS),
     ]
+
+
+def _intake(count: _Counts) -> list[tuple[int, int]]:
+    """A few prompts of val completed, and read with their answers; two of them, twice, with every block looked at."""
+    few = ["val.harmful", "val.safe"]
+    rows, tokens = count.rows(few, 1, N_PROVED)
+    answered = rows * (1 + N_TOKENS), tokens + rows * (N_TOKENS - 1)
+    return [answered, count.read(few, 1, N_TOKENS, N_PROVED), count.read(["val.harmful"], 2, 0, 2)]
 
 
 def _evaluate(params: Params, at_once: int, count: _Counts) -> tuple[int, int]:

@@ -48,8 +48,8 @@ def test_counts_by_hand():
     # ten tokens are read, in two passes, and six of seven new ones.
     assert (found["sweep"].passes, found["sweep"].tokens) == (9 * 3 * 8, 9 * 3 * (10 + 6))
     # Six val prompts; then three of them in TransformerLens too: read by both, with the three safe ones by ours; completed twice, and
-    # the completions read.
-    assert found["model"].passes == 6 * 8 + 2 * 3 * 8 + (3 + 3) + 3 + 3
+    # the completions read. The architecture is proved on six answers of eight tokens, each read once more, and two prompts twice.
+    assert found["model"].passes == 6 * 8 + 2 * 3 * 8 + (3 + 3) + 3 + 3 + (6 * 9 + 6 + 4)
     # Eight prompts by baseline, run time, weights, random weights, harmless difference and two random directions; four with
     # addition, four harmless; then each of these seven, two alphas and twice the base model, and the identity with the base model.
     assert found["evaluate"].passes == (7 * 8 + 4 + 4) * 8 + (1 + 7 + 2 + 2) * 4

@@ -246,8 +246,12 @@ MISTAKES: dict[str, tuple[Mistake, str]] = {
         "checkpoint: the tokenizer has no chat template; this is a base model: set model.id to its",
     ),
     "an architecture not supported": (
-        stage("model", "model", {"checkpoint/config.json": '{"model_type": "gpt2"}'}, id="checkpoint"),
-        "model_type 'gpt2' is not supported .*architecture.py",
+        stage("model", "model", {"checkpoint/config.json": '{"model_type": "t5"}'}, id="checkpoint"),
+        r"config.json: model_type 't5' is not supported: transformers has no causal language model of it: use another one",
+    ),
+    "too many layers to be a model": (
+        stage("model", "model", {"checkpoint/config.json": '{"model_type": "llama", "num_hidden_layers": 100000}'}, id="checkpoint"),
+        "config.json: num_hidden_layers is 100000, and 1 to 1000 are read: fetch it again",
     ),
     "no such GPU": (
         checkpoint("{% for m in messages %}{{ m['content'] }}{% endfor %}", weights=True, device="cuda:7"),
