@@ -6,8 +6,10 @@ No link is followed out of the folder.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from refusal.io.files import unique_keys, write_whole
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _KERNELS = ("attn_implementation", "_attn_implementation", "experts_implementation")
+_SYNC = 1 << 26  # bytes written between two calls of fsync
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -144,6 +147,32 @@ def header_bytes(entries: Iterable[Entry], metadata: Mapping[str, str]) -> bytes
 def data_of(tensor: Tensor) -> memoryview:
     """The bytes of a tensor as a file holds them, without a copy where it is contiguous."""
     return memoryview(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+
+class Output:
+    """A file that goes to disk while more of it is computed: else nearly all of it would wait for the end."""
+
+    def __init__(self, path: Path):
+        self._file, self._thread, self._synced = path.open("wb"), ThreadPoolExecutor(1), 0
+        self._syncs: list[Future[None]] = []
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Append to the file."""
+        self._file.write(data)
+        if self._file.tell() - self._synced > _SYNC and all(one.done() for one in self._syncs):
+            self._synced = self._file.tell()
+            self._syncs.append(self._thread.submit(os.fsync, self._file.fileno()))
+
+    def __enter__(self) -> Output:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        with self._file, self._thread:
+            if kind is None:
+                self._file.flush()
+                os.fsync(self._file.fileno())
+                for one in self._syncs:
+                    one.result()
 
 
 # Named by its content: no file that anyone keeps for another purpose has such a path.

@@ -16,7 +16,6 @@ import math
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -31,13 +30,24 @@ from refusal.io.files import sync, write_whole
 from refusal.io.progress import progress
 from refusal.lm.adapter import CONFIG, ROOT, WEIGHTS
 from refusal.lm.architecture import Architecture, architecture_of, untied_config
-from refusal.lm.checkpoint import DTYPES, INDEX, SINGLE, Entry, Shard, data_of, header_bytes, read_json, read_shards, real_file
+from refusal.lm.checkpoint import (
+    DTYPES,
+    INDEX,
+    SINGLE,
+    Entry,
+    Output,
+    Shard,
+    data_of,
+    header_bytes,
+    read_json,
+    read_shards,
+    real_file,
+)
 from refusal.lm.gguf_writer import FORMATS, check_writable, write_gguf
 from refusal.method.interventions import Intervention
 from refusal.method.norms import Norms, change_of
 
 _COPIED = (".json", ".jinja", ".txt", ".model", ".tiktoken")  # never pickles; other safetensors hold unedited weights
-_SYNC = 1 << 26  # bytes written between two calls of fsync
 _BLOCK = 1 << 18  # elements computed at once, which a cache holds
 
 
@@ -205,13 +215,12 @@ def _check_adapter(edit: Edit, edited: Sequence[Entry], architecture: Architectu
     if not edited:
         raise UserError(f"{target.name}: alpha is 0, and an adapter of nothing is none: give another alpha.")
     for entry in edited:
-        if architecture.names.in_model(entry.name)[0] != entry.name:
-            raise UserError(
-                f"{target.name}: {entry.name} is called otherwise in the model, by whose names adapters go: "
-                "set orthogonalize.format to safetensors in params.yaml."
-            )
-        why = "a bias, which an adapter cannot change" if len(entry.shape) == 1 else "an expert, held fused by the model"
-        if len(entry.shape) == 1 or len(entry.shape) == 3 or ".experts." in entry.name:
+        why = "a bias, which an adapter cannot change" if len(entry.shape) == 1 else ""
+        if len(entry.shape) == 3 or ".experts." in entry.name:
+            why = "an expert, held fused by the model"
+        elif architecture.names.in_model(entry.name)[0] != entry.name:
+            why = "called otherwise in the model, by whose names adapters go"
+        if why:
             raise UserError(f"{target.name}: {entry.name} is {why}: set orthogonalize.format to safetensors in params.yaml.")
 
 
@@ -259,7 +268,7 @@ def _write_checkpoint(source: _Source, edit: Edit, partial: Path, bar: tqdm) -> 
     for shard in source.shards:
         # The unembedding takes the embedding's place, as it was, behind all others.
         added = [replace(untied[1], name=architecture.unembedding_name)] if untied is not None and untied[0] is shard else []
-        with _Output(partial / shard.name) as out:
+        with Output(partial / shard.name) as out:
             out.write(header_bytes([*shard.entries, *added], shard.metadata))
             for entry, tensor in shard.tensors():
                 if (axis := edit.axis(architecture, entry.name)) is None:
@@ -274,32 +283,6 @@ def _write_checkpoint(source: _Source, edit: Edit, partial: Path, bar: tqdm) -> 
     for name, path in source.small_files.items():
         write_whole(partial / name, _small_file(name, path.read_bytes(), edit, architecture, untied))
     return report
-
-
-class _Output:
-    """A file that goes to disk while more of it is computed: else nearly all of it would wait for the end."""
-
-    def __init__(self, path: Path):
-        self._file, self._thread, self._synced = path.open("wb"), ThreadPoolExecutor(1), 0
-        self._syncs: list[Future[None]] = []
-
-    def write(self, data: bytes | memoryview) -> None:
-        """Append to the file."""
-        self._file.write(data)
-        if self._file.tell() - self._synced > _SYNC and all(one.done() for one in self._syncs):
-            self._synced = self._file.tell()
-            self._syncs.append(self._thread.submit(os.fsync, self._file.fileno()))
-
-    def __enter__(self) -> _Output:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        with self._file, self._thread:
-            if kind is None:
-                self._file.flush()
-                os.fsync(self._file.fileno())
-                for one in self._syncs:
-                    one.result()
 
 
 def _small_file(name: str, content: bytes, edit: Edit, architecture: Architecture, untied: tuple[Shard, Entry] | None) -> bytes:
