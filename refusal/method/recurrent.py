@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from transformers import DynamicCache
@@ -18,22 +18,20 @@ from refusal.lm.load import LM
 from refusal.method.activations import left_pad, not_finite
 from refusal.method.interventions import Ablation, Addition, intervene
 
-if TYPE_CHECKING:
-    from refusal.method.generate import Decoding
-
 
 def complete_in_turn(
     lm: LM,
     prompts: Sequence[Sequence[int]],
-    decoding: Decoding,
+    limits: tuple[int, int],
     ablation: Ablation | None,
     rows: Sequence[int],
     addition: Addition | None,
     progress: Callable[[int], None],
 ) -> list[list[int]]:
-    """The completion of each prompt, as `refusal.method.generate.generate` says, batch by batch in order of length."""
+    """The completion of each prompt, as `refusal.method.generate.generate` says, batch by batch in order of length.
+    limits: (new tokens of each, prompts at once)."""
     completions: list[list[int]] = [[] for _ in prompts]
-    max_new_tokens, batch_size = decoding.max_new_tokens, decoding.batch_size
+    max_new_tokens, batch_size = limits
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     for first in range(0, len(order), batch_size):
         batch = order[first : first + batch_size]
