@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from refusal.lm.architecture import Architecture, architecture_of, without_weights
 
@@ -116,3 +117,31 @@ def _compare(gave: dict[str, Tensor], written: dict[str, str], norm: str) -> Cal
                 written[part] = norm
 
     return hook
+
+
+def change_input(module: nn.Module, change: Callable[[Tensor], Tensor]) -> RemovableHandle:
+    """Hook a change of `hidden_states`, its first argument, to a block."""
+
+    def hook(_, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        if args:
+            return (change(args[0]), *args[1:]), kwargs
+        return args, kwargs | {"hidden_states": change(kwargs["hidden_states"])}
+
+    return module.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def change_output(module: nn.Module, change: Callable[[Tensor], Tensor]) -> RemovableHandle:
+    """Hook a change of its output [batch, seq, d_model], the first of a tuple, to a module that writes."""
+
+    def hook(_, args: tuple, kwargs: dict, output):
+        if not isinstance(output, tuple):
+            return shaped(output, args, kwargs)
+        return (shaped(output[0], args, kwargs), *output[1:])
+
+    def shaped(r: Tensor, args: tuple, kwargs: dict) -> Tensor:
+        if r.ndim == 3:
+            return change(r)
+        rows = args[0] if args else kwargs["hidden_states"]  # some experts give all tokens of a batch in one row (Llama 4)
+        return change(r.reshape(rows.shape)).reshape(r.shape)
+
+    return module.register_forward_hook(hook, with_kwargs=True)

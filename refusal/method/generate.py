@@ -63,7 +63,7 @@ def generate(
     def decoded(slots: int) -> list[list[int]]:
         if stream_of(lm.model).recurrent:
             with nullcontext() if ablation is None else intervene(lm.model, ablation):
-                return complete_in_turn(lm, prompts, decoding.max_new_tokens, slots, ablation, rows, addition, progress)
+                return complete_in_turn(lm, prompts, (decoding.max_new_tokens, slots), ablation, rows, addition, progress)
         batch = _Batch(lm, prompts, Decoding(decoding.max_new_tokens, slots), ablation, rows, addition)
         with nullcontext() if ablation is None else intervene(lm.model, ablation):
             return batch.run(progress)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -28,7 +28,7 @@ from torch.utils.hooks import RemovableHandle
 
 from refusal.io.errors import UserError
 from refusal.lm.adapter import add_product
-from refusal.lm.stream import Stream, stream_of
+from refusal.lm.stream import Stream, change_input, change_output, stream_of
 
 SITES = ("resid_pre", "paper", "writes")
 Positions = Literal["prompt", "last_prompt_token", "all"]
@@ -213,7 +213,7 @@ class Ablation:
                 raise UserError(f"the {what} is for {n} layers, the model has {architecture.n_layers}.")
         per_layer = self.basis.shape[1] > 1
         if self.sites == "writes" and not per_layer:
-            yield _on_output(stream.embedding(model), lambda r: self.apply(r, 0))
+            yield change_output(stream.embedding(model), lambda r: self.apply(r, 0))
         for layer, block in enumerate(stream.blocks(model)):
             if per_layer and not self.basis[:, layer].any():
                 continue
@@ -222,10 +222,10 @@ class Ablation:
                 return self.apply(r, layer)
 
             if self.sites != "writes":
-                yield _on_input(block, change)
+                yield change_input(block, change)
             if self.sites != "resid_pre":
                 for module in stream.writes(model, layer):
-                    yield _on_output(module, change)
+                    yield change_output(module, change)
 
 
 @dataclass(frozen=True, eq=False)
@@ -253,14 +253,15 @@ class Addition:
     def hooks(self, model: nn.Module, stream: Stream) -> Iterator[RemovableHandle]:
         """Registers the hook."""
         _check_width(self.vector.shape[-1], stream.architecture.d_model)
-        if not 0 <= self.layer < (n_layers := stream.architecture.n_layers):
+        n_layers = stream.architecture.n_layers
+        if not 0 <= self.layer < n_layers:
             raise UserError(f"layer {self.layer} to add at does not exist: the model has {n_layers} layers.")
         rows = self.vector.reshape(-1, 1, self.vector.shape[-1])
 
         def add(r: Tensor) -> Tensor:  # in float32 at least, cast back once
             return (r + rows.to(r.device, torch.promote_types(r.dtype, torch.float32))).to(r.dtype)
 
-        yield _on_input(stream.blocks(model)[self.layer], add)
+        yield change_input(stream.blocks(model)[self.layer], add)
 
 
 @contextmanager
@@ -327,30 +328,6 @@ def _orthonormal(basis: Float[Tensor, "... k d_model"]) -> bool:
     gram = basis.double() @ basis.double().mT
     used = (basis != 0).any(-1) if basis.ndim == 3 else torch.ones(basis.shape[0], dtype=torch.bool, device=basis.device)
     return bool(((gram - torch.diag_embed(used.to(gram.dtype))).abs() < 1e-3).all())
-
-
-def _on_input(module: nn.Module, change: Callable[[Tensor], Tensor]) -> RemovableHandle:
-    def hook(_, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        if args:
-            return (change(args[0]), *args[1:]), kwargs
-        return args, kwargs | {"hidden_states": change(kwargs["hidden_states"])}
-
-    return module.register_forward_pre_hook(hook, with_kwargs=True)
-
-
-def _on_output(module: nn.Module, change: Callable[[Tensor], Tensor]) -> RemovableHandle:
-    def hook(_, args: tuple, kwargs: dict, output):
-        if not isinstance(output, tuple):
-            return shaped(output, args, kwargs)
-        return (shaped(output[0], args, kwargs), *output[1:])
-
-    def shaped(r: Tensor, args: tuple, kwargs: dict) -> Tensor:
-        if r.ndim == 3:
-            return change(r)
-        rows = args[0] if args else kwargs["hidden_states"]  # some experts give all tokens of a batch in one row (Llama 4)
-        return change(r.reshape(rows.shape)).reshape(r.shape)
-
-    return module.register_forward_hook(hook, with_kwargs=True)
 
 
 def _check_width(width: int, d_model: int) -> None:

@@ -30,7 +30,18 @@ from refusal.io.files import SyncedFile, sync, write_whole
 from refusal.io.progress import progress
 from refusal.lm.adapter import CONFIG, ROOT, WEIGHTS
 from refusal.lm.architecture import Architecture, architecture_of, untied_config
-from refusal.lm.checkpoint import DTYPES, INDEX, SINGLE, Entry, Shard, data_of, header_bytes, read_json, read_shards, real_file
+from refusal.lm.checkpoint import (
+    DTYPES,
+    INDEX,
+    SINGLE,
+    Entry,
+    Shard,
+    data_of,
+    header_bytes,
+    read_json,
+    read_shards,
+    real_file,
+)
 from refusal.lm.gguf_writer import FORMATS, check_writable, write_gguf
 from refusal.method.interventions import Intervention
 from refusal.method.norms import Norms, change_of
@@ -215,13 +226,12 @@ def _check_adapter(edit: Edit, edited: Sequence[Entry], architecture: Architectu
     if not edited:
         raise UserError(f"{target.name}: alpha is 0, and an adapter of nothing is none: give another alpha.")
     for entry in edited:
-        if architecture.names.in_model(entry.name)[0] != entry.name:
-            raise UserError(
-                f"{target.name}: {entry.name} is called otherwise in the model, by whose names adapters go: "
-                "set orthogonalize.format to safetensors in params.yaml."
-            )
-        why = "a bias, which an adapter cannot change" if len(entry.shape) == 1 else "an expert, held fused by the model"
-        if len(entry.shape) == 1 or len(entry.shape) == 3 or ".experts." in entry.name:
+        why = "a bias, which an adapter cannot change" if len(entry.shape) == 1 else ""
+        if len(entry.shape) == 3 or ".experts." in entry.name:
+            why = "an expert, held fused by the model"
+        elif architecture.names.in_model(entry.name)[0] != entry.name:
+            why = "called otherwise in the model, by whose names adapters go"
+        if why:
             raise UserError(f"{target.name}: {entry.name} is {why}: set orthogonalize.format to safetensors in params.yaml.")
 
 

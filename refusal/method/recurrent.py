@@ -22,15 +22,16 @@ from refusal.method.interventions import Ablation, Addition, intervene
 def complete_in_turn(
     lm: LM,
     prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
-    batch_size: int,
+    limits: tuple[int, int],
     ablation: Ablation | None,
     rows: Sequence[int],
     addition: Addition | None,
     progress: Callable[[int], None],
 ) -> list[list[int]]:
-    """The completion of each prompt, as `refusal.method.generate.generate` says, batch by batch in order of length."""
+    """The completion of each prompt, as `refusal.method.generate.generate` says, batch by batch in order of length.
+    limits: (new tokens of each, prompts at once)."""
     completions: list[list[int]] = [[] for _ in prompts]
+    max_new_tokens, batch_size = limits
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     for first in range(0, len(order), batch_size):
         batch = order[first : first + batch_size]

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from refusal.__main__ import main
 from refusal.analysis.check import MOVED, Check
+from refusal.method.intake import EDITED
 from refusal.report.check import SAYS, figures, text
 
 ALL = [*SAYS]
@@ -60,7 +61,7 @@ def test_a_random_model_does_not_refuse_and_nothing_else_is_wrong(here, capsys):
     said = [line for line in lines if line.startswith("! refused_test_prompts: ")]
     assert said == [f"! refused_test_prompts: {SAYS['refused_test_prompts'][0]} is 0, below 30 "
                     f"({SAYS['refused_test_prompts'][1]}). {SAYS['refused_test_prompts'][2]}"]  # fmt: skip
-    assert lines[-1] == "2 of 11 beyond their thresholds"  # paper_tokens has no value
+    assert lines[-1] == "2 of 12 beyond their thresholds"  # paper_tokens has no value
     found = json.loads((here / "found.json").read_text())
     assert set(found["checks"]) == set(ALL) and found["seed"] == 0
     one = found["checks"]["refusal"]
@@ -69,8 +70,9 @@ def test_a_random_model_does_not_refuse_and_nothing_else_is_wrong(here, capsys):
     # docs/models.md has the same checks and thresholds.
     table = dict(re.findall(r"(?m)^\| `(\w+)` \| .* \| (.*) \|$", (ROOT / "docs/models.md").read_text()))
     moved = "at most 0.001 in float32, 0.05 in float16, 0.3 in bfloat16"
+    edited = f"at most {EDITED[torch.float32]:.4f} in float32, {EDITED[torch.float16]} in float16, {EDITED[torch.bfloat16]} in bfloat16"
     words = {name: f"at {'most' if one['at_most'] else 'least'} {one['threshold']:g}" for name, one in found["checks"].items()}
-    assert table == words | {"pad_resid_pre": moved, "pad_logits": "as `pad_resid_pre`"}
+    assert table == words | {"edited_parts": edited, "pad_resid_pre": moved, "pad_logits": "as `pad_resid_pre`"}
     assert moved == f"at most {MOVED[torch.float32]} in float32, {MOVED[torch.float16]} in float16, {MOVED[torch.bfloat16]} in bfloat16"
     assert all(one["reason"] and one["advice"].endswith(".") for one in found["checks"].values())
 
