@@ -30,18 +30,7 @@ from refusal.io.files import SyncedFile, sync, write_whole
 from refusal.io.progress import progress
 from refusal.lm.adapter import CONFIG, ROOT, WEIGHTS
 from refusal.lm.architecture import Architecture, architecture_of, untied_config
-from refusal.lm.checkpoint import (
-    DTYPES,
-    INDEX,
-    SINGLE,
-    Entry,
-    Shard,
-    data_of,
-    header_bytes,
-    read_json,
-    read_shards,
-    real_file,
-)
+from refusal.lm.checkpoint import DTYPES, INDEX, SINGLE, Entry, Shard, data_of, header_bytes, read_json, read_shards, real_file
 from refusal.lm.gguf_writer import FORMATS, check_writable, write_gguf
 from refusal.method.interventions import Intervention
 from refusal.method.norms import Norms, change_of
@@ -74,15 +63,16 @@ class Edit:
     def axis(self, architecture: Architecture, name: str) -> int | None:
         """The axis of a tensor that is d_model, counted from the end; None for a tensor that stays as it is."""
         axis = architecture.writer_axis(name, self.embedded) if self.intervention.alpha != 0 else None
-        basis = None if axis is None else self.of(name).basis
+        basis = None if axis is None else self.at(architecture, name).intervention.basis
         return axis if basis is not None and bool(basis.any()) else None
 
-    def of(self, writer: str) -> Intervention:
-        """What is taken out of a writer: of one basis a layer its layer's, which may be zero."""
-        if self.intervention.basis is None or not self.intervention.per_layer:
-            return self.intervention
-        basis = self.intervention.basis[int(writer.split(".")[2])]
-        return replace(self.intervention, basis=basis, alpha=self.intervention.alpha if basis.any() else 0.0)
+    def at(self, architecture: Architecture, writer: str) -> Edit:
+        """The same with what is taken out of this writer: of one basis a layer its layer's, which may be zero."""
+        one, layer = self.intervention, architecture.layer_of(writer)
+        if one.basis is None or not one.per_layer or layer is None:
+            return self
+        basis = one.basis[layer]
+        return replace(self, intervention=replace(one, basis=basis, alpha=one.alpha if basis.any() else 0.0))
 
 
 @dataclass
@@ -241,7 +231,7 @@ def _edit(edit: Edit, axis: int, shard: Shard, entry: Entry, w: Tensor, report: 
 
     Computed in blocks of columns, each of which is edited by itself, so that what is held in a wider dtype stays small.
     """
-    intervention, wide = edit.of(entry.name), torch.promote_types(w.dtype, torch.float32)
+    intervention, wide = edit.intervention, torch.promote_types(w.dtype, torch.float32)
     step = max(1, _BLOCK // w.shape[axis])
     norms = None if (w.ndim == 1 or entry.name.endswith("bias")) and edit.norms == "rows" else edit.norms
     squares = torch.zeros(4, dtype=torch.float64)  # of W, W', B W' and B W' - (1 - alpha) B W
@@ -286,7 +276,7 @@ def _write_checkpoint(source: _Source, edit: Edit, partial: Path, bar: tqdm) -> 
                     report.n_copied += 1
                     out.write(data_of(tensor))
                 else:
-                    for piece, _ in _edit(edit, axis, shard, entry, tensor, report):
+                    for piece, _ in _edit(edit.at(architecture, entry.name), axis, shard, entry, tensor, report):
                         out.write(data_of(piece))
                 bar.update()
             for _ in added:
@@ -321,10 +311,11 @@ def _write_adapter(source: _Source, edit: Edit, partial: Path, bar: tqdm) -> Rep
             if (axis := edit.axis(source.architecture, entry.name)) is None:
                 report.n_copied += 1
                 continue
-            a = torch.cat([component for _, component in _edit(edit, axis, shard, entry, tensor, report)], -1)
+            at = edit.at(source.architecture, entry.name)
+            a = torch.cat([component for _, component in _edit(at, axis, shard, entry, tensor, report)], -1)
             module = entry.name.removesuffix(".weight")
             modules.add(module if edit.intervention.per_layer else module.rpartition(".")[2])
-            for name, matrix in (("A", a), ("B", edit.of(entry.name).update(a))):
+            for name, matrix in (("A", a), ("B", at.intervention.update(a))):
                 kind = f"lora_embedding_{name}" if axis == -1 else f"lora_{name}.weight"
                 tensors[f"{ROOT}{module}.{kind}"] = matrix.contiguous()
     config = {
