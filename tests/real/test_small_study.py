@@ -111,7 +111,7 @@ def test_what_could_spoil_a_study_of_it(lm, prompts, folder):
     with open_weights(folder) as weights:
         found = check.look_at_weights(weights)
     ids = [lm.encode(each[::4], check.MAX_NEW_TOKENS) for each in prompts]
-    found |= check.look_at_stream(lm, *ids) | check.look_at_sums(lm, ids[0][:2]) | check.look_at_padding(lm, ids[0][:4])
+    found |= check.look_at_stream(lm, *ids) | check.look_at_writes(lm, ids[0][:2]) | check.look_at_padding(lm, ids[0][:4])
     asked = {"harmful": prompts[0][::4], "safe": prompts[1][::4]}
     found |= check.look_at_refusals(lm, asked, {half: range(12) for half in asked}, n_test=102, exact=False)
     print("\n" + text(found, "n = 12", {}))
