@@ -70,7 +70,7 @@ def test_a_folder_and_what_a_partial_pull_spares(lab, tmp_path):
 
     other = clone(lab, tmp_path / "other")
     run(other, "dvc", "pull", "models/base")
-    assert {Path(name).parts[:2] for name in files(other)} == {("data", "labels"), ("data", "published"), ("data", "raw"), ("models", "base")}
+    assert {Path(name).parts[:2] for name in files(other)} == {("data", "claims.yaml"), ("data", "labels"), ("data", "published"), ("data", "raw"), ("models", "base")}
     nothing_runs(other, "--allow-missing")
     # A variant goes on from there: --pull brings in what its first stage reads, and nothing is trained.
     params_with(other, {"sweep.method": "batched"})
