@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from perf import harness, workload
 from refusal.io.store import Store
 from refusal.lm.load import encode_chats, load_model, load_tokenizer
+from refusal.lm.stream import stream_of
 from refusal.method.activations import collect, left_pad
 from refusal.method.directions import difference_in_means
 
@@ -67,6 +68,7 @@ def bridge_of(model: PreTrainedModel, folder: Path) -> Callable[[list[list[int]]
     from transformer_lens.model_bridge import TransformerBridge
 
     model.save_pretrained(folder)
+    stream_of(model)  # found before the bridge puts modules of its own in the model's place
     bridge = TransformerBridge.boot_transformers(str(folder), hf_model=model, device=str(model.device), dtype=model.dtype)
     names = [f"blocks.{layer}.hook_resid_pre" for layer in range(model.config.num_hidden_layers)]
 

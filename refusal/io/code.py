@@ -15,6 +15,7 @@ from copy import deepcopy
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
+from threading import Lock
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("refusal", "stages")
@@ -100,6 +101,8 @@ def _path(module: str, root: Path) -> Path | None:
     files = (base.with_suffix(".py"), base / "__init__.py")
     return next((file for file in files if module.split(".")[0] in PACKAGES and file.is_file()), None)
 
+_PARSING = Lock()  # CPython 3.11 counts the depth of what it parses for all threads together, and fails where two do
+
 
 class _Module:
     """A module's definitions by name, "" for statements that define nothing, and where its imported names come from."""
@@ -107,7 +110,8 @@ class _Module:
     def __init__(self, name: str, path: Path, root: Path, text: str) -> None:
         self.name, self.folder, self.root = name, path.parent, root
         self._read: dict[str, tuple[str, _References]] = {}
-        tree = ast.parse(text)
+        with _PARSING:
+            tree = ast.parse(text)
         self.definitions: dict[str, list[ast.stmt]] = {}
         self.imports: dict[str, tuple[str, str | None]] = {}  # local name: (module, name in it; None for the module itself)
         # Imports at any depth: a name that two functions import differently does not occur.

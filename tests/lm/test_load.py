@@ -171,10 +171,12 @@ def test_every_supported_architecture_loads_with_the_attention_it_has(model_type
 
 
 def test_tensors_under_other_names_are_refused_before_the_work(folder):
-    """transformers loads a checkpoint without the prefix `model.`; nothing here could edit it."""
+    """Names that transformers reads as the model's own are taken, as of a checkpoint without the prefix `model.`; no others."""
     check_weights(folder, "float32")
-    tensors = {name.removeprefix("model."): tensor for name, tensor in load_file(folder / "model.safetensors").items()}
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    plain = {name.removeprefix("model."): tensor for name, tensor in load_file(folder / "model.safetensors").items()}
+    save_file(plain, folder / "model.safetensors", {"format": "pt"})
+    check_weights(folder, "float32")
+    save_file({f"other.{name}": tensor for name, tensor in plain.items()}, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(UserError, match=r"tensor model\.layers\.0\.self_attn\.o_proj\.weight is missing: .* save_pretrained"):
         check_weights(folder, "float32")
 

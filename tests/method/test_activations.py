@@ -16,6 +16,7 @@ from tiny import SUPPORTED, tiny_lm, tiny_prompts
 from refusal.io.errors import UserError
 from refusal.io.prompts import prompt_sets
 from refusal.io.store import Store
+from refusal.lm.stream import stream_of
 from refusal.method import activations
 from refusal.method.activations import Prefix, activations_file, batches, collect, last_token_resid_pre, left_pad
 
@@ -156,6 +157,7 @@ def watched(model):
 def test_what_is_computed_is_counted():
     """The shared beginning once, then what differs, padded to the longest: no last block, and no logits."""
     lm, positions = tiny_lm(), []
+    stream_of(lm.model)  # looks at two tokens, once a model
     lm.model.lm_head.register_forward_pre_hook(lambda *_: pytest.fail("logits are computed"))
     # Rotary embeddings see differences alone, so no activation would tell whether positions go on after the beginning.
     lm.model.model.rotary_emb.register_forward_pre_hook(lambda _, args: positions.append(args[1].tolist()))
