@@ -14,7 +14,7 @@ def main(params: Params) -> str:
     use_torch(params)
     import shutil
 
-    from refusal.method.directions import read_directions, select_directions
+    from refusal.method.directions import defined_layers, read_directions, select_directions
     from refusal.method.interventions import Intervention
     from refusal.method.orthogonalize import Edit, orthogonalize
     from refusal.method.select import checked, span_of
@@ -24,7 +24,7 @@ def main(params: Params) -> str:
     directions = select_directions(read_directions(Path("models/directions.safetensors")), s.method, s.pairing)
     shutil.rmtree(OUT, ignore_errors=True)
     OUT.mkdir(parents=True)
-    among = spans(s, [int(layer) for layer in directions["defined"].nonzero().flatten()])
+    among = spans(s, defined_layers(directions))
     cells = {rank: (cell, span_of(cell["name"], s.method, among)) for rank, cell in selected.items()}
     keep = o.variant == "harmless_kept"
     edited = {

@@ -14,7 +14,7 @@ def main(params: Params) -> str:
     from refusal.io.store import Store
     from refusal.lm.batching import rows_at_once
     from refusal.lm.load import load_lm
-    from refusal.method.directions import read_directions, select_directions
+    from refusal.method.directions import defined_layers, read_directions, select_directions
     from refusal.method.generate import Decoding
     from refusal.method.select import cell_name
     from refusal.method.subspaces import spans
@@ -29,8 +29,7 @@ def main(params: Params) -> str:
     ids = lm.encode([row["harmful"] for row in val], g.max_new_tokens)
     decoding = Decoding(g.max_new_tokens, rows_at_once(g.batch_size, lm.model, g.max_new_tokens + 1, "generation"))
     completions = complete(lm, ids, interventions, decoding, Store(STORE / "store.sqlite"), "sweep")
-    defined = [int(layer) for layer in matched["defined"].nonzero().flatten()]
-    shown = {cell_name(span.name, alpha): span.shown for span in spans(s, defined) for alpha in s.alphas}
+    shown = {cell_name(span.name, alpha): span.shown for span in spans(s, defined_layers(matched)) for alpha in s.alphas}
     rows = [
         {
             "cell": one.name,

@@ -7,7 +7,7 @@ Predictions stand in the list of claims, beside what would decide.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from refusal.io.claims import Claim
@@ -196,18 +196,12 @@ def _measured(name: str, figure: str) -> Callable[[Metrics], Measured | None]:
 
     def of(metrics: Metrics) -> Measured | None:
         found = metrics.get(name)
-        if not found or found["figures"].get(figure) is None:
+        if not found or (kept := found["figures"].get(figure)) is None:
             return None
-        of = measured_of(found["figures"][figure])
-        return replace(of, of=f"{of.of}, {found['dtype']}")
+        ours, theirs = (tuple(kept[key]) for key in ("ours", "theirs"))
+        return Measured(ours, kept["n"], f"{kept['of']}, {found['dtype']}", kept["control"], theirs)  # type: ignore[arg-type]
 
     return of
-
-
-def measured_of(figure: Mapping[str, Any]) -> Measured:
-    """A `Measured` as a metrics file has it."""
-    ours, theirs = (tuple(figure[key]) for key in ("ours", "theirs"))
-    return Measured(ours, figure["n"], figure["of"], figure["control"], theirs)  # type: ignore[arg-type]
 
 
 MEASURES: dict[str, Callable[[Metrics], Measured | None]] = {

@@ -18,8 +18,8 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from refusal.analysis.claims import Measured
-from refusal.analysis.pairing import refused
-from refusal.analysis.reliability import Rows, corrected_cosine
+from refusal.analysis.pairing import refused, removed, without_noise
+from refusal.analysis.reliability import Rows
 from refusal.analysis.sensitivity import collect, common_suffix
 from refusal.analysis.study import Study
 from refusal.io.errors import UserError
@@ -66,7 +66,6 @@ def apart(study: Study) -> dict[str, Any]:
     drawn = random_unit(study.lm.d_model, len(layers), study.seed)
     vectors["random"] = drawn * vectors["refusal"].norm(dim=-1, keepdim=True)
     harmful, answered = refused(study), _answered(study)
-    removed, induced = _removed(study, harmful, vectors, layers), _induced(study, answered, vectors, layers)
     beliefs = None if study.exact else _beliefs(study, answered, vectors, layers)
     cosines = [_cosines(study, read, found, layer) for layer in layers]
     return {
@@ -76,8 +75,8 @@ def apart(study: Study) -> dict[str, Any]:
         "n_refused": len(harmful),
         "n_answered": len(answered),
         "cosines": cosines,
-        "removed": removed,
-        "induced": induced,
+        "removed": _removed(study, harmful, vectors, layers),
+        "induced": _induced(study, answered, vectors, layers),
         "question": QUESTION,
         "beliefs": beliefs,
         "figures": _figures(study, cosines, beliefs, len(answered)),
@@ -120,11 +119,8 @@ def _removed(study: Study, rows: Prompts, vectors: Mapping[str, Tensor], layers:
         ]
         for name, some in vectors.items()
     }
-    asked = study.ask(rows, "harmful", [one for some in acting.values() for one in some], "claims: harmfulness, ablated")
-    flags: dict[str, list[Flags]] = {
-        name: [values(asked.verdicts[one.name], lambda v: v.compliance == 1) for one in some] for name, some in acting.items()
-    }
-    return {name: of | {"n": len(rows)} for name, of in rates("removed", flags, asked.topics).items()}
+    flags, topics = removed(study, rows, acting, "claims: harmfulness, ablated")
+    return {name: of | {"n": len(rows)} for name, of in rates("removed", flags, topics).items()}
 
 
 def _induced(study: Study, rows: Prompts, vectors: Mapping[str, Tensor], layers: Sequence[int]) -> dict[str, Any]:
@@ -192,16 +188,13 @@ def _belief(
 
 def _cosines(study: Study, read: Read, found: Mapping[str, Any], layer: int) -> dict[str, Any]:
     """Of a layer: the cosine of both directions, without noise and with its limits, and the harmless difference's with each."""
-    a, b = (read.rows(place, layer) for place in PLACES)
-    value, low, high = corrected_cosine(a, b)
-    known = all(torch.tensor([value, low, high]).isfinite())
     units = [found[place].unit[layer] for place in PLACES]
     harmless = study.harmless_difference
     to_harmless = [float(cosine(harmless["unit"][layer], unit)) if harmless["defined"][layer] else None for unit in units]
     return {
         "layer": layer,
         "cosine": float(cosine(*units)),
-        **dict(zip(("corrected", "low", "high"), (value, low, high) if known else [None] * 3, strict=True)),
+        **dict(zip(("corrected", "low", "high"), without_noise(*(read.rows(place, layer) for place in PLACES)), strict=True)),
         **{f"harmless_to_{place}": value for place, value in zip(PLACES, to_harmless, strict=True)},
     }
 

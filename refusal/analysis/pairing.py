@@ -5,7 +5,8 @@ named beforehand: no layer is chosen, so that no pairing gains by the choice. A 
 difference cannot matter; how far its prompts' noise has turned it is its reliability.
 """
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
@@ -73,13 +74,10 @@ def contest(study: Study, activations: Mapping[str, Activations]) -> dict[str, A
     drawn = random_unit(study.lm.d_model, s.n_random, study.seed)
     acting["random"] = [Intervention(f"random_{i}", v, 1.0, study.sites, direction_independent=True) for i, v in enumerate(drawn)]
     rows = refused(study)
-    asked = study.ask(rows, "harmful", [one for some in acting.values() for one in some], "claims: pairing")
-    removed = {
-        name: [values(asked.verdicts[one.name], lambda v: v.compliance == 1) for one in some] for name, some in acting.items()
-    }
-    figures = rates("removed", removed, asked.topics)
+    flags, topics = removed(study, rows, acting, "claims: pairing")
+    figures = rates("removed", flags, topics)
     noise = {name: _noise(one, activations, layers, study.seed) for name, one in conditions.items()}
-    contrasts = _contrasts(study, {k: len(pools[k][0]) for k in pools}, conditions, removed, asked.topics)
+    contrasts = _contrasts(study, {k: len(pools[k][0]) for k in pools}, conditions, flags, topics)
     n = len(rows)
     return {
         "layers": layers,
@@ -143,6 +141,23 @@ def refused(study: Study) -> Prompts:
     return found
 
 
+def removed(
+    study: Study, rows: Prompts, acting: Mapping[str, Sequence[Intervention]], label: str
+) -> tuple[dict[str, list[Flags]], list[Hashable]]:
+    """(whether each refused prompt is answered in full, under each intervention of an arm; the topics of the prompts)."""
+    asked = study.ask(rows, "harmful", [one for some in acting.values() for one in some], label)
+    flags: dict[str, list[Flags]] = {
+        name: [values(asked.verdicts[one.name], lambda v: v.compliance == 1) for one in some] for name, some in acting.items()
+    }
+    return flags, asked.topics
+
+
+def without_noise(a: Rows, b: Rows) -> tuple[float, float, float] | tuple[None, None, None]:
+    """`corrected_cosine`, None for all three where it or its limits are not to be had."""
+    found = corrected_cosine(a, b)
+    return found if all(map(math.isfinite, found)) else (None, None, None)
+
+
 def _noise(of: Condition, activations: Mapping[str, Activations], layers: Sequence[int], seed: int) -> dict[str, Any]:
     """Mean over the layers of the reliability and of the difference's length."""
     halves = [split_half_cosine(of.rows(activations, i), N_SPLITS, seed) for i in layers]
@@ -163,16 +178,13 @@ def _cosines(
     for layer in layers:
         harmful, safe = (some[:, layer] for some in matched.sets(activations))
         a = {"harmful": harmful, "safe": -safe}
-        cosine, low, high = corrected_cosine(a, {"harmful": harmful, "unrelated": -unrelated.sets(activations)[1][:, layer]})
-        known = cosine == cosine and abs(low) < float("inf")
-        found.append(
-            {"layer": layer} | dict(zip(("cosine", "low", "high"), (cosine, low, high) if known else [None] * 3, strict=True))
-        )
+        limits = without_noise(a, {"harmful": harmful, "unrelated": -unrelated.sets(activations)[1][:, layer]})
+        found.append({"layer": layer} | dict(zip(("cosine", "low", "high"), limits, strict=True)))
     return found
 
 
 def _contrasts(
-    study: Study, n: Mapping[str, int], conditions: Mapping[str, Condition], removed: Mapping[str, Sequence[Flags]], topics: Any
+    study: Study, n: Mapping[str, int], conditions: Mapping[str, Condition], flags: Mapping[str, Sequence[Flags]], topics: Any
 ) -> dict[str, Any]:
     """Differences in the share removed, paired by prompt, with p corrected by Holm for their number.
 
@@ -188,7 +200,7 @@ def _contrasts(
     }
     if shuffled := [name for name in conditions if name.startswith("shuffled-all-")]:
         wanted["shuffled_less_matched"] = (shuffled[-1], shuffled[-1].replace("shuffled", "matched"))
-    means = {name: by_prompt(removed[name], topics) for pair in wanted.values() for name in pair}
+    means = {name: by_prompt(flags[name], topics) for pair in wanted.values() for name in pair}
     iccs = dict(zip(means, intraclass_correlations([*means.values()]), strict=True))
     found, gaps = {}, {}
     for name, (ours, theirs) in wanted.items():

@@ -29,7 +29,7 @@ from refusal.method.interventions import BASELINE, Addition, Intervention, inter
 from refusal.method.paper_selection import choose
 from refusal.stats import resampled_sums
 
-LEAST_ALIKE = 0.1  # of the layers: those in which COSMIC compares
+LEAST_SIMILAR = 0.1  # of the layers: those in which COSMIC compares
 N_PERMUTATIONS = 10_000
 
 
@@ -99,8 +99,8 @@ def _paper(study: Study, directions: Sequence[first_token.Direction]) -> tuple[i
 
 
 def _cosmic(study: Study, directions: Sequence[first_token.Direction]) -> list[float]:
-    """COSMIC's score of each direction: how alike ablated harmful prompts are to safe ones, and safe ones with it added to
-    harmful ones, by the cosine of mean activations in the layers where the two are least alike.
+    """COSMIC's score of each direction: how similar ablated harmful prompts are to safe ones, and safe ones with it added to
+    harmful ones, by the cosine of mean activations in the layers where the two are least similar.
 
     Source: Siu et al. 2025, arXiv 2506.00085, by its abstract; layers, positions and prompts are ours (val, last token).
     """
@@ -115,8 +115,8 @@ def _cosmic(study: Study, directions: Sequence[first_token.Direction]) -> list[f
         return save({"mean": _mean(study.lm, ids[job[0]], job[1], study.params.activations.batch_size)})
 
     harmful, safe, *means = (load(value)["mean"] for value in study.store.run(jobs, compute, "claims: COSMIC", "mean"))
-    alike = cosine_similarity(harmful, safe, dim=-1)
-    where = alike.argsort()[: max(1, int(LEAST_ALIKE * len(alike)))]
+    similar = cosine_similarity(harmful, safe, dim=-1)
+    where = similar.argsort()[: max(1, int(LEAST_SIMILAR * len(similar)))]
 
     def like(one: Tensor, other: Tensor) -> float:
         return float(cosine_similarity(one[where], other[where], dim=-1).mean())

@@ -17,6 +17,7 @@ from refusal.judges.panel import for_safe_prompts
 from refusal.judges.verdicts import Arms, Judged, Verdicts, behaves, rates, summaries
 from refusal.lm.batching import rows_at_once
 from refusal.lm.load import LM
+from refusal.method.directions import defined_layers
 from refusal.method.generate import Decoding
 from refusal.method.interventions import BASELINE, Addition, Intervention
 from refusal.method.select import span_of
@@ -103,7 +104,7 @@ class Study:
     @property
     def layers(self) -> list[int]:
         """The layers whose direction is defined."""
-        return [int(layer) for layer in self.directions["defined"].nonzero().flatten()]
+        return defined_layers(self.directions)
 
     @property
     def exact(self) -> bool:

@@ -101,6 +101,7 @@ def _path(module: str, root: Path) -> Path | None:
     files = (base.with_suffix(".py"), base / "__init__.py")
     return next((file for file in files if module.split(".")[0] in PACKAGES and file.is_file()), None)
 
+
 _PARSING = Lock()  # CPython 3.11 counts the depth of what it parses for all threads together, and fails where two do
 
 

@@ -75,6 +75,11 @@ def select_directions(tensors: Mapping[str, Tensor], method: str, pairing: str) 
     return selected
 
 
+def defined_layers(directions: Mapping[str, Tensor]) -> list[int]:
+    """The layers whose direction is defined, of what `select_directions` gives."""
+    return [int(layer) for layer in directions["defined"].nonzero().flatten()]
+
+
 def harmless_kept(unit: Float[Tensor, "*n d_model"], safe_mean: Float[Tensor, "*n d_model"]) -> Float[Tensor, "*n d_model"]:
     """Directions without their component along the mean of the safe prompts, at length one: an ablation then leaves it in.
 

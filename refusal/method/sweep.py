@@ -28,6 +28,7 @@ from refusal.io.sweep import Sweep
 from refusal.lm.batching import job_slices
 from refusal.lm.engine import hand_out
 from refusal.lm.load import LM
+from refusal.method.directions import defined_layers
 from refusal.method.generate import Decoding, generate
 from refusal.method.interventions import BASELINE, Addition, Intervention
 from refusal.method.select import cell_name
@@ -53,7 +54,7 @@ def grid(
     Raises UserError for a layer that does not exist or whose direction is undefined, and where all are.
     """
     safe_mean = directions["safe_mean"].double()
-    defined = [int(layer) for layer in directions["defined"].nonzero().flatten()]
+    defined = defined_layers(directions)
     if not defined:
         raise UserError(
             "no layer has a direction, so nothing can be swept: to the model, harmful and safe prompts are the same (it has one "
